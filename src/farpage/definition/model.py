@@ -1,0 +1,148 @@
+"""The device interface definition as a document: its records and their types.
+
+Every VIOS stores it. A record never changes in place: the functions of
+`farpage.definition.rules` make a new document with the next revision.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+FORMAT_VERSION = 1
+PAGE_BYTES = 4096
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+"""Name of a client, volume, device, VIOS or hypervisor; fit for a file name and an NBD export name."""
+
+DeviceId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
+"""UUID from the device's label, which tells two VIOS that they see the same device."""
+
+
+class Record(BaseModel):
+    """Base of the definition's records: immutable, without unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ReplicaState(enum.StrEnum):
+    """What a replica's contents are worth."""
+
+    IN_SYNC = "in_sync"
+    STALE = "stale"
+    COPYING = "copying"
+    RETIRED = "retired"
+
+
+class Redundancy(enum.StrEnum):
+    """What a client's volume survives: nothing, the loss of a path, or the loss of a device too."""
+
+    NONE = "none"
+    PATH = "path"
+    MIRROR = "mirror"
+
+
+class ViosRedundancy(enum.StrEnum):
+    """Whether a client must be reachable through two VIOS to be activated."""
+
+    REQUIRED = "required"
+    IF_POSSIBLE = "if_possible"
+    NONE = "none"
+
+
+class Access(enum.StrEnum):
+    """What a grant allows."""
+
+    READ = "read"
+    WRITE = "write"
+
+
+class PagingCommand(enum.StrEnum):
+    """Commands that a VIOS accepts for a device's volumes and turns into commands of the device."""
+
+    OPEN = "open"
+    PAGE_IN = "page_in"
+    PAGE_OUT = "page_out"
+    DISCARD = "discard"
+    ZERO = "zero"
+    FLUSH = "flush"
+    QUERY = "query"
+    CLOSE = "close"
+
+
+class ViosRecord(Record):
+    """One virtual I/O server and the addresses at which it answers."""
+
+    control: str
+    data: tuple[str, ...] = Field(min_length=1)
+
+
+class Reach(Record):
+    """How one VIOS reaches a device, as that VIOS spells it (`dir:PATH`, `memory:SIZE`)."""
+
+    vios: Name
+    spec: str
+
+
+class DeviceRecord(Record):
+    """One paging device; `reached_by` more than one VIOS makes it common, else it is independent."""
+
+    name: Name
+    kind: str
+    size_bytes: int = Field(gt=0)
+    reached_by: tuple[Reach, ...] = Field(min_length=1)
+    commands: tuple[PagingCommand, ...]
+
+    @property
+    def is_common(self) -> bool:
+        """Whether two or more VIOS reach the device."""
+        return len(self.reached_by) > 1
+
+
+class Replica(Record):
+    """A copy of a volume on one device."""
+
+    device: DeviceId
+    state: ReplicaState
+
+
+class VolumeRecord(Record):
+    """One client's paging space."""
+
+    name: Name
+    size_bytes: int = Field(gt=0, multiple_of=PAGE_BYTES)
+    replicas: tuple[Replica, ...] = Field(min_length=1)
+
+
+class ClientRecord(Record):
+    """One virtual client: what it has, who owns it and since which epoch."""
+
+    memory_bytes: int = Field(gt=0, multiple_of=PAGE_BYTES)
+    entitlement_bytes: int = Field(default=0, ge=0)
+    weight: int = Field(default=128, ge=0, le=255)
+    hypervisor: Name
+    epoch: int = Field(default=1, ge=1)
+    redundancy: Redundancy = Redundancy.PATH
+    vios_redundancy: ViosRedundancy = ViosRedundancy.IF_POSSIBLE
+    volumes: tuple[VolumeRecord, ...] = Field(min_length=1)
+
+
+class Grant(Record):
+    """Leave for a principal to use a volume."""
+
+    principal: str
+    volume: Name
+    access: Access
+
+
+class Definition(Record):
+    """The whole document. Revision 0 is the empty definition that a new VIOS starts with."""
+
+    format: Literal[1] = FORMAT_VERSION
+    revision: int = Field(default=0, ge=0)
+    vioses: dict[Name, ViosRecord] = Field(default_factory=dict)
+    devices: dict[DeviceId, DeviceRecord] = Field(default_factory=dict)
+    clients: dict[Name, ClientRecord] = Field(default_factory=dict)
+    grants: tuple[Grant, ...] = ()

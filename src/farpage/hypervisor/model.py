@@ -1,0 +1,183 @@
+"""Documents of the hypervisor control API."""
+
+from __future__ import annotations
+
+import enum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from farpage.definition.model import PAGE_BYTES, Name, Redundancy, ViosRedundancy
+from farpage.volume.state import PathState
+
+
+class Document(BaseModel):
+    """Base of the API's documents."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Attachment(enum.StrEnum):
+    """Whether and how a client's memory is paged."""
+
+    NONE = "none"
+    REGION = "region"
+    PROCESS = "process"
+
+
+class ClientCreate(Document):
+    """`POST /v1/clients`: make the client and its volume; its memory is attached later."""
+
+    name: Name
+    memory_bytes: int = Field(gt=0, multiple_of=PAGE_BYTES)
+    limit_bytes: int | None = Field(default=None, gt=0)
+    entitlement_bytes: int = Field(default=0, ge=0)
+    weight: int = Field(default=128, ge=0, le=255)
+    redundancy: Redundancy = Redundancy.PATH
+    vios_redundancy: ViosRedundancy = ViosRedundancy.IF_POSSIBLE
+
+
+class ClientAttach(Document):
+    """`POST /v1/clients/{name}/attach`: page the memory of a running process.
+
+    A client that does not exist is created with the size of the memory found.
+    """
+
+    pid: int = Field(gt=0)
+    memory: str | None = None
+    limit_bytes: int | None = Field(default=None, gt=0)
+
+
+class PathInfo(Document):
+    """One way from the client over a VIOS to its volume."""
+
+    client: Name
+    vios: Name
+    device: str
+    state: PathState
+    epoch: int
+    reason: str
+    in_flight: int
+    failovers: int
+    since_seconds: float
+
+
+class ClientCounters(Document):
+    """Counts since the attachment, in pages where they end in `_pages`."""
+
+    faults: int = 0
+    page_in_pages: int = 0
+    page_out_pages: int = 0
+    zero_fill_pages: int = 0
+    zero_evict_pages: int = 0
+    clean_evict_pages: int = 0
+    cancelled_pages: int = 0
+    read_ahead_pages: int = 0
+    checksum_errors: int = 0
+    poisoned_pages: int = 0
+    stalls_over_100ms: int = 0
+    longest_stall_ms: float = 0.0
+
+
+class FailoverInfo(Document):
+    """One loss of the active path, as the client's worker saw it.
+
+    Times are CLOCK_MONOTONIC seconds, which every process of a host shares.
+    """
+
+    client: Name
+    from_vios: Name
+    to_vios: Name | None
+    reason: str
+    detected_at_seconds: float
+    active_at_seconds: float | None
+    replayed_commands: int
+    quarantined_pages: int
+    longest_stall_ms: float
+
+
+class ClientInfo(Document):
+    """`GET /v1/clients`."""
+
+    name: Name
+    attachment: Attachment
+    pid: int | None
+    memory_bytes: int
+    limit_bytes: int
+    resident_bytes: int
+    on_device_bytes: int
+    zero_bytes: int
+    entitlement_bytes: int
+    weight: int
+    redundancy: Redundancy
+    epoch: int
+    worker: int | None
+    stalled_faults: int
+    counters: ClientCounters
+    paths: tuple[PathInfo, ...]
+    failovers: tuple[FailoverInfo, ...]
+
+
+class WorkerInfo(Document):
+    """One data worker."""
+
+    index: int
+    pid: int
+    clients: int
+
+
+class HypervisorInfo(Document):
+    """`GET /v1/hypervisor`."""
+
+    hypervisor: Name
+    version: str
+    pid: int
+    uptime_seconds: float
+    definition_revision: int
+    workers: tuple[WorkerInfo, ...]
+    clients: int
+
+
+class ViosStatus(Document):
+    """`GET /v1/vioses`: what the hypervisor knows of a VIOS."""
+
+    name: Name
+    control: str
+    reachable: bool
+    problem: str
+    pid: int | None
+    definition_revision: int | None
+    devices: tuple[str, ...]
+
+
+class PoolMember(Document):
+    """One client's share of the memory pool."""
+
+    client: Name
+    limit_bytes: int
+    resident_bytes: int
+
+
+class PoolInfo(Document):
+    """`GET /v1/pool`: RAM shared by the clients."""
+
+    size_bytes: int
+    resident_bytes: int
+    default_limit_bytes: int | None
+    members: tuple[PoolMember, ...]
+
+
+class PoolSet(Document):
+    """`PUT /v1/pool`: change the pool's size, or one client's limit."""
+
+    size_bytes: int | None = Field(default=None, gt=0)
+    client: Name | None = None
+    limit_bytes: int | None = Field(default=None, gt=0)
+
+
+class Alarm(Document):
+    """`GET /v1/alarms`: something that an operator should look at, newest last."""
+
+    at: str
+    client: str
+    kind: str
+    message: str

@@ -1,0 +1,1 @@
+"""The virtual I/O server: exports, fencing, grants, API."""

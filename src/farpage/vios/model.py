@@ -1,0 +1,91 @@
+"""Documents of the VIOS control API."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from farpage.definition.model import PAGE_BYTES, DeviceId, Name, PagingCommand
+
+
+class Document(BaseModel):
+    """Base of the API's documents."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Health(Document):
+    """`GET /v1/health`."""
+
+    vios: Name
+    version: str
+    pid: int
+    uptime_seconds: float
+    definition_revision: int
+    data: tuple[str, ...]
+    devices: int
+    open_exports: int
+
+
+class DeviceInfo(Document):
+    """`GET /v1/devices`: a device as this VIOS reaches it."""
+
+    id: DeviceId
+    name: Name
+    kind: str
+    spec: str
+    size_bytes: int
+    provisioned_bytes: int
+    used_bytes: int
+    volumes: int
+    commands: tuple[PagingCommand, ...]
+
+
+class DeviceAdd(Document):
+    """`POST /v1/devices`: start to serve a device; labels it when it has no label yet."""
+
+    spec: str
+    name: Name | None = None
+    size_bytes: int | None = Field(default=None, gt=0)
+    force: bool = False
+
+
+class VolumeInfo(Document):
+    """`GET /v1/volumes`."""
+
+    name: Name
+    device: DeviceId
+    size_bytes: int
+    used_bytes: int
+    epoch: int
+    open_connections: int
+
+
+class VolumeCreate(Document):
+    """`POST /v1/volumes`."""
+
+    name: Name
+    device: DeviceId
+    size_bytes: int = Field(gt=0, multiple_of=PAGE_BYTES)
+
+
+class VolumeOpen(Document):
+    """`POST /v1/volumes/{name}/open`: claim the volume at `epoch`.
+
+    The answer comes when no command of an older epoch can reach the device any more.
+    """
+
+    epoch: int = Field(ge=1)
+
+
+class ErrorBody(Document):
+    """What went wrong: see `farpage.errors.FarpageError.as_document`."""
+
+    code: str
+    message: str
+    remedy: str
+
+
+class ErrorAnswer(Document):
+    """Body of every answer with a status of 400 or above."""
+
+    error: ErrorBody

@@ -1,0 +1,1 @@
+"""A client's volume over its paths."""
