@@ -1,0 +1,47 @@
+# farpage: set-up, demo, tests and benchmarks.
+#   make setup   Debian packages of apt.txt and the virtual environment .venv
+#   make demo    page a real guest through two I/O servers and lose both of them in turn
+#   make test    lint, types and the whole test suite
+#   make bench   beside nbdkit, qemu-nbd and host swap, printed as ratios
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+.PHONY: setup packages demo test lint bench clean
+
+setup: $(READY)
+
+packages:
+	@scripts/debian-packages apt.txt
+
+# `packages` costs a dpkg-query; it is order-only so that the environment is made anew only
+# when its own inputs change.
+$(READY): pyproject.toml apt.txt Makefile | packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "farpage: '$(PYTHON)' is not Python 3.11 or newer; say which one is: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@[ -x $(BIN)/python ] && $(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing farpage into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	@$(BIN)/farpage demo $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest $(ARGS)
+
+bench: setup
+	$(BIN)/python -m bench.nbd
+	$(BIN)/python -m bench.paging
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
