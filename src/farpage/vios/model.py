@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from farpage.api.model import ErrorAnswer, ErrorBody
 from farpage.definition.model import PAGE_BYTES, DeviceId, Name, PagingCommand
+
+__all__ = [
+    "DeviceAdd",
+    "DeviceInfo",
+    "ErrorAnswer",
+    "ErrorBody",
+    "Health",
+    "VolumeCreate",
+    "VolumeInfo",
+    "VolumeOpen",
+]
 
 
 class Document(BaseModel):
@@ -75,17 +87,3 @@ class VolumeOpen(Document):
     """
 
     epoch: int = Field(ge=1)
-
-
-class ErrorBody(Document):
-    """What went wrong: see `farpage.errors.FarpageError.as_document`."""
-
-    code: str
-    message: str
-    remedy: str
-
-
-class ErrorAnswer(Document):
-    """Body of every answer with a status of 400 or above."""
-
-    error: ErrorBody

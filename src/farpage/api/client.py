@@ -1,0 +1,146 @@
+"""Client of the control APIs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from farpage.address import Address, UnixAddress, parse_address
+from farpage.api.errors import RemoteError, remote_error
+from farpage.errors import Unreachable
+
+Answer = TypeVar("Answer")
+Parameters = Mapping[str, str | int]
+
+DEFAULT_TIMEOUT_SECONDS = 30.0
+
+LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=60)
+
+
+class ControlClient:
+    """Talks to one daemon; connections are kept between requests. Use it from one event loop.
+
+    Every request raises `Unreachable` when no answer comes (its outcome is unknown then), and
+    `RemoteError` when the answer is an error.
+
+    :raise InvalidInput: `address` is not one.
+    """
+
+    def __init__(
+        self,
+        address: Address | str,
+        *,
+        who: str = "the daemon",
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    ) -> None:
+        self.address = parse_address(address) if isinstance(address, str) else address
+        self._who = who
+        if isinstance(self.address, UnixAddress):
+            transport = httpx.AsyncHTTPTransport(uds=self.address.path, limits=LIMITS)
+            base_url = "http://farpage"
+        else:
+            transport = httpx.AsyncHTTPTransport(limits=LIMITS)
+            base_url = str(httpx.URL(scheme="http", host=self.address.host, port=self.address.port))
+        self._http = httpx.AsyncClient(
+            transport=transport, base_url=base_url, timeout=timeout_seconds, trust_env=False
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: BaseModel | None = None,
+        params: Parameters | None = None,
+        timeout_seconds: float | None = None,
+    ) -> bytes:
+        """Send one request and return the answer's body.
+
+        :raise Unreachable: no answer; whether the request was carried out is unknown.
+        :raise RemoteError: the answer is an error.
+        """
+        content = None if body is None else body.model_dump_json().encode()
+        headers = {} if content is None else {"content-type": "application/json"}
+        timeout = httpx.USE_CLIENT_DEFAULT if timeout_seconds is None else httpx.Timeout(timeout_seconds)
+        try:
+            response = await self._http.request(
+                method, path, content=content, params=params, headers=headers, timeout=timeout
+            )
+        except httpx.HTTPError as problem:
+            raise Unreachable(
+                self._who, str(self.address), str(problem) or type(problem).__name__, "check that it runs"
+            ) from problem
+        if response.status_code >= 400:
+            raise remote_error(response.status_code, response.content)
+        return response.content
+
+    async def get(
+        self,
+        path: str,
+        answer: type[Answer],
+        *,
+        params: Parameters | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Answer:
+        """GET `path`, read the answer as `answer`: a model, or `tuple[Model, ...]`."""
+        return _parse(answer, await self.request("GET", path, params=params, timeout_seconds=timeout_seconds))
+
+    async def post(
+        self,
+        path: str,
+        body: BaseModel | None,
+        answer: type[Answer],
+        *,
+        params: Parameters | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Answer:
+        """POST `body` to `path`."""
+        content = await self.request("POST", path, body=body, params=params, timeout_seconds=timeout_seconds)
+        return _parse(answer, content)
+
+    async def put(
+        self,
+        path: str,
+        body: BaseModel,
+        answer: type[Answer],
+        *,
+        params: Parameters | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Answer:
+        """PUT `body` to `path`."""
+        content = await self.request("PUT", path, body=body, params=params, timeout_seconds=timeout_seconds)
+        return _parse(answer, content)
+
+    async def delete(
+        self, path: str, *, params: Parameters | None = None, timeout_seconds: float | None = None
+    ) -> None:
+        """DELETE `path`."""
+        await self.request("DELETE", path, params=params, timeout_seconds=timeout_seconds)
+
+
+def _parse(answer: type[Answer], content: bytes) -> Answer:
+    try:
+        return TypeAdapter(answer).validate_json(content)
+    except ValidationError as problem:
+        raise RemoteError(
+            200,
+            "unexpected_answer",
+            f"the answer is not the document expected: {problem.errors()[0]['msg']}",
+            "check that the daemon and this program are of the same version",
+        ) from problem

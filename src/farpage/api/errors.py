@@ -1,0 +1,185 @@
+"""Errors as HTTP answers, and back: every answer of 400 or above is an `ErrorAnswer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from farpage.api.limit import BodyLimit
+from farpage.api.model import ErrorAnswer, ErrorBody
+from farpage.errors import ExitStatus, FarpageError
+
+log = structlog.get_logger()
+
+HTTP_STATUS = {
+    ExitStatus.FAILURE: HTTPStatus.INTERNAL_SERVER_ERROR,
+    ExitStatus.USAGE: HTTPStatus.UNPROCESSABLE_ENTITY,
+    ExitStatus.NOT_FOUND: HTTPStatus.NOT_FOUND,
+    ExitStatus.CONFLICT: HTTPStatus.CONFLICT,
+    ExitStatus.UNREACHABLE: HTTPStatus.SERVICE_UNAVAILABLE,
+    ExitStatus.UNSUPPORTED: HTTPStatus.NOT_IMPLEMENTED,
+}
+
+EXIT_STATUS = {int(http): exit_status for exit_status, http in HTTP_STATUS.items()} | {
+    400: ExitStatus.USAGE,
+    405: ExitStatus.USAGE,
+    413: ExitStatus.USAGE,
+    502: ExitStatus.UNREACHABLE,
+    504: ExitStatus.UNREACHABLE,
+}
+
+MAX_PROBLEMS = 5
+"""So many wrong fields are named in one answer."""
+
+
+@dataclass(eq=False)
+class RemoteError(FarpageError):
+    """A daemon answered with an error; `code` and `exit_status` are those of the daemon's own error."""
+
+    template = "{message}"
+    remedy = "{remedy_text}"
+    http_status: int
+    remote_code: str
+    message: str
+    remedy_text: str
+    details: dict[str, bool | int | float | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Both are class variables of FarpageError; here they depend on the answer.
+        vars(self)["code"] = self.remote_code
+        vars(self)["exit_status"] = EXIT_STATUS.get(self.http_status, ExitStatus.FAILURE)
+
+
+def remote_error(http_status: int, body: bytes) -> RemoteError:
+    """Build the error from an answer, also from one that no farpage daemon has written."""
+    try:
+        error = ErrorAnswer.model_validate_json(body).error
+    except ValidationError:
+        return RemoteError(
+            http_status,
+            "unexpected_answer",
+            f"the answer has status {http_status} and is not farpage's",
+            "check that a farpage daemon of this version listens at this address",
+        )
+    return RemoteError(http_status, error.code, error.message, error.remedy, error.details)
+
+
+def answer(http_status: int, body: ErrorBody, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Make the HTTP answer."""
+    return JSONResponse(ErrorAnswer(error=body).model_dump(), int(http_status), headers)
+
+
+def error_body(error: FarpageError) -> ErrorBody:
+    """Return the JSON form of an error, with its plain attributes as details."""
+    details = {
+        name: value for name, value in vars(error).items() if isinstance(value, bool | int | float | str)
+    }
+    return ErrorBody(code=error.code, message=error.cause, remedy=error.advice, details=details)
+
+
+def name_of_field(location: Sequence[int | str]) -> str:
+    """Spell pydantic's location of a wrong value: `("body", "volumes", 0, "name")` is `volumes[0].name`."""
+    parts = list(location)
+    if len(parts) > 1 and parts[0] in {"body", "query", "path", "header"}:
+        parts = parts[1:]
+    spelled = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return spelled.removeprefix(".") or "request"
+
+
+def describe_problems(problems: Sequence[Any]) -> tuple[str, str]:
+    """Name the first wrong field, and say all problems in one line."""
+    named = [(name_of_field(problem["loc"]), str(problem["msg"])) for problem in problems]
+    text = "; ".join(f"{name}: {message}" for name, message in named[:MAX_PROBLEMS])
+    if len(named) > MAX_PROBLEMS:
+        text += f"; and {len(named) - MAX_PROBLEMS} more"
+    return named[0][0] if named else "request", text
+
+
+async def _farpage_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, FarpageError)
+    return answer(HTTP_STATUS[error.exit_status], error_body(error))
+
+
+async def _validation_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    name, text = describe_problems(error.errors())
+    body = ErrorBody(
+        code="invalid_input",
+        message=text,
+        remedy="correct the request; GET /openapi.json describes it",
+        details={"field": name},
+    )
+    return answer(HTTPStatus.UNPROCESSABLE_ENTITY, body)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    phrase = HTTPStatus(error.status_code).phrase.lower()
+    code, message = phrase.replace(" ", "_"), f"{what}: {error.detail}"
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        code, message = "no_such_route", f"{what} is not part of this API"
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        message = f"{what}: the path exists but not with this method"
+    body = ErrorBody(code=code, message=message, remedy="GET /openapi.json lists the requests")
+    return answer(error.status_code, body, dict(error.headers or {}))
+
+
+class _Unexpected:
+    """ASGI middleware: any other exception is logged and answered with 500.
+
+    Starlette's own handler raises it again, upon which uvicorn closes the connection under the next request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            what = f"{scope.get('method', '')} {scope.get('path', '')}"
+            log.exception("unexpected_error", request=what)
+            if started:
+                raise
+            body = ErrorBody(
+                code="internal",
+                message=f"{what} failed unexpectedly ({type(error).__name__})",
+                remedy="look into the daemon's log, which has the traceback; please report it",
+            )
+            await answer(HTTPStatus.INTERNAL_SERVER_ERROR, body)(scope, receive, send)
+
+
+def create_app(title: str, version: str) -> FastAPI:
+    """Make a control API: errors answered as `ErrorAnswer`, bodies bounded, OpenAPI at /openapi.json."""
+    app = FastAPI(
+        title=title,
+        version=version,
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
+    )
+    app.add_exception_handler(FarpageError, _farpage_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(_Unexpected)
+    return app

@@ -1,0 +1,98 @@
+"""Listening UNIX sockets that survive the death of the process that made them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from farpage.errors import ExitStatus, FarpageError, InvalidInput
+
+
+@dataclass(eq=False)
+class AddressInUse(FarpageError):
+    """Another process listens at the address."""
+
+    code = "address_in_use"
+    template = "{path} is the socket of a running process"
+    remedy = "stop that process, or choose another address"
+    exit_status = ExitStatus.CONFLICT
+    path: str
+
+
+@contextlib.contextmanager
+def _folder_locked(folder: Path) -> Iterator[None]:
+    """Keep two starting daemons from taking each other's fresh socket for a stale one."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_alive(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        # EAGAIN: the backlog of a live listener is full. A socket without a listener refuses.
+        return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
+
+
+def remove_stale_socket(path: str) -> None:
+    """Remove what a dead process left at `path`; nothing there is fine too.
+
+    :raise AddressInUse: a process listens there.
+    :raise InvalidInput: something that is no socket is there.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise InvalidInput(
+            "address", f"{path} exists and is not a socket", "choose another path or move the file"
+        )
+    if _is_alive(path):
+        raise AddressInUse(path)
+    with contextlib.suppress(FileNotFoundError):
+        Path(path).unlink()
+
+
+def listen_unix(path: str, *, mode: int = 0o600, backlog: int = 128) -> socket.socket:
+    """Make a non-blocking listening socket at `path`, in place of one that a dead process left.
+
+    :raise AddressInUse: a process listens there.
+    :raise InvalidInput: the path cannot be used.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        with _folder_locked(Path(path).parent):
+            remove_stale_socket(path)
+            # Between bind and listen connections are refused, so the wider mode of a moment lets nobody in.
+            listener.bind(path)
+            Path(path).chmod(mode)
+            listener.listen(backlog)
+    except FarpageError:
+        listener.close()
+        raise
+    except OSError as problem:
+        listener.close()
+        raise InvalidInput(
+            "address",
+            f"cannot listen at {path}: {os.strerror(problem.errno or 0)}",
+            "choose a path in a folder of yours",
+        ) from problem
+    return listener
+
+
+def remove_own_socket(listener: socket.socket, path: str, inode: int) -> None:
+    """Close a listener and remove its file, unless another process has put its own there."""
+    with contextlib.suppress(OSError):
+        if os.lstat(path).st_ino == inode:
+            Path(path).unlink()
+    listener.close()
