@@ -1,0 +1,51 @@
+"""What a path needs of the wire: something to connect with, and the connection's small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from farpage.address import Address
+from farpage.blockio import BlockIO
+from farpage.nbd.client import Connection
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where one VIOS serves the volume."""
+
+    vios: str
+    address: Address
+    device: str
+
+
+class PathConnection(BlockIO, Protocol):
+    """An open export: a `BlockIO` that can be lost."""
+
+    on_lost: Callable[[Exception], None] | None
+
+    @property
+    def peer_pid(self) -> int | None:
+        """Process of the server when it runs on this host."""
+
+    def push(self) -> None:
+        """Send what is gathered now."""
+
+    def abort(self) -> None:
+        """End the connection at once; commands in flight finish with CONNECTION_LOST."""
+
+
+class Connector(Protocol):
+    """Opens an export at an endpoint."""
+
+    async def __call__(self, endpoint: Endpoint, export_name: str, timeout_seconds: float) -> PathConnection:
+        """Connect and negotiate.
+
+        :raise FarpageError: when the server cannot be reached, refuses or violates the protocol.
+        """
+
+
+async def connect_nbd(endpoint: Endpoint, export_name: str, timeout_seconds: float) -> PathConnection:
+    """Connect over NBD: the connector of a running hypervisor."""
+    return await Connection.open(endpoint.address, export_name, handshake_timeout_seconds=timeout_seconds)

@@ -1,0 +1,147 @@
+"""One path's link: its connection, the process behind it, and what is in flight or held back on it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from farpage.blockio import CONNECTION_LOST
+from farpage.volume.command import Command
+from farpage.volume.connector import Connector, Endpoint, PathConnection
+from farpage.volume.path import PathMachine
+from farpage.volume.server import ServerProcess
+from farpage.volume.state import PathState
+
+PROBE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class PathStatus:
+    """One path as users see it."""
+
+    endpoint: Endpoint
+    state: PathState
+    reason: str
+    epoch: int
+    in_flight: int
+    held: int
+    losses: int
+    since_seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Writes that a failed server may still carry out, sent under `epoch`."""
+
+    epoch: int
+    server: ServerProcess | None
+    commands: list[Command]
+
+
+class PathLink:
+    """One path: its machine, its connection and its commands."""
+
+    def __init__(self, endpoint: Endpoint, connector: Connector, now_seconds: float) -> None:
+        self.endpoint = endpoint
+        self.machine = PathMachine(now_seconds)
+        self.connection: PathConnection | None = None
+        self.epoch = 0
+        self.in_flight: dict[Command, None] = {}
+        self.held: list[Held] = []
+        self.failed = asyncio.Event()
+        self._connector = connector
+        self._server: ServerProcess | None = None
+
+    def status(self) -> PathStatus:
+        """Return what users see."""
+        return PathStatus(
+            endpoint=self.endpoint,
+            state=self.machine.state,
+            reason=self.machine.reason,
+            epoch=self.epoch,
+            in_flight=len(self.in_flight),
+            held=sum(len(held.commands) for held in self.held),
+            losses=self.machine.losses,
+            since_seconds=self.machine.since_seconds,
+        )
+
+    async def open(
+        self, volume: str, epoch: int, timeout_seconds: float, on_lost: Callable[[PathLink, Exception], None]
+    ) -> None:
+        """Open the volume at this path's VIOS under `epoch`.
+
+        :raise FarpageError: when the server cannot be reached or refuses.
+        """
+        connection = await self._connector(self.endpoint, f"{volume}@{epoch}", timeout_seconds)
+        self.connection = connection
+        self.epoch = epoch
+
+        def lost(error: Exception) -> None:
+            if self.connection is connection:
+                on_lost(self, error)
+
+        connection.on_lost = lost
+        if connection.peer_pid is not None:
+            try:
+                self._server = ServerProcess(connection.peer_pid)
+            except OSError:  # it died since; the connection's loss will tell
+                self._server = None
+
+    def disconnect(self) -> None:
+        """End the connection at once."""
+        connection, self.connection = self.connection, None
+        if connection:
+            connection.on_lost = None
+            connection.abort()
+        server, self._server = self._server, None
+        if server:
+            server.close()
+
+    def hold(self, writes: list[Command], on_gone: Callable[[PathLink, Held], None]) -> bool:
+        """Keep `writes` until the server is fenced; False when it is already known to be gone.
+
+        Takes the process over from the connection, so it comes before `disconnect`.
+        """
+        server, self._server = self._server, None
+        if not writes or (server and server.gone):
+            if server:
+                server.close()
+            return not writes
+        held = Held(self.epoch, server, writes)
+        self.held.append(held)
+        if server:
+            server.when_gone(partial(on_gone, self, held))
+        return True
+
+    def forget(self, held: Held) -> None:
+        """Stop watching for one fencing."""
+        self.held.remove(held)
+        if held.server:
+            held.server.close()
+
+    async def probe(self, length_bytes: int, timeout_seconds: float) -> None:
+        """Read the first bytes of the volume, through to the device.
+
+        :raise OSError: when the server answers with an error or the connection is lost.
+        :raise TimeoutError: when no answer comes in time.
+        """
+        if self.connection is None:
+            raise OSError(CONNECTION_LOST, "the connection was lost")
+        answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def done(error: int, _payload: memoryview | None) -> None:
+            if not answered.done():
+                answered.set_result(error)
+
+        self.connection.read(0, min(PROBE_BYTES, length_bytes), done)
+        try:
+            error = await asyncio.wait_for(answered, timeout_seconds)
+        except TimeoutError:
+            raise TimeoutError(f"no answer to a probe for {timeout_seconds:g} s") from None
+        if error == CONNECTION_LOST:
+            raise OSError(error, "the connection was lost")
+        if error:
+            raise OSError(error, f"the server answered {errno.errorcode.get(error, error)}")

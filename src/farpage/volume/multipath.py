@@ -1,0 +1,487 @@
+"""A volume over its paths: failover, replay, and the quarantine of unacknowledged writes.
+
+The rules, in the order in which they matter:
+
+- One path is active and carries the commands; the others stand by, probed.
+- A path fails when its connection ends, when a command is older than the path timeout while another
+  path could take over, or when its server refuses to go on. Without another path it is only
+  *suspect*: an answer that comes late is still an answer.
+- Before a path takes over, the epoch rises and the volume is opened there with the new epoch.
+- Reads in flight on a failed path are replayed at once. Writes in flight are held back, with
+  their data, until the failed server is fenced: its process is gone, or it has accepted a connection of
+  a newer epoch, which it does only after its older I/O has drained. So a late write of
+  a half-dead server is never the last one.
+- No error of a path or a device reaches the caller: commands wait until they succeed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from farpage.blockio import CONNECTION_LOST, BlockIO, BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.errors import ExitStatus, FarpageError
+from farpage.volume.command import Command, Finished
+from farpage.volume.connector import Connector, Endpoint
+from farpage.volume.failover import Failover, FailoverLog
+from farpage.volume.link import Held, PathLink, PathStatus
+from farpage.volume.path import PathEvent
+from farpage.volume.state import PathState
+
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 1.0
+PATIENCE_RESET_SECONDS = 30.0
+LARGEST_PATIENCE = 8.0
+
+
+class VolumeEvents(Protocol):
+    """What a volume tells its owner."""
+
+    def epoch_raised(self, epoch: int) -> None:
+        """Writes go out under a new epoch from now on."""
+
+    def alarm(self, kind: str, message: str) -> None:
+        """Something happened that an operator should look at."""
+
+
+@dataclass(eq=False)
+class NoPath(FarpageError):
+    """No path to a volume became active in time."""
+
+    code = "no_path"
+    template = "no path to volume {volume!r} works: {reasons}"
+    remedy = "start one of its VIOS; 'farpage vios list' shows what is reachable"
+    exit_status = ExitStatus.UNREACHABLE
+    volume: str
+    reasons: str
+
+
+class MultipathVolume:
+    """A `BlockIO` that waits out the loss of servers and paths."""
+
+    def __init__(
+        self,
+        name: str,
+        size_bytes: int,
+        epoch: int,
+        endpoints: list[Endpoint],
+        *,
+        connector: Connector,
+        events: VolumeEvents,
+        path_timeout_seconds: float = 1.0,
+        probe_interval_seconds: float = 1.0,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.name = name
+        self.epoch = epoch
+        self.failovers = FailoverLog()
+        self._loop = loop
+        self._size_bytes = size_bytes
+        self._events = events
+        self._path_timeout = path_timeout_seconds
+        self._probe_interval = probe_interval_seconds
+        self._paths = [PathLink(endpoint, connector, loop.time()) for endpoint in endpoints]
+        self._active: PathLink | None = None
+        self._was_active = False
+        self._waiting: deque[Command] = deque()
+        self._retrying: dict[Command, asyncio.TimerHandle] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._takeover: asyncio.Task[None] | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._timeouts = 0
+        self._last_timeout_seconds = -PATIENCE_RESET_SECONDS
+        self._alarmed: set[tuple[str, int]] = set()
+        self._activated = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._unfinished = 0
+        self._closing = False
+
+    # What it looks like
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the volume."""
+        return self._size_bytes
+
+    @property
+    def read_only(self) -> bool:
+        """Volumes of a client are writable."""
+        return False
+
+    @property
+    def limits(self) -> BlockLimits:
+        """Block size constraints of the active path."""
+        connection = self._active.connection if self._active else None
+        return connection.limits if connection else BlockLimits()
+
+    @property
+    def features(self) -> Feature:
+        """Features of the active path."""
+        connection = self._active.connection if self._active else None
+        return connection.features if connection else Feature.NONE
+
+    def status(self) -> list[PathStatus]:
+        """Every path, in the order of preference."""
+        return [path.status() for path in self._paths]
+
+    # Opening and closing
+
+    async def open(self, timeout_seconds: float) -> None:
+        """Connect all paths and wait until one is active.
+
+        :raise NoPath: when none is after `timeout_seconds`; the volume is closed then.
+        """
+        self._tasks = [self._loop.create_task(self._maintain(path)) for path in self._paths]
+        try:
+            await asyncio.wait_for(self._activated.wait(), timeout_seconds)
+        except TimeoutError:
+            reasons = "; ".join(f"{p.endpoint.vios}: {p.machine.reason}" for p in self._paths)
+            await self.abandon()
+            raise NoPath(self.name, reasons or "it has none") from None
+
+    async def close(self) -> None:
+        """Wait for the commands in flight, then let go of the paths."""
+        await self._idle.wait()
+        await self.abandon()
+
+    async def abandon(self) -> None:
+        """Let go of the paths at once; commands not finished end with ESHUTDOWN."""
+        self._closing = True
+        running = [*self._tasks, *([self._takeover] if self._takeover else [])]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        if self._watch:
+            self._watch.cancel()
+        for timer in self._retrying.values():
+            timer.cancel()
+        left = [*self._waiting, *self._retrying]
+        self._waiting.clear()
+        self._retrying.clear()
+        for path in self._paths:
+            left += [*path.in_flight, *(command for held in path.held for command in held.commands)]
+            path.in_flight.clear()
+            path.disconnect()
+            for held in list(path.held):
+                path.forget(held)
+        for command in left:
+            self._finish(command, errno.ESHUTDOWN, None)
+
+    # Commands: the hot path
+
+    def read_now(self, offset: int, into: memoryview) -> bool:
+        """Never: a volume is always a wire away."""
+        del offset, into
+        return False
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        """Read; waits out every failure."""
+        self._submit(Command(lambda io, end: io.read(offset, length, end), done, length, mutates=False))
+
+    def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
+        """Write; waits out every failure."""
+
+        def start(io: BlockIO, end: Finished) -> None:
+            io.write(offset, data, partial(_end, end), fua=fua)
+
+        self._submit(Command(start, lambda error, _: done(error), len(data), mutates=True))
+
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        done: Done,
+        *,
+        punch: bool = True,
+        fast: bool = False,
+        fua: bool = False,
+    ) -> None:
+        """Zero; waits out every failure."""
+
+        def start(io: BlockIO, end: Finished) -> None:
+            io.zero(offset, length, partial(_end, end), punch=punch, fast=fast, fua=fua)
+
+        self._submit(Command(start, lambda error, _: done(error), length, mutates=True))
+
+    def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
+        """Trim; waits out every failure."""
+
+        def start(io: BlockIO, end: Finished) -> None:
+            io.trim(offset, length, partial(_end, end), fua=fua)
+
+        self._submit(Command(start, lambda error, _: done(error), length, mutates=True))
+
+    def cache(self, offset: int, length: int, done: Done) -> None:
+        """Ask for read-ahead by the device."""
+
+        def start(io: BlockIO, end: Finished) -> None:
+            io.cache(offset, length, partial(_end, end))
+
+        self._submit(Command(start, lambda error, _: done(error), length, mutates=False))
+
+    def flush(self, done: Done) -> None:
+        """Flush; waits out every failure."""
+
+        def start(io: BlockIO, end: Finished) -> None:
+            io.flush(partial(_end, end))
+
+        self._submit(Command(start, lambda error, _: done(error), 0, mutates=True))
+
+    def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
+        """Report allocation."""
+        self._submit(Command(lambda io, end: io.extents(offset, length, end), done, length, mutates=False))
+
+    def push(self) -> None:
+        """Send what was submitted in this turn now."""
+        if self._active and self._active.connection:
+            self._active.connection.push()
+
+    def _submit(self, command: Command) -> None:
+        self._unfinished += 1
+        self._idle.clear()
+        if self._active is None or self._takeover is not None:
+            self._waiting.append(command)
+        else:
+            self._start(self._active, command)
+
+    def _start(self, path: PathLink, command: Command) -> None:
+        connection = path.connection
+        assert connection is not None
+        command.path = path
+        command.started_seconds = self._loop.time()
+        path.in_flight[command] = None
+        if self._watch is None:
+            self._arm_watch()
+        command.start(connection, partial(self._ended, path, command))
+
+    def _ended(self, path: PathLink, command: Command, error: int, result: Any) -> None:
+        if command not in path.in_flight or error == CONNECTION_LOST:
+            return  # the loss of the path decides for all of its commands
+        if error:
+            self._refused(path, command, error)
+            return
+        del path.in_flight[command]
+        if path.machine.state is PathState.SUSPECT:
+            path.machine.apply(PathEvent.ANSWERED, self._loop.time())
+        self._finish(command, 0, result)
+
+    def _finish(self, command: Command, error: int, result: Any) -> None:
+        self._unfinished -= 1
+        if self._unfinished == 0:
+            self._idle.set()
+        command.finished(error, result)
+
+    # Refusals
+
+    def _refused(self, path: PathLink, command: Command, error: int) -> None:
+        """Decide on a command that the server answered with an error."""
+        name = errno.errorcode.get(error, str(error))
+        command.attempts += 1
+        if error in (errno.ESHUTDOWN, errno.EPERM) or (
+            error != errno.ENOSPC and command.attempts < len(self._paths) and self._standby() is not None
+        ):
+            self._fail(path, f"the server answered {name}")
+            return
+        del path.in_flight[command]
+        if (path.endpoint.vios, error) not in self._alarmed:
+            self._alarmed.add((path.endpoint.vios, error))
+            self._alarm(
+                "device_error",
+                f"VIOS {path.endpoint.vios} answers {name}: pages stay in memory and accesses wait; "
+                "commands are repeated",
+            )
+        pause = min(FIRST_PAUSE_SECONDS * 2**command.attempts, LONGEST_PAUSE_SECONDS)
+        self._retrying[command] = self._loop.call_later(pause, self._retry, command)
+
+    def _retry(self, command: Command) -> None:
+        del self._retrying[command]
+        self._unfinished -= 1
+        self._submit(command)
+
+    # Time-outs
+
+    @property
+    def _patience_seconds(self) -> float:
+        """The path timeout, doubled for each time-out shortly before: a slow device is not two dead paths."""
+        if self._loop.time() - self._last_timeout_seconds > PATIENCE_RESET_SECONDS:
+            self._timeouts = 0
+        return self._path_timeout * min(2.0**self._timeouts, LARGEST_PATIENCE)
+
+    def _arm_watch(self) -> None:
+        active = self._active
+        self._watch = None
+        if active and active.in_flight:
+            due = next(iter(active.in_flight)).started_seconds + self._patience_seconds
+            soonest = self._loop.time() + self._path_timeout / 10
+            self._watch = self._loop.call_at(max(due, soonest), self._check_age)
+
+    def _check_age(self) -> None:
+        self._watch = None
+        active = self._active
+        if active and active.in_flight:
+            age = self._loop.time() - next(iter(active.in_flight)).started_seconds
+            if age >= self._patience_seconds:
+                self._overdue(active, f"no answer for {age:.2f} s")
+        self._arm_watch()
+
+    def _overdue(self, path: PathLink, reason: str) -> None:
+        """Give the path up if another can take over; else only suspect it: a late answer is still one."""
+        now = self._loop.time()
+        if self._standby() is None:
+            if path.machine.apply(PathEvent.OVERDUE, now, f"{reason}, and no other path"):
+                self._alarm("path_suspect", f"VIOS {path.endpoint.vios}: {path.machine.reason}")
+            return
+        self._timeouts += 1
+        self._last_timeout_seconds = now
+        self._fail(path, reason)
+
+    def _alarm(self, kind: str, message: str) -> None:
+        self._events.alarm(kind, f"volume {self.name}: {message}")
+
+    # Failing and taking over
+
+    def _standby(self) -> PathLink | None:
+        return next((p for p in self._paths if p.machine.state is PathState.STANDBY), None)
+
+    def _lost(self, path: PathLink, error: Exception) -> None:
+        self._fail(path, f"connection lost: {error}")
+
+    def _fail(self, path: PathLink, reason: str) -> None:
+        """Give a path up: replay its reads, hold its writes, let another take over."""
+        carried = path.machine.carries
+        path.machine.apply(PathEvent.LOST, self._loop.time(), reason)
+        commands = list(path.in_flight)
+        path.in_flight.clear()
+        reads = [command for command in commands if not command.mutates]
+        writes = [command for command in commands if command.mutates]
+        self._waiting.extendleft(reversed(reads))
+        if not path.hold(writes, self._release):
+            self._waiting.extend(writes)
+        path.disconnect()
+        path.failed.set()
+        if not carried or self._closing:
+            return
+        self._active = None
+        self.failovers.records.append(
+            Failover(
+                from_vios=path.endpoint.vios,
+                reason=reason,
+                detected_at_seconds=self._loop.time(),
+                replayed_commands=len(reads),
+                quarantined_bytes=sum(command.length_bytes for command in writes),
+            )
+        )
+        self._alarm("path_failed", f"VIOS {path.endpoint.vios}: {reason}")
+        if self._standby() is None:
+            self._alarm("no_path", "no path is left; accesses to paged-out memory wait until one is back")
+        self._choose()
+
+    def _release(self, path: PathLink, held: Held) -> None:
+        """Replay held writes: the server that had them is fenced."""
+        if held in path.held:
+            path.forget(held)
+            self._waiting.extend(held.commands)
+            self._drain_waiting()
+
+    def _drain_waiting(self) -> None:
+        while self._waiting and self._active and self._takeover is None:
+            self._start(self._active, self._waiting.popleft())
+
+    def _choose(self) -> None:
+        """Let the first standby path take over, unless a path carries the commands or is about to."""
+        path = self._standby()
+        if self._active is None and self._takeover is None and path is not None and not self._closing:
+            self._takeover = self._loop.create_task(self._take_over(path))
+
+    async def _take_over(self, path: PathLink) -> None:
+        problem = ""
+        if self._was_active:
+            # The epoch rises above any that was written under, so that opening fences whoever wrote.
+            self.epoch += 1
+            path.disconnect()
+            try:
+                await self._open(path)
+            except (FarpageError, OSError) as error:
+                problem = str(error)
+        self._takeover = None
+        if problem or path.connection is None:
+            if path.machine.state is not PathState.FAILED:
+                self._fail(path, problem or "connection lost while it took over")
+            self._choose()
+            return
+        if self._was_active:
+            self._events.epoch_raised(self.epoch)
+        self._was_active = True
+        now = self._loop.time()
+        path.machine.apply(PathEvent.ACTIVATED, now)
+        self._active = path
+        self._activated.set()
+        for record in self.failovers.records:
+            if record.active_at_seconds is None:
+                record.to_vios = path.endpoint.vios
+                record.active_at_seconds = now
+        self._drain_waiting()
+        self.push()
+
+    async def _open(self, path: PathLink) -> None:
+        await path.open(self.name, self.epoch, self._path_timeout, self._lost)
+        for held in list(path.held):
+            if held.epoch < path.epoch:
+                self._release(path, held)
+
+    # Keeping the paths
+
+    async def _maintain(self, path: PathLink) -> None:
+        """Connect a failed path again and again; probe a connected one when it is idle."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            if path.machine.state is PathState.FAILED:
+                try:
+                    await self._open(path)
+                    await path.probe(self._size_bytes, self._path_timeout)
+                except (FarpageError, OSError) as error:
+                    path.disconnect()
+                    path.machine.apply(PathEvent.LOST, self._loop.time(), str(error))
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+                    continue
+                pause = FIRST_PAUSE_SECONDS
+                path.failed.clear()
+                path.machine.apply(PathEvent.PROBED, self._loop.time())
+                self._choose()
+            if not await self._fails_within(path, self._probe_interval):
+                await self._probe_idle(path)
+
+    async def _fails_within(self, path: PathLink, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(path.failed.wait(), seconds)
+        except TimeoutError:
+            return False
+        path.failed.clear()
+        return True
+
+    async def _probe_idle(self, path: PathLink) -> None:
+        connection = path.connection
+        if connection is None or path.in_flight:
+            return
+        try:
+            await path.probe(self._size_bytes, self._path_timeout)
+        except OSError as error:
+            if path.connection is not connection:
+                return  # it failed or took over meanwhile
+            if path.machine.carries and isinstance(error, TimeoutError):
+                self._overdue(path, str(error))
+            else:
+                self._fail(path, str(error))
+        else:
+            if path.machine.state is PathState.SUSPECT and not path.in_flight:
+                path.machine.apply(PathEvent.ANSWERED, self._loop.time())
+
+
+def _end(end: Finished, error: int) -> None:
+    end(error, None)
