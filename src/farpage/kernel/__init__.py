@@ -1,0 +1,1 @@
+"""System calls that Python lacks: thin, typed, without policy."""

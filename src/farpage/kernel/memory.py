@@ -1,0 +1,149 @@
+"""Memory: files in RAM, holes in them, locked and aligned buffers."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Final
+
+import numpy as np
+
+from farpage.errors import Unsupported
+from farpage.kernel.libc import last_error, libc
+
+PAGE_SIZE: Final = mmap.PAGESIZE
+"""Bytes in one page of this machine."""
+
+_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 0x01, 0x02
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14."""
+
+
+def create_memfd(name: str, size_bytes: int, *, sealable: bool = False) -> int:
+    """Make a memfd of `size_bytes`, all holes, and return its descriptor (close-on-exec).
+
+    :raise OSError: ENOMEM, EMFILE, EFBIG.
+    """
+    flags = os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if sealable else 0)
+    descriptor = os.memfd_create(name, flags)
+    try:
+        os.ftruncate(descriptor, size_bytes)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def punch_hole(descriptor: int, offset: int, length: int) -> None:
+    """Free a range of a file (fallocate(2), FALLOC_FL_PUNCH_HOLE); its size stays.
+
+    Only whole pages are freed; the parts of pages at the edges are zeroed.
+
+    :raise OSError: with errno of fallocate(2).
+    """
+    if libc.fallocate(descriptor, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length):
+        raise last_error()
+
+
+def resident_ranges(descriptor: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield `(offset, length)` in bytes of the parts of a memfd that hold pages, in rising order.
+
+    Pages in host swap count as held. Pages that come or go meanwhile may be seen or not.
+    The file is opened anew, because seeking would move a position that other processes share.
+
+    :raise OSError: when /proc is not mounted.
+    """
+    own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        end = offset + length
+        while offset < end:
+            try:
+                start = os.lseek(own, offset, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            if start >= end:
+                return
+            try:
+                offset = min(os.lseek(own, start, os.SEEK_HOLE), end)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            if offset > start:
+                yield start, offset - start
+    finally:
+        os.close(own)
+
+
+def resident_bytes(descriptor: int) -> int:
+    """Return the bytes that a memfd holds, in RAM and in host swap."""
+    return os.fstat(descriptor).st_blocks * 512
+
+
+def lock_memory() -> None:
+    """Keep this process's pages in RAM, present and future ones from their first use on (mlockall(2)).
+
+    :raise Unsupported: when the limit on locked memory does not allow it.
+    """
+    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
+        raise Unsupported(
+            "locking the daemon's memory",
+            os.strerror(last_error().errno or errno.EIO),
+            "raise 'ulimit -l' (systemd: LimitMEMLOCK=infinity) or give it CAP_IPC_LOCK",
+        )
+
+
+def address_of(buffer: memoryview | bytearray | mmap.mmap | bytes) -> int:
+    """Return the address of a contiguous buffer's first byte; the caller keeps the buffer alive."""
+    return int(np.frombuffer(buffer, np.uint8).ctypes.data)
+
+
+class AlignedBuffer:
+    """Page-aligned, zeroed memory of this process: `address`, and `view` as a memoryview of bytes.
+
+    Views that were handed out must be released before `close`.
+    """
+
+    def __init__(self, size_bytes: int, *, populate: bool = False) -> None:
+        """`populate` allocates all pages now, so that later use needs no memory.
+
+        :raise OSError: ENOMEM.
+        """
+        self._map = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.size_bytes: Final = size_bytes
+        self.address: Final = address_of(self._map)
+        if populate:
+            try:
+                self._map.madvise(_MADV_POPULATE_WRITE)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    self._map.close()
+                    raise
+                self._touch()
+        self.view: Final = memoryview(self._map)
+
+    def _touch(self) -> None:
+        for offset in range(0, self.size_bytes, PAGE_SIZE):
+            self._map[offset] = 0
+
+    def close(self) -> None:
+        """Give the memory back.
+
+        :raise BufferError: while slices of `view` are in use.
+        """
+        self.view.release()
+        self._map.close()
+
+    def __enter__(self) -> AlignedBuffer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
