@@ -1,0 +1,1 @@
+"""The `farpage` command: `commands` parse, `farpage.embedded.control` acts, `wording` shows it."""

@@ -1,0 +1,1 @@
+"""What each noun of the command line accepts; one module per noun."""

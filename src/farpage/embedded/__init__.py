@@ -1,0 +1,1 @@
+"""The embedded set: VIOSes and a hypervisor as child processes of one command, their state in one folder."""

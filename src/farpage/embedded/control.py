@@ -1,0 +1,155 @@
+"""What the daemons of a set can be asked, as typed calls over their control APIs.
+
+Every call raises `Unreachable` when no answer comes and `RemoteError` when the answer is an error.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from farpage.api.client import ControlClient
+from farpage.definition.model import Definition
+from farpage.hypervisor.model import (
+    Alarm,
+    ClientAttach,
+    ClientCreate,
+    ClientInfo,
+    HypervisorInfo,
+    PathInfo,
+    PoolInfo,
+    PoolSet,
+    ViosStatus,
+)
+from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeInfo
+
+DETACH_TIMEOUT_SECONDS = 24 * 3600.0
+"""A detach waits until every page is back in memory, which takes as long as the device needs."""
+
+
+class _Control:
+    def __init__(self, address: str, who: str) -> None:
+        self._client = ControlClient(address, who=who)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+
+class HypervisorControl(_Control):
+    """A hypervisor at its control address."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address, "the hypervisor")
+
+    async def info(self, *, timeout_seconds: float | None = None) -> HypervisorInfo:
+        """Ask for the daemon's own state."""
+        return await self._client.get("/v1/hypervisor", HypervisorInfo, timeout_seconds=timeout_seconds)
+
+    async def clients(self) -> tuple[ClientInfo, ...]:
+        """List the clients."""
+        return await self._client.get("/v1/clients", tuple[ClientInfo, ...])
+
+    async def client(self, name: str) -> ClientInfo:
+        """Ask for one client."""
+        return await self._client.get(f"/v1/clients/{name}", ClientInfo)
+
+    async def create_client(self, wanted: ClientCreate) -> ClientInfo:
+        """Make a client and its volume."""
+        return await self._client.post("/v1/clients", wanted, ClientInfo)
+
+    async def delete_client(self, name: str) -> None:
+        """Remove a client that is not attached, and its volume."""
+        await self._client.delete(f"/v1/clients/{name}")
+
+    async def attach(self, name: str, wanted: ClientAttach) -> ClientInfo:
+        """Page the memory of a running process."""
+        return await self._client.post(f"/v1/clients/{name}/attach", wanted, ClientInfo)
+
+    async def detach(self, name: str) -> ClientInfo:
+        """Page everything back in and let go of the process; returns when that is done."""
+        return await self._client.post(
+            f"/v1/clients/{name}/detach", None, ClientInfo, timeout_seconds=DETACH_TIMEOUT_SECONDS
+        )
+
+    async def vioses(self) -> tuple[ViosStatus, ...]:
+        """List the VIOSes as the hypervisor sees them."""
+        return await self._client.get("/v1/vioses", tuple[ViosStatus, ...])
+
+    async def paths(self, client: str | None = None) -> tuple[PathInfo, ...]:
+        """List the paths, of one client or of all."""
+        params = {} if client is None else {"client": client}
+        return await self._client.get("/v1/paths", tuple[PathInfo, ...], params=params)
+
+    async def pool(self) -> PoolInfo:
+        """Ask for the memory pool."""
+        return await self._client.get("/v1/pool", PoolInfo)
+
+    async def set_pool(self, wanted: PoolSet) -> PoolInfo:
+        """Change the pool's size or a client's limit."""
+        return await self._client.put("/v1/pool", wanted, PoolInfo)
+
+    async def definition(self) -> Definition:
+        """Ask for the device interface definition that the hypervisor goes by."""
+        return await self._client.get("/v1/definition", Definition)
+
+    async def refresh_devices(self) -> Definition:
+        """Have the hypervisor record which devices the VIOSes reach."""
+        return await self._client.post("/v1/devices/refresh", None, Definition)
+
+    async def alarms(self) -> tuple[Alarm, ...]:
+        """List what an operator should look at, newest last."""
+        return await self._client.get("/v1/alarms", tuple[Alarm, ...])
+
+
+class ViosDetails(BaseModel):
+    """What one VIOS tells of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    health: Health
+    devices: tuple[DeviceInfo, ...]
+    volumes: tuple[VolumeInfo, ...]
+
+
+class ViosControl(_Control):
+    """A VIOS at its control address."""
+
+    def __init__(self, address: str, name: str) -> None:
+        super().__init__(address, f"VIOS {name!r}")
+
+    async def health(self, *, timeout_seconds: float | None = None) -> Health:
+        """Ask for the daemon's own state."""
+        return await self._client.get("/v1/health", Health, timeout_seconds=timeout_seconds)
+
+    async def devices(self) -> tuple[DeviceInfo, ...]:
+        """List the devices that this VIOS reaches."""
+        return await self._client.get("/v1/devices", tuple[DeviceInfo, ...])
+
+    async def add_device(self, wanted: DeviceAdd) -> DeviceInfo:
+        """Start to serve a device."""
+        return await self._client.post("/v1/devices", wanted, DeviceInfo)
+
+    async def volumes(self) -> tuple[VolumeInfo, ...]:
+        """List the volumes on this VIOS's devices."""
+        return await self._client.get("/v1/volumes", tuple[VolumeInfo, ...])
+
+    async def definition(self) -> Definition:
+        """Ask for the copy of the definition that this VIOS stores."""
+        return await self._client.get("/v1/definition", Definition)
+
+    async def details(self) -> ViosDetails:
+        """Ask for everything that `vios show` shows."""
+        return ViosDetails(
+            health=await self.health(), devices=await self.devices(), volumes=await self.volumes()
+        )

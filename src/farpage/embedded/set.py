@@ -1,0 +1,256 @@
+"""Starts and keeps a whole set, VIOSes and a hypervisor, with the commands that also start them one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from farpage.embedded.child import Child, ChildEvent, describe_exit
+from farpage.embedded.control import HypervisorControl, ViosControl
+from farpage.embedded.layout import NoSuchVios, SetDocument, StateLayout
+from farpage.errors import ExitStatus, FarpageError, InvalidInput, Unreachable
+from farpage.vios.model import DeviceAdd
+
+READY_SECONDS = 60.0
+PROBE_SECONDS = 0.02
+PROBE_TIMEOUT_SECONDS = 2.0
+HYPERVISOR_GRACE_SECONDS = 120.0
+"""A hypervisor that stops may first page its clients' memory back in."""
+VIOS_GRACE_SECONDS = 10.0
+VIOS_COUNT_MAX = 8
+
+
+@dataclass(eq=False)
+class StateInUse(FarpageError):
+    """Another process runs a set in the folder."""
+
+    code = "state_in_use"
+    template = "a farpage set runs in {folder} already"
+    remedy = "use that one, stop it, or name another folder with --state"
+    exit_status = ExitStatus.CONFLICT
+    folder: str
+
+
+@dataclass(eq=False)
+class DaemonFailed(FarpageError):
+    """A daemon of the set did not come up."""
+
+    code = "daemon_failed"
+    template = "{daemon} {how} before it was ready: {last_words}"
+    remedy = "look into {log}"
+    daemon: str
+    how: str
+    last_words: str
+    log: str
+
+
+@dataclass(frozen=True)
+class SetSettings:
+    """What an embedded set consists of; without `devices` it has one folder that every VIOS reaches."""
+
+    state_dir: Path
+    vios_count: int = 2
+    devices: tuple[str, ...] = ()
+    workers: int | None = None
+    path_timeout_seconds: float = 1.0
+    default_limit_bytes: int | None = None
+    pool_size_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.vios_count <= VIOS_COUNT_MAX:
+            raise InvalidInput(
+                "--vios-count",
+                f"{self.vios_count} is not from 1 to {VIOS_COUNT_MAX}",
+                "two make paths redundant",
+            )
+
+
+class _HasPid(Protocol):
+    @property
+    def pid(self) -> int: ...
+
+
+class EmbeddedSet:
+    """The daemons of one state folder as child processes; use it from one event loop.
+
+    `notify` hears of every start and end of a daemon.
+    """
+
+    def __init__(
+        self, settings: SetSettings, notify: Callable[[ChildEvent], None] = lambda _event: None
+    ) -> None:
+        self.settings = settings
+        self.layout = StateLayout.at(settings.state_dir)
+        names = tuple(f"vios{number}" for number in range(1, settings.vios_count + 1))
+        self.document: SetDocument = self.layout.describe(names)
+        self.hypervisor = HypervisorControl(self.document.hypervisor.control)
+        self.vioses = {name: ViosControl(vios.control, name) for name, vios in self.document.vioses.items()}
+        self._vios_children = {
+            name: Child(
+                f"VIOS {name}", self._vios_arguments(name), self.layout.vios_dir(name) / "log", notify
+            )
+            for name in names
+        }
+        self._hypervisor_child = Child(
+            "hypervisor", self._hypervisor_arguments(), self.layout.hypervisor_dir / "log", notify
+        )
+        self._lock: int | None = None
+
+    @property
+    def hypervisor_pid(self) -> int | None:
+        """Process id of the hypervisor while it runs."""
+        return self._hypervisor_child.pid
+
+    def vios_pid(self, name: str) -> int | None:
+        """Return the process id of a VIOS while it runs.
+
+        :raise NoSuchVios:
+        """
+        return self._vios_child(name).pid
+
+    async def start(self) -> None:
+        """Start everything; on return every daemon answers and the devices are known.
+
+        On an error nothing is left running.
+
+        :raise StateInUse: another process runs a set in the folder.
+        :raise InvalidInput: the folder or a device cannot be used.
+        :raise DaemonFailed: a daemon did not come up.
+        """
+        self.layout.create_root()
+        self._take_lock()
+        try:
+            self.layout.create(self.document)
+            await asyncio.gather(*(self._start_vios(name) for name in self._vios_children))
+            await self._add_devices()
+            await self._hypervisor_child.start()
+            await self._until_ready(self._hypervisor_child, self._hypervisor_info)
+            await self.hypervisor.refresh_devices()
+            self._hypervisor_child.supervised = True
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stop the hypervisor, then the VIOSes that it still needs until its end; safe to call twice."""
+        await self._hypervisor_child.stop(HYPERVISOR_GRACE_SECONDS)
+        await asyncio.gather(*(child.stop(VIOS_GRACE_SECONDS) for child in self._vios_children.values()))
+        for control in (self.hypervisor, *self.vioses.values()):
+            await control.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def supervise_vios(self, name: str, supervised: bool) -> None:
+        """Say whether a VIOS that dies is started again by itself.
+
+        :raise NoSuchVios:
+        """
+        self._vios_child(name).supervised = supervised
+
+    def kill_vios(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a VIOS.
+
+        :raise NoSuchVios:
+        """
+        self._vios_child(name).send_signal(number)
+
+    async def vios_exited(self, name: str) -> None:
+        """Wait until a VIOS's process has ended.
+
+        :raise NoSuchVios:
+        """
+        await self._vios_child(name).exited()
+
+    async def start_vios(self, name: str) -> None:
+        """Start a VIOS that has ended, and wait until it answers.
+
+        :raise NoSuchVios:
+        :raise DaemonFailed: it did not come up.
+        """
+        self._vios_child(name)
+        await self._start_vios(name)
+
+    async def _start_vios(self, name: str) -> None:
+        child = self._vios_children[name]
+        child.supervised = False
+        await child.start()
+        await self._until_ready(
+            child, lambda: self.vioses[name].health(timeout_seconds=PROBE_TIMEOUT_SECONDS)
+        )
+        child.supervised = True
+
+    async def _hypervisor_info(self) -> _HasPid:
+        return await self.hypervisor.info(timeout_seconds=PROBE_TIMEOUT_SECONDS)
+
+    async def _until_ready(self, child: Child, probe: Callable[[], Awaitable[_HasPid]]) -> None:
+        """Ask until the very process that was started answers."""
+        deadline = asyncio.get_running_loop().time() + READY_SECONDS
+        while True:
+            with contextlib.suppress(Unreachable):
+                if (await probe()).pid == child.pid:
+                    return
+            if child.pid is None:
+                how = describe_exit(child.last_exit or 0)
+                raise DaemonFailed(child.name, how, child.log_tail(), str(child.log))
+            if asyncio.get_running_loop().time() > deadline:
+                how = f"did not answer in {READY_SECONDS:g} s"
+                raise DaemonFailed(child.name, how, child.log_tail(), str(child.log))
+            await asyncio.sleep(PROBE_SECONDS)
+
+    async def _add_devices(self) -> None:
+        """Have every VIOS reach every device, which makes them common; known ones are left as they are."""
+        specs = self.settings.devices
+        if not specs:
+            self.layout.common_device.mkdir(mode=0o700, parents=True, exist_ok=True)
+            specs = (f"dir:{self.layout.common_device}",)
+        for vios in self.vioses.values():
+            known = {device.spec for device in await vios.devices()}
+            for spec in specs:
+                if spec not in known:
+                    await vios.add_device(DeviceAdd(spec=spec))
+
+    def _take_lock(self) -> None:
+        lock = os.open(self.layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            os.close(lock)
+            raise StateInUse(str(self.layout.root)) from problem
+        self._lock = lock
+
+    def _vios_child(self, name: str) -> Child:
+        child = self._vios_children.get(name)
+        if child is None:
+            raise NoSuchVios(name, ", ".join(self._vios_children))
+        return child
+
+    def _vios_arguments(self, name: str) -> list[str]:
+        vios = self.document.vioses[name]
+        arguments = ["vios", "run", name, "--dir", str(self.layout.vios_dir(name)), "--control", vios.control]
+        for address in vios.data:
+            arguments += ["--data", address]
+        return arguments
+
+    def _hypervisor_arguments(self) -> list[str]:
+        settings, hypervisor = self.settings, self.document.hypervisor
+        arguments = ["hypervisor", "run", hypervisor.name, "--dir", str(self.layout.hypervisor_dir)]
+        arguments += ["--control", hypervisor.control, "--attach", hypervisor.attach]
+        for name, vios in self.document.vioses.items():
+            arguments += ["--vios", f"{name}={vios.control}"]
+        arguments += ["--path-timeout", f"{settings.path_timeout_seconds * 1000:g}ms"]
+        for option, value in (
+            ("--workers", settings.workers),
+            ("--limit", settings.default_limit_bytes),
+            ("--pool-size", settings.pool_size_bytes),
+        ):
+            if value is not None:
+                arguments += [option, str(value)]
+        return arguments
