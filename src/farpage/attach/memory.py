@@ -1,0 +1,94 @@
+"""A client's memory, as all ways of attaching hand it to the pager."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+
+from farpage.errors import ExitStatus, FarpageError
+from farpage.kernel.userfaultfd import Mode, Userfaultfd
+
+REGISTER_MODE = Mode.MISSING | Mode.WP | Mode.MINOR
+
+
+class ClientKind(enum.StrEnum):
+    """How a client was attached."""
+
+    PROCESS = "process"
+    """An unmodified running process, whose userfaultfd was made by injection."""
+    REGION = "region"
+    """A `farpage.Region` of a process that asked for it."""
+
+
+@dataclass(eq=False)
+class AlreadyAttached(FarpageError):
+    """The memory has a pager: farpage, or another user of userfaultfd such as a post-copy migration."""
+
+    code = "already_attached"
+    template = "the memory of process {pid} is registered with a userfaultfd already"
+    remedy = "detach it there first ('farpage client list'), or wait for a migration to end"
+    exit_status = ExitStatus.CONFLICT
+    pid: int
+
+
+@dataclass(eq=False)
+class NotPageable(FarpageError):
+    """The kernel does not accept the mapping for paging."""
+
+    code = "not_pageable"
+    template = "the memory of process {pid} cannot be paged: {cause_text}"
+    remedy = "it must stay mapped, shared and writable, from a memfd without write seals"
+    exit_status = ExitStatus.UNSUPPORTED
+    pid: int
+    cause_text: str
+
+
+@dataclass(frozen=True)
+class ClientMemory:
+    """One contiguous range of a client's memory and the descriptors to page it; it owns the descriptors.
+
+    Client page n is at `start_address + n * page size` in the client's address space and at
+    `memfd_offset_bytes + n * page size` in the memfd.
+    """
+
+    kind: ClientKind
+    pid: int
+    pidfd: int
+    uffd: Userfaultfd
+    memfd: int
+    start_address: int
+    length_bytes: int
+    memfd_offset_bytes: int
+    remote_uffd: int | None
+    """Number of the userfaultfd in the client's own descriptor table, where it was put there by injection."""
+
+    def register(self) -> None:
+        """Report missing pages, writes to protected pages and pages without a mapping from now on.
+
+        :raise AlreadyAttached: when another userfaultfd has the range or a part of it.
+        :raise NotPageable: when the mapping has gone or is of another kind meanwhile.
+        """
+        try:
+            self.uffd.register(self.start_address, self.length_bytes, REGISTER_MODE)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise AlreadyAttached(self.pid) from error
+            cause = os.strerror(error.errno or errno.EIO)
+            raise NotPageable(self.pid, f"UFFDIO_REGISTER: {cause}") from error
+
+    def unregister(self) -> None:
+        """Stop reporting; all pages must be present, since missing ones read zeros from now on.
+
+        :raise OSError: ENOMEM or ESRCH when the client is gone, EINVAL when it has unmapped the range.
+        """
+        self.uffd.unregister(self.start_address, self.length_bytes)
+
+    def close_descriptors(self) -> None:
+        """Close this process's descriptors; the client's own are untouched."""
+        self.uffd.close()
+        for descriptor in (self.memfd, self.pidfd):
+            with suppress(OSError):
+                os.close(descriptor)

@@ -1,0 +1,190 @@
+"""Other processes: their mappings, descriptors, state and end, from /proc and pidfds.
+
+See proc(5), pidfd_open(2) and pidfd_getfd(2).
+
+Uses the standard library alone: `farpage.kernel.injector` has to start fast.
+"""
+
+from __future__ import annotations
+
+import re
+import select
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from farpage.kernel.libc import syscall, syscall_numbers
+
+_MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+) *(.*)")
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One range of an address space; addresses and the file offset are in bytes."""
+
+    start: int
+    end: int
+    permissions: str
+    """As in /proc/PID/maps: `rwxs` or `rwxp`, with `-` for what is not allowed."""
+    offset: int
+    device: str
+    inode: int
+    path: str
+
+    @property
+    def length(self) -> int:
+        """Bytes mapped."""
+        return self.end - self.start
+
+    @property
+    def shared(self) -> bool:
+        """Whether writes reach the file."""
+        return self.permissions[3] == "s"
+
+    @property
+    def writable(self) -> bool:
+        """Whether it may be written to."""
+        return self.permissions[1] == "w"
+
+    @property
+    def memfd_name(self) -> str | None:
+        """Name of the memfd that is mapped, None for anything else."""
+        if not self.path.startswith("/memfd:"):
+            return None
+        return self.path.removeprefix("/memfd:").removesuffix(" (deleted)")
+
+
+def parse_maps(text: str) -> list[Mapping]:
+    """Parse the text of /proc/PID/maps; lines of another form are left out."""
+    mappings = []
+    for line in text.splitlines():
+        match = _MAPS_LINE.fullmatch(line)
+        if match:
+            start, end, permissions, offset, device, inode, path = match.groups()
+            mappings.append(
+                Mapping(int(start, 16), int(end, 16), permissions, int(offset, 16), device, int(inode), path)
+            )
+    return mappings
+
+
+def read_maps(pid: int) -> list[Mapping]:
+    """Return the address space of a process in rising order.
+
+    :raise OSError: ENOENT or ESRCH when it is gone, EACCES when it may not be seen.
+    """
+    return parse_maps(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape"))
+
+
+def join_adjacent(mappings: Iterable[Mapping]) -> list[Mapping]:
+    """Join neighbours that continue the same file with the same permissions.
+
+    The kernel splits a mapping where its flags differ (madvise, userfaultfd), which the user did not.
+    """
+    joined: list[Mapping] = []
+    for mapping in mappings:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and mapping.inode
+            and (last.end, last.permissions, last.device, last.inode)
+            == (mapping.start, mapping.permissions, mapping.device, mapping.inode)
+            and last.offset + last.length == mapping.offset
+        ):
+            joined[-1] = replace(last, end=mapping.end)
+        else:
+            joined.append(mapping)
+    return joined
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """One entry of a process's descriptor table."""
+
+    number: int
+    target: str
+    """What the descriptor links to: a path, or a form like `anon_inode:[userfaultfd]`."""
+    device: int
+    inode: int
+
+
+def read_descriptors(pid: int | str) -> list[OpenFile]:
+    """Return the descriptors of a process, lowest first; those that close meanwhile may be missing.
+
+    :raise OSError: ENOENT when it is gone, EACCES when it may not be seen.
+    """
+    files = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target, status = link.readlink(), link.stat()
+        except OSError:
+            continue
+        files.append(OpenFile(int(link.name), str(target), status.st_dev, status.st_ino))
+    return sorted(files, key=lambda file: file.number)
+
+
+@dataclass(frozen=True)
+class ProcessStatus:
+    """The part of /proc/PID/status that decides whether and how a process can be attached."""
+
+    name: str
+    state: str
+    """One letter, as ps(1) shows it."""
+    tracer_pid: int
+    """0 when nobody traces it."""
+    seccomp_filtered: bool
+    user_id: int
+
+
+def read_status(pid: int, thread: int | None = None) -> ProcessStatus:
+    """Return the status of a process or of one of its threads.
+
+    :raise OSError: ENOENT or ESRCH when it is gone.
+    """
+    folder = f"/proc/{pid}" if thread is None else f"/proc/{pid}/task/{thread}"
+    text = Path(folder, "status").read_text(errors="replace")
+    fields = {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    return ProcessStatus(
+        name=fields["Name"],
+        state=fields["State"][:1],
+        tracer_pid=int(fields.get("TracerPid", "0")),
+        seccomp_filtered=fields.get("Seccomp", "0") != "0",
+        user_id=int(fields["Uid"].split()[1]),
+    )
+
+
+def read_threads(pid: int) -> list[int]:
+    """Return the thread numbers of a process, the main thread first.
+
+    :raise OSError: ENOENT when it is gone.
+    """
+    threads = sorted(int(folder.name) for folder in Path(f"/proc/{pid}/task").iterdir())
+    return sorted(threads, key=lambda thread: thread != pid)
+
+
+def process_exists(pid: int) -> bool:
+    """Tell whether a process of this number exists, a zombie included."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def is_gone(pidfd: int) -> bool:
+    """Tell without waiting whether the process behind a pidfd has ended (a zombie has)."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def take_descriptor(pidfd: int, number: int) -> int:
+    """Duplicate a descriptor of another process into this one, close-on-exec (pidfd_getfd(2), Linux 5.6).
+
+    :raise OSError: EBADF when it has none of that number, ESRCH when it is gone, EPERM without
+        permission to trace it.
+    """
+    return syscall(syscall_numbers().pidfd_getfd, pidfd, number, 0)
+
+
+def set_oom_score_adjustment(value: int, pid: int | str = "self") -> None:
+    """Make the kernel less (to -1000: never) or more (to 1000) likely to kill a process when memory is short.
+
+    :raise OSError: EACCES when lowering it without CAP_SYS_RESOURCE.
+    """
+    Path(f"/proc/{pid}/oom_score_adj").write_text(str(value))
