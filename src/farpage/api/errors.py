@@ -98,7 +98,12 @@ def name_of_field(location: Sequence[int | str]) -> str:
 
 def describe_problems(problems: Sequence[Any]) -> tuple[str, str]:
     """Name the first wrong field, and say all problems in one line."""
-    named = [(name_of_field(problem["loc"]), str(problem["msg"])) for problem in problems]
+    named = [
+        ("body", f"not JSON ({problem['ctx']['error']})")
+        if problem["type"] == "json_invalid"
+        else (name_of_field(problem["loc"]), str(problem["msg"]))
+        for problem in problems
+    ]
     text = "; ".join(f"{name}: {message}" for name, message in named[:MAX_PROBLEMS])
     if len(named) > MAX_PROBLEMS:
         text += f"; and {len(named) - MAX_PROBLEMS} more"

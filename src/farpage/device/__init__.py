@@ -1,0 +1,1 @@
+"""Paging devices: storage that holds logical volumes."""

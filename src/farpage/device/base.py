@@ -1,0 +1,134 @@
+"""The small interface of paging devices.
+
+All methods block except `open_volume`, and are safe to call from any thread.
+"""
+
+from __future__ import annotations
+
+import abc
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from farpage.blockio import BlockIO, Feature
+from farpage.errors import InvalidInput
+
+BLOCK_BYTES: Final = 4096
+"""Volumes are multiples of it, and so is everything that direct I/O transfers."""
+
+EPOCH_MAX: Final = (1 << 64) - 1
+"""Stands in the header of a deleted volume, so that whoever has it open yet cannot write."""
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+"""The definition's `Name`, fit for a file name."""
+
+
+@dataclass(frozen=True)
+class VolumeStat:
+    """A volume as it is on its device.
+
+    `id` (a UUID) tells a volume from an earlier one of the same name; `epoch` is the highest that
+    it was ever opened with through any VIOS, 0 for never.
+    """
+
+    name: str
+    id: str
+    size_bytes: int
+    used_bytes: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes that the volumes were promised, and bytes that they occupy."""
+
+    provisioned_bytes: int
+    used_bytes: int
+    volumes: int
+
+
+class PagingDevice(abc.ABC):
+    """Storage for volumes; opened devices are made by `farpage.device.open.open_device`."""
+
+    kind: str
+    id: str
+    name: str
+    spec: str
+    size_bytes: int
+    access: str
+    """How the storage is read and written, in words for users."""
+    features: Feature
+    """What its volumes can do."""
+
+    @abc.abstractmethod
+    def volumes(self) -> list[VolumeStat]:
+        """List the volumes, sorted by name.
+
+        :raise DeviceUnusable: the storage does not answer as it should.
+        """
+
+    @abc.abstractmethod
+    def volume(self, name: str) -> VolumeStat:
+        """Look a volume up.
+
+        :raise VolumeMissing: there is none.
+        """
+
+    @abc.abstractmethod
+    def usage(self) -> Usage:
+        """Add the volumes up."""
+
+    @abc.abstractmethod
+    def create_volume(self, name: str, size_bytes: int) -> VolumeStat:
+        """Make a volume that reads as zeros.
+
+        :raise InvalidInput: a name or size that no volume can have.
+        :raise VolumeExists: the name is taken.
+        :raise CapacityExceeded: it does not fit.
+        :raise DeviceUnusable: the storage refuses.
+        """
+
+    @abc.abstractmethod
+    def delete_volume(self, name: str, *, force: bool = False) -> None:
+        """Delete a volume; with `force` also while it is open, upon which writes to it are refused.
+
+        :raise VolumeMissing: there is none.
+        :raise VolumeInUse: somebody has it open, through this VIOS or another.
+        """
+
+    @abc.abstractmethod
+    def raise_epoch(self, name: str, epoch: int) -> int:
+        """Record durably that `epoch` owns the volume unless a newer one does; return the highest.
+
+        From then on writes with an older epoch are refused, through whichever VIOS they come.
+
+        :raise VolumeMissing: there is none.
+        """
+
+    @abc.abstractmethod
+    async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
+        """Open a volume for the owner at `epoch`, or read-only where that is None.
+
+        Commands that change a volume which a newer epoch owns finish with ESHUTDOWN.
+
+        :raise VolumeMissing: there is none.
+        :raise DeviceUnusable: the storage refuses.
+        """
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Let go of the storage; its volumes must have been closed."""
+
+
+def check_new_volume(name: str, size_bytes: int) -> None:
+    """Refuse what cannot be a volume.
+
+    :raise InvalidInput: naming the field.
+    """
+    if NAME.fullmatch(name) is None:
+        hint = "use lower-case letters, digits, '.', '_' and '-', at most 63, the first a letter or digit"
+        raise InvalidInput("name", f"{name!r} cannot be the name of a volume", hint)
+    if size_bytes <= 0 or size_bytes % BLOCK_BYTES:
+        raise InvalidInput(
+            "size_bytes", f"{size_bytes} is not a size for a volume", f"give a multiple of {BLOCK_BYTES}"
+        )

@@ -1,0 +1,334 @@
+"""`dir:PATH`: a directory with a label and one sparse file per volume.
+
+    PATH/label.json       what the device is
+    PATH/volumes/NAME     the volumes
+    PATH/headers/NAME     their identities and epochs
+
+Several VIOS may share the directory. Changes are made under a lock (flock(2)) on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from farpage.blockio import BlockIO, Feature
+from farpage.device.base import (
+    BLOCK_BYTES,
+    EPOCH_MAX,
+    NAME,
+    PagingDevice,
+    Usage,
+    VolumeStat,
+    check_new_volume,
+)
+from farpage.device.buffers import BufferPool
+from farpage.device.errors import CapacityExceeded, DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
+from farpage.device.file import FEATURES, Access, FileVolume
+from farpage.device.label import Header, Label, read_label, sync_folder, write_label
+from farpage.device.spans import SpanGate
+from farpage.device.spec import CacheMode, DirectorySpec
+from farpage.device.threads import IoThreads
+
+UNCOUNTED = frozenset({"lost+found"})
+"""Not a sign that a directory is in use: every new ext file system has it."""
+
+DEFAULT_SIZE_UNIT_BYTES = 1 << 20
+
+
+class DirectoryDevice(PagingDevice):
+    """A labelled directory; `prepare_directory` labels one."""
+
+    kind = "dir"
+
+    def __init__(self, spec: DirectorySpec, label: Label) -> None:
+        """Open a labelled directory, in the event loop that will use its volumes.
+
+        :raise DeviceUnusable: it cannot be written to.
+        """
+        self._folder = Path(spec.path)
+        self.id, self.name, self.size_bytes = label.uuid, label.name, label.size_bytes
+        self.spec = str(spec)
+        with self._problems_named():
+            for folder in (self._folder / "volumes", self._folder / "headers"):
+                folder.mkdir(mode=0o700, exist_ok=True)
+            if spec.cache is CacheMode.BUFFERED:
+                self._access = Access.BUFFERED
+            else:
+                self._access = Access.DIRECT if _direct_works(self._folder / "volumes") else Access.DROP
+        self.access = str(self._access)
+        self.features = FEATURES | (Feature.CACHE if self._access is Access.BUFFERED else Feature.NONE)
+        self._threads = IoThreads(f"io-{label.name}"[:15])
+        self._buffers = BufferPool()
+        self._gates: weakref.WeakValueDictionary[str, SpanGate] = weakref.WeakValueDictionary()
+
+    # Looking
+
+    def volumes(self) -> list[VolumeStat]:
+        """List the volumes, also those that another VIOS has made."""
+        found: list[VolumeStat] = []
+        with self._problems_named():
+            for name in self._names():
+                with contextlib.suppress(VolumeMissing):
+                    found.append(self.volume(name))
+        return found
+
+    def volume(self, name: str) -> VolumeStat:
+        """Look at the volume's file and header."""
+        with self._problems_named(), self._header(name) as header:
+            try:
+                status = self._file(name).stat()
+            except FileNotFoundError as error:
+                raise self._missing(name) from error
+            return VolumeStat(name, header.id, status.st_size, status.st_blocks * 512, header.epoch)
+
+    def usage(self) -> Usage:
+        """Add up the sizes and the allocated blocks of the files."""
+        provisioned = used = count = 0
+        with self._problems_named():
+            for name in self._names():
+                with contextlib.suppress(FileNotFoundError):
+                    status = self._file(name).stat()
+                    provisioned += status.st_size
+                    used += status.st_blocks * 512
+                    count += 1
+        return Usage(provisioned, used, count)
+
+    # Changing
+
+    def create_volume(self, name: str, size_bytes: int) -> VolumeStat:
+        """Make a sparse file; it appears whole or not at all."""
+        check_new_volume(name, size_bytes)
+        with self._problems_named(), self._locked():
+            path = self._file(name)
+            if path.exists():
+                raise VolumeExists(name, self.name)
+            free_bytes = max(0, self.size_bytes - self.usage().provisioned_bytes)
+            if size_bytes > free_bytes:
+                raise CapacityExceeded(self.name, self.size_bytes, free_bytes, name, size_bytes)
+            self._header_path(name).unlink(missing_ok=True)
+            Header.create(self._header_path(name))
+            temporary = path.with_name(f".{name}.new")
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(descriptor, size_bytes)
+                os.fsync(descriptor)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(descriptor)
+            temporary.rename(path)
+            sync_folder(path.parent)
+            return self.volume(name)
+
+    def delete_volume(self, name: str, *, force: bool = False) -> None:
+        """Remove the file; whoever has it open yet finds itself superseded."""
+        with self._problems_named(), self._locked(), self._header(name) as header:
+            path = self._file(name)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if not force:
+                    try:
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError as error:
+                        raise VolumeInUse(name, self.name, ", maybe through another VIOS") from error
+                header.set_epoch(EPOCH_MAX)
+                path.unlink()
+                sync_folder(path.parent)
+                self._header_path(name).unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+
+    def raise_epoch(self, name: str, epoch: int) -> int:
+        """Record the epoch in the volume's header, which every VIOS looks at before it writes."""
+        with self._problems_named(), self._locked(), self._header(name) as header:
+            if epoch > header.epoch:
+                header.set_epoch(epoch)
+            return header.epoch
+
+    async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
+        """Open the volume's file, with a lock that keeps it from being deleted."""
+        descriptor, size_bytes, superseded = await self._threads.run(self._open_files, name, epoch)
+        gate = self._gates.get(name)
+        if gate is None:
+            gate = self._gates[name] = SpanGate()
+        return FileVolume(
+            descriptor,
+            size_bytes,
+            access=self._access,
+            threads=self._threads,
+            buffers=self._buffers,
+            gate=gate,
+            superseded=superseded,
+        )
+
+    async def close(self) -> None:
+        """End the threads."""
+        await self._threads.close()
+        self._buffers.close()
+
+    def _open_files(self, name: str, epoch: int | None) -> tuple[int, int, Callable[[], bool] | None]:
+        with self._problems_named():
+            header = self._header(name)
+            flags = os.O_RDONLY if epoch is None else os.O_RDWR
+            if self._access is Access.DIRECT:
+                flags |= os.O_DIRECT
+            try:
+                descriptor = os.open(self._file(name), flags | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise self._missing(name) from error
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                size_bytes = os.fstat(descriptor).st_size
+            except OSError:
+                os.close(descriptor)
+                raise
+        if epoch is None:
+            header.close()
+            return descriptor, size_bytes, None
+        # The header stays open as long as the volume refers to this function.
+        return descriptor, size_bytes, lambda: header.epoch > epoch
+
+    # Helpers
+
+    def _file(self, name: str) -> Path:
+        return self._folder / "volumes" / name
+
+    def _header_path(self, name: str) -> Path:
+        return self._folder / "headers" / name
+
+    def _names(self) -> list[str]:
+        return sorted(
+            entry.name
+            for entry in os.scandir(self._folder / "volumes")
+            if NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+        )
+
+    def _header(self, name: str) -> Header:
+        """Open a volume's header; a file that was put there by hand gets one now."""
+        if NAME.fullmatch(name) is None or not self._file(name).is_file():
+            raise self._missing(name)
+        path = self._header_path(name)
+        with contextlib.suppress(FileNotFoundError):
+            return Header(path)
+        Header.create(path)
+        return Header(path)
+
+    def _missing(self, name: str) -> VolumeMissing:
+        return VolumeMissing(name, f"device {self.name!r}")
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with folder_locked(self._folder):
+            yield
+
+    @contextlib.contextmanager
+    def _problems_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise unusable(self.spec, error) from error
+
+
+def unusable(spec: str, error: OSError | ValueError) -> DeviceUnusable:
+    """Say what the file system, or the parser of a label or header, had to say."""
+    problem = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    return DeviceUnusable(spec, problem + where, "check the directory, its permissions and its file system")
+
+
+@contextlib.contextmanager
+def folder_locked(folder: Path) -> Iterator[None]:
+    """Hold the directory's lock; other threads and processes wait."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _direct_works(folder: Path) -> bool:
+    """Try direct I/O in blocks of `BLOCK_BYTES` on the file system of `folder`."""
+    probe = folder / f".direct-{os.getpid()}"
+    try:
+        descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        probe.unlink(missing_ok=True)
+        return False
+    try:
+        with mmap.mmap(-1, BLOCK_BYTES) as block:
+            os.pwrite(descriptor, block, 0)
+            return os.preadv(descriptor, [block], 0) == BLOCK_BYTES
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+        probe.unlink(missing_ok=True)
+
+
+def default_name(path: str) -> str:
+    """Make a device name of a path's last part."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", Path(path).name.lower()).lstrip("._-")[:63]
+    return name or "device"
+
+
+def prepare_directory(
+    spec: DirectorySpec, *, name: str | None = None, size_bytes: int | None = None, force: bool = False
+) -> Label:
+    """Return the directory's label, and label it first if it has none.
+
+    A directory that is not there is made, its parent is not. `size_bytes` goes before the size
+    in the specification; without either the size is the room that the file system has now.
+
+    :raise DeviceUnusable: not a directory, in use by something else, another size or name than asked for.
+    """
+    text, folder = str(spec), Path(spec.path)
+    wanted_bytes = size_bytes if size_bytes is not None else spec.size_bytes
+    try:
+        if not folder.exists():
+            folder.mkdir(mode=0o700)
+        with folder_locked(folder):
+            label = read_label(folder)
+            if label is None:
+                _refuse_foreign(text, folder, force)
+                label = Label(name=name or default_name(spec.path), size_bytes=wanted_bytes or _room(folder))
+                write_label(folder, label)
+    except (OSError, ValueError) as error:
+        raise unusable(text, error) from error
+    if wanted_bytes is not None and wanted_bytes != label.size_bytes:
+        raise DeviceUnusable(
+            text,
+            f"its label says {label.size_bytes} bytes, not {wanted_bytes}",
+            "leave the size out: a device keeps the size that it was labelled with",
+        )
+    if name is not None and name != label.name:
+        raise DeviceUnusable(
+            text, f"its label says that it is {label.name!r}, not {name!r}", "leave the name out"
+        )
+    return label
+
+
+def _refuse_foreign(spec: str, folder: Path, force: bool) -> None:
+    foreign = sorted(entry.name for entry in os.scandir(folder) if entry.name not in UNCOUNTED)
+    if foreign and not force:
+        raise DeviceUnusable(
+            spec,
+            f"the directory has no farpage label and is not empty ({foreign[0]})",
+            "use an empty directory, or add the device with --force to keep those files beside the volumes",
+        )
+
+
+def _room(folder: Path) -> int:
+    status = os.statvfs(folder)
+    size_bytes = status.f_bavail * status.f_frsize // DEFAULT_SIZE_UNIT_BYTES * DEFAULT_SIZE_UNIT_BYTES
+    if size_bytes == 0:
+        raise OSError(28, "the file system is full", str(folder))
+    return size_bytes

@@ -1,0 +1,28 @@
+"""Opens devices by their specifications: the place where the kinds are known."""
+
+from __future__ import annotations
+
+import asyncio
+
+from farpage.device.base import PagingDevice
+from farpage.device.directory import DirectoryDevice, prepare_directory
+from farpage.device.errors import DeviceUnusable
+from farpage.device.memory import MemoryDevice
+from farpage.device.spec import MemorySpec, parse_spec
+
+
+async def open_device(
+    spec: str, *, name: str | None = None, size_bytes: int | None = None, force: bool = False
+) -> PagingDevice:
+    """Open a device for use in the running event loop; label it when it has no label yet.
+
+    :raise InvalidInput: the specification cannot be read.
+    :raise DeviceUnusable: the storage is not there, in use by something else, or not as asked for.
+    """
+    parsed = parse_spec(spec)
+    if isinstance(parsed, MemorySpec):
+        if size_bytes is not None and size_bytes != parsed.size_bytes:
+            raise DeviceUnusable(spec, f"the size given is {size_bytes}", "give the size once")
+        return MemoryDevice(parsed, name=name)
+    label = await asyncio.to_thread(prepare_directory, parsed, name=name, size_bytes=size_bytes, force=force)
+    return DirectoryDevice(parsed, label)

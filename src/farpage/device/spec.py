@@ -1,0 +1,109 @@
+"""Device specifications as users write them: `dir:PATH[?size=10G&cache=direct]`, `memory:SIZE`."""
+
+from __future__ import annotations
+
+import enum
+import re
+import urllib.parse
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from farpage.errors import InvalidInput
+
+_SIZE = re.compile(r"(\d{1,19})(?:([KMGTP])(?:i?B)?|B)?", re.IGNORECASE)
+_SIZE_MAX_BYTES = 1 << 62
+
+
+class CacheMode(enum.StrEnum):
+    """Whether reads and writes may stay in the host's page cache."""
+
+    DIRECT = "direct"
+    BUFFERED = "buffered"
+
+
+@dataclass(frozen=True)
+class DirectorySpec:
+    """A directory of sparse files; without `size_bytes` as large as the file system has room."""
+
+    path: str
+    size_bytes: int | None = None
+    cache: CacheMode = CacheMode.DIRECT
+
+    def __str__(self) -> str:
+        options = {} if self.size_bytes is None else {"size": str(self.size_bytes)}
+        if self.cache is not CacheMode.DIRECT:
+            options["cache"] = str(self.cache)
+        path = urllib.parse.quote(self.path, safe="/ :@!$'()*,;=+~")
+        return f"dir:{path}" + (f"?{urllib.parse.urlencode(options)}" if options else "")
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """RAM of the VIOS, gone with it."""
+
+    size_bytes: int
+
+    def __str__(self) -> str:
+        return f"memory:{self.size_bytes}"
+
+
+DeviceSpec: TypeAlias = DirectorySpec | MemorySpec
+
+
+def parse_size(text: str, *, field: str = "size") -> int:
+    """Parse bytes with an optional binary unit: `4096`, `512M`, `10GiB`.
+
+    :raise InvalidInput: naming `field`.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    exponent = 0 if match is None or match[2] is None else "KMGTP".index(match[2].upper()) + 1
+    size_bytes = 0 if match is None else int(match[1]) << (10 * exponent)
+    if not 0 < size_bytes <= _SIZE_MAX_BYTES:
+        raise InvalidInput(
+            field,
+            f"{text!r} is not a size",
+            "write bytes, or a number with K, M, G or T, such as 512M or 10G",
+        )
+    return size_bytes
+
+
+def parse_spec(text: str) -> DeviceSpec:
+    """Parse a device specification.
+
+    In a `dir:` path `%`, `?` and `#` are written as in URLs: `%25`, `%3F`, `%23`.
+
+    :raise InvalidInput: naming the field, for anything else.
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "dir":
+        return _parse_directory(rest)
+    if kind == "memory":
+        return MemorySpec(parse_size(rest, field="device.size"))
+    raise InvalidInput(
+        "device",
+        f"{text!r} is not a device specification",
+        "write dir:PATH, dir:PATH?size=10G&cache=buffered or memory:SIZE",
+    )
+
+
+def _parse_directory(rest: str) -> DirectorySpec:
+    quoted, _, query = rest.partition("?")
+    path = urllib.parse.unquote(quoted)
+    if not path.startswith("/") or "\0" in path:
+        raise InvalidInput(
+            "device.path", f"{path!r} is not an absolute path", "write dir: and a path that starts with /"
+        )
+    size_bytes: int | None = None
+    cache = CacheMode.DIRECT
+    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+        if name == "size":
+            size_bytes = parse_size(value, field="device.size")
+        elif name == "cache" and value in list(CacheMode):
+            cache = CacheMode(value)
+        elif name == "cache":
+            raise InvalidInput("device.cache", f"{value!r} is not a cache mode", "write direct or buffered")
+        else:
+            raise InvalidInput(
+                f"device.{name}", "a directory has no such option", "the options are size and cache"
+            )
+    return DirectorySpec(path.rstrip("/") or "/", size_bytes, cache)
