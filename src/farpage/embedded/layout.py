@@ -94,7 +94,7 @@ class SetDocument(_Document):
 def default_state_dir() -> Path:
     """Return the folder used when none is named.
 
-    FARPAGE_STATE, else /var/lib/farpage for root, else `farpage` in XDG_STATE_HOME (by default ~/.local/state).
+    FARPAGE_STATE, else /var/lib/farpage for root, else `farpage` in XDG_STATE_HOME (or ~/.local/state).
     """
     if named := os.environ.get(STATE_VARIABLE):
         return Path(named)

@@ -1,4 +1,4 @@
-"""Starts and keeps a whole set, VIOSes and a hypervisor, with the commands that also start them one by one."""
+"""Starts and keeps a whole set, with the very commands that also start its daemons one by one."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ class EmbeddedSet:
         self.hypervisor = HypervisorControl(self.document.hypervisor.control)
         self.vioses = {name: ViosControl(vios.control, name) for name, vios in self.document.vioses.items()}
         self._vios_children = {
-            name: Child(
-                f"VIOS {name}", self._vios_arguments(name), self.layout.vios_dir(name) / "log", notify
-            )
+            name: Child(name, self._vios_arguments(name), self.layout.vios_dir(name) / "log", notify)
             for name in names
         }
         self._hypervisor_child = Child(

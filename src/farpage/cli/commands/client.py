@@ -1,0 +1,124 @@
+"""`farpage client`: the virtual clients of the hypervisor."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from farpage.cli.options import AsJson, State, size_option
+
+app = typer.Typer(name="client", help="Virtual clients: VMs and processes whose memory is paged.")
+
+ClientName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the client.")]
+Memory = Annotated[int, size_option("--memory", "Size of the client's memory.")]
+Limit = Annotated[
+    int | None, size_option("--limit", "Memory that may be resident; what is above it is paged out.")
+]
+Entitlement = Annotated[
+    int | None, size_option("--entitlement", "Memory that the client keeps, however short the pool is.")
+]
+
+
+@app.command("create", epilog="Example: farpage client create web1 --memory 512M --limit 128M")
+def create(
+    name: ClientName,
+    *,
+    memory: Memory,
+    limit: Limit = None,
+    entitlement: Entitlement = None,
+    weight: Annotated[
+        int, typer.Option("--weight", help="0 to 255; a higher weight loses memory later.")
+    ] = 128,
+    redundancy: Annotated[
+        str, typer.Option("--redundancy", metavar="none|path", help="What the volume survives.")
+    ] = "path",
+    state: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a client and its volume; its memory is attached later."""
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_hypervisor, wanted
+    from farpage.cli.wording.client import created
+    from farpage.hypervisor.model import ClientCreate
+
+    document = wanted(
+        ClientCreate,
+        name=name,
+        memory_bytes=memory,
+        limit_bytes=limit,
+        entitlement_bytes=entitlement or 0,
+        weight=weight,
+        redundancy=redundancy,
+    )
+    info = ask_hypervisor(state, lambda hypervisor: hypervisor.create_client(document))
+    print_json(info) if as_json else print_text(created(info))
+
+
+@app.command("attach", epilog="Example: farpage client attach web1 --pid 4711 --limit 128M")
+def attach(
+    name: ClientName,
+    *,
+    pid: Annotated[
+        int, typer.Option("--pid", help="Process of the running VM; its memory is a shared memfd.")
+    ],
+    limit: Limit = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="NAME", help="The memory to page, where the process has several."),
+    ] = None,
+    state: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Page the memory of a running process; makes the client when it does not exist."""
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_hypervisor, named, wanted
+    from farpage.cli.wording.client import attached
+    from farpage.hypervisor.model import ClientAttach
+
+    document = wanted(ClientAttach, pid=pid, memory=memory, limit_bytes=limit)
+    info = ask_hypervisor(state, lambda hypervisor: hypervisor.attach(named(name), document))
+    print_json(info) if as_json else print_text(attached(info))
+
+
+@app.command("detach", epilog="Example: farpage client detach web1")
+def detach(name: ClientName, state: State = None, as_json: AsJson = False) -> None:
+    """Page everything back in and let go of the process, which runs on; waits until that is done."""
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_hypervisor, named
+    from farpage.cli.wording.client import detached
+
+    info = ask_hypervisor(state, lambda hypervisor: hypervisor.detach(named(name)))
+    print_json(info) if as_json else print_text(detached(info))
+
+
+@app.command("delete", epilog="Example: farpage client delete web1")
+def delete(name: ClientName, state: State = None) -> None:
+    """Remove a detached client and its volume."""
+    from farpage.cli.output import print_text
+    from farpage.cli.session import ask_hypervisor, named
+
+    ask_hypervisor(state, lambda hypervisor: hypervisor.delete_client(named(name)))
+    print_text(f"client {name} deleted")
+
+
+@app.command("list", epilog="Example: farpage client list --json")
+def list_clients(state: State = None, as_json: AsJson = False) -> None:
+    """List the clients."""
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wording.client import overview
+
+    clients = ask_hypervisor(state, lambda hypervisor: hypervisor.clients())
+    print_json(clients) if as_json else print_text(overview(clients))
+
+
+@app.command("show", epilog="Example: farpage client show web1")
+def show(name: ClientName, state: State = None, as_json: AsJson = False) -> None:
+    """Show one client: its memory, paths, counters and failovers."""
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_hypervisor, named
+    from farpage.cli.wording.client import details
+
+    info = ask_hypervisor(state, lambda hypervisor: hypervisor.client(named(name)))
+    print_json(info) if as_json else print_text(*details(info))

@@ -1,0 +1,34 @@
+"""`farpage demo`: the whole thing on one machine, with faults."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from farpage.cli.options import AsJson, State, size_option
+
+EXAMPLE = "Example: farpage demo --guest none --json"
+
+
+def demo(
+    *,
+    guest: Annotated[
+        str | None,
+        typer.Option(
+            "--guest",
+            metavar="qemu|none",
+            help="A Linux guest in QEMU, or a process with a Region; by default qemu where it is installed.",
+        ),
+    ] = None,
+    memory: Annotated[int, size_option("--memory", "Memory of the guest.")] = 512 << 20,
+    fill: Annotated[int, size_option("--fill", "Memory that the guest fills with checked data.")] = 300 << 20,
+    limit: Annotated[int, size_option("--limit", "Memory that may be resident.")] = 128 << 20,
+    state: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Page a guest through two VIOSes, kill one, hang the other, and have the guest check every page.
+
+    Exit status 0 only if the guest verified everything.
+    """
+    raise NotImplementedError

@@ -1,0 +1,75 @@
+"""`farpage hypervisor`: the daemon on the VMs' host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farpage.cli.options import AsJson, State, duration_option, size_option
+
+app = typer.Typer(
+    name="hypervisor", help="The hypervisor: owns the memory pool, pages in and out, picks paths."
+)
+
+
+@app.command(
+    "run",
+    epilog="Example: farpage hypervisor run host1 --dir /var/lib/farpage/host1 "
+    "--vios vios1=unix:/run/vios1.sock --vios vios2=unix:/run/vios2.sock",
+)
+def run(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the hypervisor.")],
+    *,
+    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Folder of its sockets and state.")],
+    vioses: Annotated[
+        list[str],
+        typer.Option("--vios", metavar="NAME=ADDRESS", help="A VIOS's control address; once for each."),
+    ],
+    control: Annotated[
+        str | None,
+        typer.Option(
+            "--control", metavar="ADDRESS", help="Control API's address; by default DIR/control.sock."
+        ),
+    ] = None,
+    attach: Annotated[
+        str | None,
+        typer.Option(
+            "--attach", metavar="ADDRESS", help="Address that regions connect to; by default DIR/attach.sock."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, max=256, help="Data workers; by default one per core.")
+    ] = None,
+    path_timeout: Annotated[
+        float, duration_option("--path-timeout", "A command that waits longer makes its path suspect.")
+    ] = 1.0,
+    limit: Annotated[int | None, size_option("--limit", "Limit of clients that name none.")] = None,
+    pool_size: Annotated[int | None, size_option("--pool-size", "Size of the memory pool.")] = None,
+) -> None:
+    """Run a hypervisor in the foreground until SIGTERM or Ctrl-C."""
+    from farpage.cli.daemons import run_hypervisor
+
+    run_hypervisor(
+        name=name,
+        folder=folder,
+        control=control,
+        attach=attach,
+        vioses=vioses,
+        workers=workers,
+        path_timeout_seconds=path_timeout,
+        default_limit_bytes=limit,
+        pool_size_bytes=pool_size,
+    )
+
+
+@app.command("show", epilog="Example: farpage hypervisor show --json")
+def show(state: State = None, as_json: AsJson = False) -> None:
+    """Show the set's hypervisor and its workers."""
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wording.hypervisor import details
+
+    info = ask_hypervisor(state, lambda hypervisor: hypervisor.info())
+    print_json(info) if as_json else print_text(*details(info))

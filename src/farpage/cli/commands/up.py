@@ -1,0 +1,53 @@
+"""`farpage up`: the embedded set."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from farpage.cli.options import AsJson, State, duration_option, size_option
+
+EXAMPLE = "Example: farpage up --state /var/lib/farpage --limit 128M"
+
+
+def up(
+    *,
+    state: State = None,
+    vios_count: Annotated[int, typer.Option("--vios-count", help="Number of VIOSes, 1 to 8.")] = 2,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device",
+            metavar="SPEC",
+            help="Paging device of every VIOS; may be repeated; by default a folder in the state folder.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, max=256, help="Data workers; by default one per core.")
+    ] = None,
+    path_timeout: Annotated[
+        float, duration_option("--path-timeout", "A command that waits longer makes its path suspect.")
+    ] = 1.0,
+    limit: Annotated[int | None, size_option("--limit", "Limit of clients that name none.")] = None,
+    pool_size: Annotated[int | None, size_option("--pool-size", "Size of the memory pool.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start VIOSes, a hypervisor and a device of files, and stay until Ctrl-C.
+
+    The other commands find the set by the same --state (or FARPAGE_STATE).
+    """
+    from farpage.cli.foreground import run_set
+    from farpage.embedded.layout import default_state_dir
+    from farpage.embedded.set import SetSettings
+
+    settings = SetSettings(
+        state_dir=state or default_state_dir(),
+        vios_count=vios_count,
+        devices=tuple(devices or ()),
+        workers=workers,
+        path_timeout_seconds=path_timeout,
+        default_limit_bytes=limit,
+        pool_size_bytes=pool_size,
+    )
+    run_set(settings, as_json=as_json)

@@ -1,0 +1,67 @@
+"""`farpage vios`: the virtual I/O servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farpage.cli.options import AsJson, State
+
+app = typer.Typer(name="vios", help="Virtual I/O servers: reach paging devices and serve their volumes.")
+
+ViosName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the VIOS.")]
+
+
+@app.command(
+    "run", epilog="Example: farpage vios run vios1 --dir /var/lib/farpage/vios1 --device dir:/srv/paging"
+)
+def run(
+    name: ViosName,
+    folder: Annotated[
+        Path, typer.Option("--dir", metavar="DIR", help="Folder of its sockets, database and state.")
+    ],
+    control: Annotated[
+        str | None,
+        typer.Option(
+            "--control", metavar="ADDRESS", help="Control API's address; by default DIR/control.sock."
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", metavar="ADDRESS", help="NBD address; may be given again; by default DIR/data.sock."
+        ),
+    ] = None,
+    devices: Annotated[
+        list[str] | None,
+        typer.Option("--device", metavar="SPEC", help="Device to serve, as 'device add' takes it."),
+    ] = None,
+) -> None:
+    """Run a VIOS in the foreground until SIGTERM or Ctrl-C."""
+    from farpage.cli.daemons import run_vios
+
+    run_vios(name=name, folder=folder, control=control, data=data or [], devices=devices or [])
+
+
+@app.command("list", epilog="Example: farpage vios list")
+def list_vioses(state: State = None, as_json: AsJson = False) -> None:
+    """List the VIOSes as the hypervisor sees them."""
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wording.vios import overview
+
+    vioses = ask_hypervisor(state, lambda hypervisor: hypervisor.vioses())
+    print_json(vioses) if as_json else print_text(overview(vioses))
+
+
+@app.command("show", epilog="Example: farpage vios show vios1")
+def show(name: ViosName, state: State = None, as_json: AsJson = False) -> None:
+    """Show what a VIOS tells of itself: health, devices and volumes."""
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_vios
+    from farpage.cli.wording.vios import details
+
+    found = ask_vios(state, name, lambda vios: vios.details())
+    print_json(found) if as_json else print_text(*details(found))

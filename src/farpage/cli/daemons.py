@@ -1,0 +1,1 @@
+"""What `vios run` and `hypervisor run` do."""

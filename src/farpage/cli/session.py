@@ -1,0 +1,84 @@
+"""From a command line to the daemons: finds the set, connects, runs one action."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from farpage.definition.model import Name
+from farpage.embedded.control import HypervisorControl, ViosControl
+from farpage.embedded.layout import SetDocument, StateLayout, default_state_dir
+from farpage.errors import InvalidInput
+
+Result = TypeVar("Result")
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_set(state: Path | None) -> SetDocument:
+    """Read the description of the set.
+
+    :raise NoSet: nothing describes one in the state folder.
+    """
+    return StateLayout.at(state or default_state_dir()).read()
+
+
+def ask_hypervisor(state: Path | None, action: Callable[[HypervisorControl], Awaitable[Result]]) -> Result:
+    """Run an action with the set's hypervisor and return what it returns."""
+    address = read_set(state).hypervisor.control
+
+    async def run() -> Result:
+        async with HypervisorControl(address) as hypervisor:
+            return await action(hypervisor)
+
+    return asyncio.run(run())
+
+
+def ask_vios(state: Path | None, name: str, action: Callable[[ViosControl], Awaitable[Result]]) -> Result:
+    """Run an action with one VIOS of the set and return what it returns.
+
+    :raise NoSuchVios:
+    """
+    address = read_set(state).vios(name).control
+
+    async def run() -> Result:
+        async with ViosControl(address, name) as vios:
+            return await action(vios)
+
+    return asyncio.run(run())
+
+
+def wanted(model: type[Model], **values: object) -> Model:
+    """Make a request's document from command line values.
+
+    :raise InvalidInput: naming the value that the document does not accept.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "request"
+        raise InvalidInput(field, f"{first['input']!r}: {first['msg']}", _hint(first["type"])) from problem
+
+
+def _hint(kind: str) -> str:
+    if kind == "string_pattern_mismatch":
+        return "use lower-case letters, digits, '.', '_' and '-', at most 63 of them"
+    if kind == "multiple_of":
+        return "use a whole number of 4096-byte pages, for example 512M"
+    return "correct the value; --help shows an example"
+
+
+def named(name: str) -> str:
+    """Return a name that is fit for a request's path.
+
+    :raise InvalidInput: it is no name.
+    """
+    return wanted(_Named, name=name).name
+
+
+class _Named(BaseModel):
+    name: Name

@@ -1,0 +1,120 @@
+"""Words for clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from farpage.cli.output import fields, table
+from farpage.cli.sizes import format_duration, format_size
+from farpage.cli.wording.path import overview as paths_overview
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from farpage.hypervisor.model import ClientInfo, FailoverInfo
+
+
+def created(info: ClientInfo) -> str:
+    """Say that the client is there, and over which paths."""
+    over = ", ".join(path.vios for path in info.paths) or "no VIOS yet"
+    return (
+        f"client {info.name} created: {format_size(info.memory_bytes)}, "
+        f"redundancy {info.redundancy}, over {over}"
+    )
+
+
+def attached(info: ClientInfo) -> str:
+    """Say what is paged now."""
+    return (
+        f"client {info.name} attached: {format_size(info.memory_bytes)} of process {info.pid}, "
+        f"limited to {format_size(info.limit_bytes)}"
+    )
+
+
+def detached(info: ClientInfo) -> str:
+    """Say that the memory is the process's own again."""
+    return f"client {info.name} detached: all of its memory is resident again"
+
+
+def overview(clients: Sequence[ClientInfo]) -> Table:
+    """Return one line per client."""
+    return table(
+        ["client", "attached", "memory", "limit", "resident", "on device", "page-ins", "page-outs", "path"],
+        (
+            (
+                info.name,
+                _attachment(info),
+                format_size(info.memory_bytes),
+                format_size(info.limit_bytes),
+                format_size(info.resident_bytes),
+                format_size(info.on_device_bytes),
+                str(info.counters.page_in_pages),
+                str(info.counters.page_out_pages),
+                ", ".join(f"{path.vios} {path.state}" for path in info.paths) or "none",
+            )
+            for info in clients
+        ),
+    )
+
+
+def details(info: ClientInfo) -> Iterator[RenderableType]:
+    """Return everything about one client."""
+    counters = info.counters
+    yield fields(
+        [
+            ("client", info.name),
+            ("attached", _attachment(info)),
+            ("memory", format_size(info.memory_bytes)),
+            ("limit", format_size(info.limit_bytes)),
+            ("entitlement", format_size(info.entitlement_bytes)),
+            ("weight", str(info.weight)),
+            ("resident", format_size(info.resident_bytes)),
+            ("on device", format_size(info.on_device_bytes)),
+            ("zero", format_size(info.zero_bytes)),
+            ("redundancy", str(info.redundancy)),
+            ("epoch", str(info.epoch)),
+            ("worker", "-" if info.worker is None else str(info.worker)),
+            ("stalled faults", str(info.stalled_faults)),
+            ("longest stall", format_duration(counters.longest_stall_ms / 1000)),
+        ]
+    )
+    yield ""
+    yield table(
+        ["counter", "value"],
+        [
+            (name.removesuffix("_pages").replace("_", " "), f"{value}")
+            for name, value in counters.model_dump().items()
+            if name != "longest_stall_ms"
+        ],
+    )
+    yield ""
+    yield paths_overview(info.paths)
+    if info.failovers:
+        yield ""
+        yield _failovers(info.failovers)
+
+
+def _failovers(failovers: Sequence[FailoverInfo]) -> Table:
+    return table(
+        ["failover from", "to", "took", "longest stall", "replayed", "quarantined", "reason"],
+        (
+            (
+                failover.from_vios,
+                failover.to_vios or "-",
+                "-"
+                if failover.active_at_seconds is None
+                else format_duration(failover.active_at_seconds - failover.detected_at_seconds),
+                format_duration(failover.longest_stall_ms / 1000),
+                str(failover.replayed_commands),
+                str(failover.quarantined_pages),
+                failover.reason,
+            )
+            for failover in failovers
+        ),
+    )
+
+
+def _attachment(info: ClientInfo) -> str:
+    return str(info.attachment) if info.pid is None else f"{info.attachment} {info.pid}"

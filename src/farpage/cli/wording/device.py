@@ -1,0 +1,51 @@
+"""Words for paging devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from farpage.cli.output import table
+from farpage.cli.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from farpage.cli.devices import ViosDevices
+    from farpage.vios.model import DeviceInfo
+
+
+def overview(reached: Sequence[ViosDevices]) -> Table:
+    """Return one line per device, with the VIOSes that reach it."""
+    devices: dict[str, DeviceInfo] = {}
+    reached_by: dict[str, list[str]] = {}
+    for entry in reached:
+        for device in entry.devices:
+            devices.setdefault(device.id, device)
+            reached_by.setdefault(device.id, []).append(entry.vios)
+    return table(
+        ["device", "kind", "size", "provisioned", "used", "volumes", "reached by", "spec", "id"],
+        (
+            (
+                device.name,
+                device.kind,
+                format_size(device.size_bytes),
+                format_size(device.provisioned_bytes),
+                format_size(device.used_bytes),
+                str(device.volumes),
+                ", ".join(reached_by[device.id]),
+                device.spec,
+                device.id,
+            )
+            for device in devices.values()
+        ),
+    )
+
+
+def problems(reached: Sequence[ViosDevices]) -> Iterator[Text]:
+    """Return a line for each VIOS that did not answer."""
+    for entry in reached:
+        if entry.problem:
+            yield Text(f"{entry.vios}: {entry.problem}", style="red")

@@ -1,0 +1,33 @@
+"""Words for the hypervisor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from farpage.cli.output import fields, table
+from farpage.cli.sizes import format_duration
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from farpage.hypervisor.model import HypervisorInfo
+
+
+def details(info: HypervisorInfo) -> Iterator[RenderableType]:
+    """Return the daemon and its workers."""
+    yield fields(
+        [
+            ("hypervisor", info.hypervisor),
+            ("version", info.version),
+            ("pid", str(info.pid)),
+            ("up", format_duration(info.uptime_seconds)),
+            ("definition revision", str(info.definition_revision)),
+            ("clients", str(info.clients)),
+        ]
+    )
+    yield ""
+    yield table(
+        ["worker", "pid", "clients"],
+        ((str(worker.index), str(worker.pid), str(worker.clients)) for worker in info.workers),
+    )

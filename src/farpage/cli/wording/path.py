@@ -1,0 +1,44 @@
+"""Words for paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from farpage.cli.output import table
+from farpage.cli.sizes import format_duration
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from farpage.hypervisor.model import PathInfo
+
+COLOURS = {"active": "green", "standby": "cyan", "suspect": "yellow", "failed": "red"}
+
+
+def coloured(state: str) -> Text:
+    """Return the state in its colour."""
+    return Text(state, style=COLOURS.get(state, ""))
+
+
+def overview(paths: Sequence[PathInfo]) -> Table:
+    """Return one line per path."""
+    return table(
+        ["client", "vios", "state", "for", "epoch", "in flight", "failovers", "device", "reason"],
+        (
+            (
+                path.client,
+                path.vios,
+                coloured(path.state),
+                format_duration(path.since_seconds),
+                str(path.epoch),
+                str(path.in_flight),
+                str(path.failovers),
+                path.device,
+                path.reason or "-",
+            )
+            for path in paths
+        ),
+    )

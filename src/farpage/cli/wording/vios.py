@@ -1,0 +1,86 @@
+"""Words for VIOSes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from farpage.cli.output import fields, table
+from farpage.cli.sizes import format_duration, format_size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from farpage.embedded.control import ViosDetails
+    from farpage.hypervisor.model import ViosStatus
+
+
+def overview(vioses: Sequence[ViosStatus]) -> Table:
+    """Return one line per VIOS."""
+    return table(
+        ["vios", "reachable", "pid", "revision", "devices", "control", "problem"],
+        (
+            (
+                vios.name,
+                Text("yes", style="green") if vios.reachable else Text("no", style="red"),
+                "-" if vios.pid is None else str(vios.pid),
+                "-" if vios.definition_revision is None else str(vios.definition_revision),
+                str(len(vios.devices)),
+                vios.control,
+                vios.problem or "-",
+            )
+            for vios in vioses
+        ),
+    )
+
+
+def details(found: ViosDetails) -> Iterator[RenderableType]:
+    """Return the daemon, its devices and its volumes."""
+    health = found.health
+    yield fields(
+        [
+            ("vios", health.vios),
+            ("version", health.version),
+            ("pid", str(health.pid)),
+            ("up", format_duration(health.uptime_seconds)),
+            ("definition revision", str(health.definition_revision)),
+            ("data", ", ".join(health.data)),
+            ("open exports", str(health.open_exports)),
+        ]
+    )
+    yield ""
+    yield table(
+        ["device", "kind", "size", "provisioned", "used", "volumes", "spec", "id"],
+        (
+            (
+                device.name,
+                device.kind,
+                format_size(device.size_bytes),
+                format_size(device.provisioned_bytes),
+                format_size(device.used_bytes),
+                str(device.volumes),
+                device.spec,
+                device.id,
+            )
+            for device in found.devices
+        ),
+    )
+    if found.volumes:
+        yield ""
+        yield table(
+            ["volume", "size", "used", "epoch", "connections", "device"],
+            (
+                (
+                    volume.name,
+                    format_size(volume.size_bytes),
+                    format_size(volume.used_bytes),
+                    str(volume.epoch),
+                    str(volume.open_connections),
+                    volume.device,
+                )
+                for volume in found.volumes
+            ),
+        )
