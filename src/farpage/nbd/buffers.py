@@ -1,0 +1,45 @@
+"""Memory for payloads: page-aligned, reused, bounded.
+
+Devices opened with O_DIRECT want aligned memory (open(2)), and paging out must not wait for memory that paging
+out has to free; so buffers come from size classes that are kept once used.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Final
+
+PAGE_BYTES: Final = mmap.PAGESIZE
+_SLAB_BYTES: Final = 1 << 20
+
+
+class AlignedPool:
+    """Page-aligned buffers in powers of two; used from one thread."""
+
+    def __init__(self, idle_max_bytes: int = 64 << 20) -> None:
+        """Keep at most `idle_max_bytes` of unused large buffers; small ones are kept up to their highest use."""
+        self._idle_max_bytes = idle_max_bytes
+        self._idle_bytes = 0
+        self._free: dict[int, list[memoryview]] = {}
+
+    def take(self, length: int) -> memoryview:
+        """Return a writable buffer of at least `length` bytes; its own length is its size class."""
+        size = PAGE_BYTES if length <= PAGE_BYTES else 1 << (length - 1).bit_length()
+        free = self._free.setdefault(size, [])
+        if not free:
+            if size >= _SLAB_BYTES:
+                return memoryview(mmap.mmap(-1, size))
+            slab = memoryview(mmap.mmap(-1, _SLAB_BYTES))
+            free.extend(slab[at : at + size] for at in range(0, _SLAB_BYTES, size))
+        elif size >= _SLAB_BYTES:
+            self._idle_bytes -= size
+        return free.pop()
+
+    def give(self, buffer: memoryview) -> None:
+        """Take back a whole buffer that `take` returned and that nobody uses any more."""
+        size = len(buffer)
+        if size >= _SLAB_BYTES:
+            if self._idle_bytes + size > self._idle_max_bytes:
+                return
+            self._idle_bytes += size
+        self._free.setdefault(size, []).append(buffer)

@@ -1,0 +1,445 @@
+"""An NBD client: one connection to an export, as a `BlockIO`.
+
+connection = await Connection.open(UnixAddress("/run/farpage/vios-a.sock"), "volume")
+connection.on_lost = lambda error: ...
+connection.read(0, 4096, done)
+connection.push()       # or let the loop's next turn send what was started in this one
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from farpage.address import Address
+from farpage.blockio import (
+    CONNECTION_LOST,
+    BlockLimits,
+    Done,
+    ExtentsDone,
+    Feature,
+    ReadDone,
+)
+from farpage.nbd import codec, connecting
+from farpage.nbd import protocol as p
+from farpage.nbd.codec import ProtocolViolation
+from farpage.nbd.connecting import Negotiated, list_exports
+from farpage.nbd.errors import ConnectionEnded
+from farpage.nbd.replies import Command, ReplyStream
+
+HANDSHAKE_TIMEOUT_SECONDS: Final = 10.0
+_SEGMENTS_MAX: Final = 512
+"""Buffers in one sendmsg; IOV_MAX is 1024 (readv(2))."""
+
+__all__ = ["Connection", "list_exports"]
+
+
+class Connection:
+    """One connection to one export. Never blocks; used from one event loop.
+
+    Requests larger than the server's limit are split; a command that the server does not offer finishes with ENOTSUP.
+    """
+
+    def __init__(
+        self, sock: socket.socket, address: Address, export_name: str, negotiated: Negotiated
+    ) -> None:
+        """Take over a connected non-blocking socket; use `open` to get one."""
+        self.address = address
+        self.export_name = export_name
+        self.on_lost: Callable[[Exception], None] | None = None
+        """Called once, before the commands in flight are finished, when the connection ends unasked."""
+        self._loop = asyncio.get_running_loop()
+        self._socket = sock
+        self._negotiated = negotiated
+        self._read_only = bool(negotiated.flags & p.NBD_FLAG_READ_ONLY)
+        self._features = codec.features_of(negotiated.flags)
+        if negotiated.context_id is not None:
+            self._features |= Feature.EXTENTS
+        self._peer_pid = connecting.peer_pid(sock)
+        self._stream = ReplyStream(
+            self._loop,
+            structured_replies=negotiated.structured_replies,
+            context_id=negotiated.context_id,
+        )
+        self._cookie = 0
+        self._unsent: list[bytes | memoryview] = []
+        self._has_payload = False
+        self._push_scheduled = False
+        self._blocked = False
+        self._ended = False
+        self._idle: asyncio.Event | None = None
+        self._loop.add_reader(sock, self._on_readable)
+
+    @classmethod
+    async def open(
+        cls,
+        address: Address,
+        export_name: str,
+        *,
+        handshake_timeout_seconds: float = HANDSHAKE_TIMEOUT_SECONDS,
+        structured_replies: bool = True,
+        block_status: bool = True,
+    ) -> Connection:
+        """Connect and negotiate. The two flags leave features out although the server may have them.
+
+        :raise ConnectFailed: as one of `ServerUnreachable`, `HandshakeTimedOut`, `ServerRefused`,
+            `ServerViolatedProtocol`.
+        """
+        sock, negotiated = await connecting.connect(
+            address,
+            export_name,
+            handshake_timeout_seconds=handshake_timeout_seconds,
+            structured_replies=structured_replies,
+            block_status=block_status,
+        )
+        return cls(sock, address, export_name, negotiated)
+
+    # What it is
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the export."""
+        return self._negotiated.size_bytes
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the server refuses writes."""
+        return self._read_only
+
+    @property
+    def limits(self) -> BlockLimits:
+        """The server's block size constraints; longer requests are split here."""
+        return self._negotiated.limits
+
+    @property
+    def features(self) -> Feature:
+        """What was negotiated."""
+        return self._features
+
+    @property
+    def structured_replies(self) -> bool:
+        """Whether READs are answered in chunks."""
+        return self._negotiated.structured_replies
+
+    @property
+    def peer_pid(self) -> int | None:
+        """Process that listens on the UNIX socket; None on TCP."""
+        return self._peer_pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the connection is gone; further commands finish with CONNECTION_LOST."""
+        return self._ended
+
+    @property
+    def in_flight(self) -> int:
+        """Commands sent, or about to be sent, and not answered."""
+        return len(self._stream.in_flight)
+
+    @property
+    def oldest_inflight_seconds(self) -> float:
+        """Age of the command that has waited longest; 0 if none is in flight."""
+        for command in self._stream.in_flight.values():
+            return self._loop.time() - command.started
+        return 0.0
+
+    # Commands
+
+    def read_now(self, offset: int, into: memoryview) -> bool:
+        """Return False: bytes of a server are never at hand."""
+        return False
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        """Read; the payload lies in the receive buffer and is valid during `done` only."""
+        self._check_range(offset, length)
+        if length > self.limits.maximum:
+            self._read_parts(offset, length, done)
+            return
+        command = self._start(p.NBD_CMD_READ, 0, offset, length)
+        if command is None:
+            done(CONNECTION_LOST, None)
+        else:
+            command.on_read = done
+
+    def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
+        """Write; `data` is sent from where it is."""
+        data = data.cast("B") if data.format != "B" or data.ndim != 1 else data
+        length = len(data)
+        self._check_range(offset, length)
+        flags = p.NBD_CMD_FLAG_FUA if fua else 0
+        if not self._allowed(Feature.FUA if fua else Feature.NONE, done, changes=True):
+            return
+        step = self.limits.maximum
+        if length <= step:
+            self._command(p.NBD_CMD_WRITE, flags, offset, length, done, data)
+            return
+        joined = _Joined(done, -(-length // step))
+        for at in range(0, length, step):
+            part = data[at : at + step]
+            self._command(p.NBD_CMD_WRITE, flags, offset + at, len(part), joined.part_done, part)
+
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        done: Done,
+        *,
+        punch: bool = True,
+        fast: bool = False,
+        fua: bool = False,
+    ) -> None:
+        """Make the range read as zeros (NBD_CMD_WRITE_ZEROES)."""
+        self._check_range(offset, length)
+        needed = Feature.ZERO
+        flags = 0 if punch else p.NBD_CMD_FLAG_NO_HOLE
+        if fast:
+            needed |= Feature.FAST_ZERO
+            flags |= p.NBD_CMD_FLAG_FAST_ZERO
+        # Without FAST_ZERO the payload limit holds for zeroing too ("Block size constraints").
+        step = self._longest_bytes if fast else self.limits.maximum
+        self._without_payload(p.NBD_CMD_WRITE_ZEROES, needed, flags, offset, length, step, done, fua)
+
+    def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
+        """Say that the contents no longer matter (NBD_CMD_TRIM)."""
+        self._check_range(offset, length)
+        self._without_payload(p.NBD_CMD_TRIM, Feature.TRIM, 0, offset, length, self._longest_bytes, done, fua)
+
+    def cache(self, offset: int, length: int, done: Done) -> None:
+        """Ask for the range to be near (NBD_CMD_CACHE)."""
+        self._check_range(offset, length)
+        if not self._allowed(Feature.CACHE, done):
+            return
+        step = self.limits.maximum
+        joined = _Joined(done, -(-length // step))
+        for at in range(0, length, step):
+            self._command(p.NBD_CMD_CACHE, 0, offset + at, min(step, length - at), joined.part_done)
+
+    def flush(self, done: Done) -> None:
+        """Put every finished write on stable storage (NBD_CMD_FLUSH)."""
+        if self._allowed(Feature.FLUSH, done):
+            self._command(p.NBD_CMD_FLUSH, 0, 0, 0, done)
+
+    def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
+        """Report the allocation (NBD_CMD_BLOCK_STATUS)."""
+        self._check_range(offset, length)
+        if Feature.EXTENTS not in self._features:
+            done(errno.ENOTSUP, None)
+            return
+        length = min(length, self._longest_bytes)
+        command = self._start(p.NBD_CMD_BLOCK_STATUS, 0, offset, length)
+        if command is None:
+            done(CONNECTION_LOST, None)
+        else:
+            command.on_extents = done
+
+    # Sending
+
+    def push(self) -> None:
+        """Send what was started, now, as far as the socket takes it."""
+        if self._blocked or self._ended:
+            return
+        try:
+            while self._unsent:
+                if not self._has_payload:
+                    data = b"".join(self._unsent) if len(self._unsent) > 1 else self._unsent[0]
+                    sent = self._socket.send(data)
+                    self._unsent = [] if sent == len(data) else [memoryview(data)[sent:]]
+                else:
+                    self._drop(self._socket.sendmsg(self._unsent[:_SEGMENTS_MAX]))
+            self._has_payload = False
+        except BlockingIOError:
+            self._blocked = True
+            self._loop.add_writer(self._socket, self._on_writable)
+        except OSError as error:
+            self._fail(error.strerror or str(error))
+
+    def _drop(self, sent: int) -> None:
+        unsent = self._unsent
+        for index, segment in enumerate(unsent):
+            if sent < len(segment):
+                unsent[index] = memoryview(segment)[sent:]
+                del unsent[:index]
+                return
+            sent -= len(segment)
+        unsent.clear()
+
+    def _on_writable(self) -> None:
+        self._loop.remove_writer(self._socket)
+        self._blocked = False
+        self.push()
+
+    def _scheduled_push(self) -> None:
+        self._push_scheduled = False
+        self.push()
+
+    def _start(self, command: int, flags: int, offset: int, length: int) -> Command | None:
+        """Put a command's header into the next send; None if the connection is gone."""
+        if self._ended:
+            return None
+        self._cookie = cookie = self._cookie + 1
+        started = Command(command, offset, length, self._loop.time())
+        self._stream.in_flight[cookie] = started
+        self._unsent.append(codec.encode_request(command, flags, cookie, offset, length))
+        if not self._push_scheduled:
+            self._push_scheduled = True
+            self._loop.call_soon(self._scheduled_push)
+        return started
+
+    def _command(
+        self,
+        command: int,
+        flags: int,
+        offset: int,
+        length: int,
+        done: Done,
+        payload: memoryview | None = None,
+    ) -> None:
+        started = self._start(command, flags, offset, length)
+        if started is None:
+            done(CONNECTION_LOST)
+            return
+        started.on_done = done
+        if payload is not None:
+            self._unsent.append(payload)
+            self._has_payload = True
+
+    def _without_payload(
+        self,
+        command: int,
+        needed: Feature,
+        flags: int,
+        offset: int,
+        length: int,
+        step: int,
+        done: Done,
+        fua: bool,
+    ) -> None:
+        if fua:
+            needed |= Feature.FUA
+            flags |= p.NBD_CMD_FLAG_FUA
+        if not self._allowed(needed, done, changes=True):
+            return
+        joined = _Joined(done, -(-length // step))
+        for at in range(0, length, step):
+            self._command(command, flags, offset + at, min(step, length - at), joined.part_done)
+
+    def _read_parts(self, offset: int, length: int, done: ReadDone) -> None:
+        whole = memoryview(bytearray(length))
+        step = self.limits.maximum
+        joined = _Joined(lambda error: done(error, None if error else whole), -(-length // step))
+
+        def part(at: int, size: int) -> None:
+            def part_read(error: int, payload: memoryview | None) -> None:
+                if payload is not None:
+                    whole[at : at + size] = payload
+                joined.part_done(error)
+
+            self.read(offset + at, size, part_read)
+
+        for at in range(0, length, step):
+            part(at, min(step, length - at))
+
+    @property
+    def _longest_bytes(self) -> int:
+        return p.LENGTH_MAX_BYTES - p.LENGTH_MAX_BYTES % self.limits.minimum
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if offset < 0 or length <= 0 or offset + length > self._negotiated.size_bytes:
+            raise ValueError(
+                f"{length} bytes at {offset} are outside of the export's {self._negotiated.size_bytes} bytes"
+            )
+        if (offset | length) & (self._negotiated.limits.minimum - 1):
+            raise ValueError(
+                f"{length} bytes at {offset} are not in blocks of {self._negotiated.limits.minimum}"
+            )
+
+    def _allowed(self, needed: Feature, done: Done, *, changes: bool = False) -> bool:
+        """Return whether a command may be sent; else finish it."""
+        if changes and self._read_only:
+            done(errno.EPERM)
+            return False
+        if needed not in self._features:
+            done(errno.ENOTSUP)
+            return False
+        return True
+
+    # Receiving
+
+    def _on_readable(self) -> None:
+        buffers = self._stream.buffers()
+        try:
+            if len(buffers) == 1:
+                received = self._socket.recv_into(buffers[0])
+            else:
+                received = self._socket.recvmsg_into(buffers)[0]
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._fail(error.strerror or str(error))
+            return
+        if not received:
+            self._fail("the server closed it")
+            return
+        try:
+            self._stream.received(received)
+        except ProtocolViolation as violation:
+            self._fail(f"the server does not keep to the NBD protocol: {violation}")
+            return
+        if self._idle is not None and not self._stream.in_flight:
+            self._idle.set()
+
+    # End
+
+    async def close(self) -> None:
+        """Wait for the commands in flight, tell the server goodbye and close."""
+        if self._stream.in_flight and not self._ended:
+            self._idle = asyncio.Event()
+            self.push()
+            await self._idle.wait()
+        if not self._ended:
+            self._unsent.append(codec.encode_request(p.NBD_CMD_DISC, 0, 0, 0, 0))
+            self.push()
+            self.abort()
+
+    def abort(self) -> None:
+        """Close at once; commands in flight finish with CONNECTION_LOST. `on_lost` is not called."""
+        if self._ended:
+            return
+        self._end()
+        self._stream.fail_all()
+
+    def _fail(self, reason: str) -> None:
+        if self._ended:
+            return
+        self._end()
+        if self.on_lost is not None:
+            self.on_lost(ConnectionEnded(self.export_name, str(self.address), reason))
+        self._stream.fail_all()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._loop.remove_reader(self._socket)
+        if self._blocked:
+            self._loop.remove_writer(self._socket)
+        self._socket.close()
+        self._unsent = []
+        if self._idle is not None:
+            self._idle.set()
+
+
+class _Joined:
+    """Finishes one command when all its parts are finished, with the first error."""
+
+    def __init__(self, done: Done, parts: int) -> None:
+        self._done = done
+        self._left = parts
+        self._error = 0
+
+    def part_done(self, error: int) -> None:
+        self._error = self._error or error
+        self._left -= 1
+        if not self._left:
+            self._done(self._error)

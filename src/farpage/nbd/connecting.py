@@ -1,0 +1,323 @@
+"""The client's side of the handshake: from an address to a socket in the transmission phase."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from farpage.address import Address, UnixAddress
+from farpage.blockio import BlockLimits
+from farpage.nbd import codec
+from farpage.nbd import protocol as p
+from farpage.nbd.codec import ProtocolViolation
+from farpage.nbd.errors import (
+    HandshakeTimedOut,
+    ServerRefused,
+    ServerUnreachable,
+    ServerViolatedProtocol,
+)
+
+_REPLY_MAX_BYTES: Final = 2 * p.STRING_MAX_BYTES + 64
+_REPLIES_MAX: Final = 1 << 16
+"""Replies to one option: a list of exports has one for each."""
+_RECEIVE_BYTES: Final = 4096
+_UCRED: Final = struct.Struct("=iII")
+
+
+@dataclass(frozen=True)
+class Negotiated:
+    """What both ends agreed on."""
+
+    size_bytes: int
+    flags: int
+    """NBD_FLAG_* transmission flags."""
+    limits: BlockLimits
+    structured_replies: bool
+    context_id: int | None
+    """The server's id for base:allocation; None if block status cannot be asked for."""
+
+
+class _OptionRefused(Exception):
+    def __init__(self, reply_type: int, message: str) -> None:
+        super().__init__(message)
+        self.reply_type = reply_type
+        self.message = message
+
+    @property
+    def reply(self) -> str:
+        return p.REP_ERROR_NAMES.get(self.reply_type, f"error reply {self.reply_type & 0x7FFFFFFF}")
+
+
+async def connect(
+    address: Address,
+    export: str,
+    *,
+    handshake_timeout_seconds: float,
+    structured_replies: bool = True,
+    block_status: bool = True,
+) -> tuple[socket.socket, Negotiated]:
+    """Return a non-blocking socket in the transmission phase and what was agreed on it.
+
+    :raise ServerUnreachable: nobody listens, or the connection broke.
+    :raise HandshakeTimedOut: no end within `handshake_timeout_seconds`.
+    :raise ServerRefused: the server does not give out the export.
+    :raise ServerViolatedProtocol: this is no NBD server, or not a correct one.
+    """
+
+    async with _handshake(address, export, handshake_timeout_seconds) as handshake:
+        negotiated = await handshake.enter(export, structured=structured_replies, block_status=block_status)
+        return handshake.detach(), negotiated
+
+
+async def list_exports(address: Address, *, handshake_timeout_seconds: float = 10.0) -> list[tuple[str, str]]:
+    """Return name and description of every export that the server tells of.
+
+    :raise ConnectFailed: as `connect`; `ServerRefused` where the server does not tell.
+    """
+    async with _handshake(address, "", handshake_timeout_seconds) as handshake:
+        return await handshake.list_exports()
+
+
+def peer_pid(sock: socket.socket) -> int | None:
+    """Return the process that listens at the other end of a UNIX socket (SO_PEERCRED, unix(7)); None on TCP."""
+    if sock.family != socket.AF_UNIX:
+        return None
+    pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid or None
+
+
+@asynccontextmanager
+async def _handshake(address: Address, export: str, timeout_seconds: float) -> AsyncIterator[_Handshake]:
+    """Connect and greet; turn every failure into a `ConnectFailed` and close the socket unless it is detached."""
+    handshake = None
+    where = str(address)
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            handshake = _Handshake(await _connected_socket(address))
+            await handshake.greet()
+            yield handshake
+    except TimeoutError as error:
+        raise HandshakeTimedOut(export, where, f"waited {timeout_seconds:g} s") from error
+    except EOFError as error:
+        raise ServerUnreachable(export, where, "it closed the connection during the handshake") from error
+    except OSError as error:
+        raise ServerUnreachable(export, where, error.strerror or str(error)) from error
+    except _OptionRefused as error:
+        message = error.message or "it gives no reason"
+        raise ServerRefused(export, where, message, error.reply) from error
+    except ProtocolViolation as error:
+        raise ServerViolatedProtocol(export, where, str(error)) from error
+    finally:
+        if handshake is not None:
+            handshake.close()
+
+
+async def _connected_socket(address: Address) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    if isinstance(address, UnixAddress):
+        return await _try_to_connect(socket.AF_UNIX, address.path)
+    found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    failure = OSError(errno.EADDRNOTAVAIL, "the name has no address")
+    for family, _, _, _, place in found:
+        try:
+            sock = await _try_to_connect(family, place)
+        except OSError as error:
+            failure = error
+            continue
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return sock
+    raise failure
+
+
+async def _try_to_connect(family: int, place: object) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, place)  # type: ignore[arg-type]
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class _Handshake:
+    """The dialogue on one socket. Reads nothing longer than a bound and believes nothing unchecked."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket: socket.socket | None = sock
+        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._fixed = False
+        self._no_zeroes = False
+
+    def detach(self) -> socket.socket:
+        """Return the socket, which `close` then leaves open."""
+        assert self._socket is not None
+        sock, self._socket = self._socket, None
+        return sock
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+    async def greet(self) -> None:
+        magic, version, flags = codec.GREETING.unpack(await self._receive(codec.GREETING.size))
+        if magic != p.NBDMAGIC:
+            raise ProtocolViolation("it does not begin with NBDMAGIC")
+        if version == p.CLISERV_MAGIC:
+            raise ProtocolViolation("it speaks the old handshake, which is not supported")
+        if version != p.IHAVEOPT:
+            raise ProtocolViolation("it does not go on with IHAVEOPT")
+        self._fixed = bool(flags & p.NBD_FLAG_FIXED_NEWSTYLE)
+        self._no_zeroes = bool(flags & p.NBD_FLAG_NO_ZEROES)
+        client_flags = (p.NBD_FLAG_C_FIXED_NEWSTYLE if self._fixed else 0) | (
+            p.NBD_FLAG_C_NO_ZEROES if self._no_zeroes else 0
+        )
+        await self._send(codec.CLIENT_FLAGS.pack(client_flags))
+
+    async def list_exports(self) -> list[tuple[str, str]]:
+        if not self._fixed:
+            raise ProtocolViolation("it is too old to list its exports")
+        exports: list[tuple[str, str]] = []
+
+        def take(reply_type: int, data: bytes) -> None:
+            if reply_type != p.NBD_REP_SERVER:
+                raise ProtocolViolation(f"reply {reply_type} to NBD_OPT_LIST")
+            exports.append(codec.parse_server(data))
+
+        await self._option(p.NBD_OPT_LIST, b"", take)
+        await self._send(codec.encode_option(p.NBD_OPT_ABORT))
+        return exports
+
+    async def enter(self, export: str, *, structured: bool, block_status: bool) -> Negotiated:
+        """Agree on as much as both ends can do and enter the transmission phase."""
+        context_id = None
+        if self._fixed and structured:
+            structured = await self._supported(p.NBD_OPT_STRUCTURED_REPLY, b"", _no_reply)
+            if structured and block_status:
+                context_id = await self._context(export)
+        else:
+            structured = False
+        if self._fixed:
+            size, limits = await self._go(export)
+        else:
+            size, limits = None, None
+        if size is None:  # neither GO nor anything else that could explain itself
+            size = await self._export_name(export)
+        if self._buffer:
+            raise ProtocolViolation("bytes after the handshake that answer nothing")
+        limits = limits or BlockLimits()
+        maximum = min(limits.maximum, p.PAYLOAD_MAX_BYTES)
+        return Negotiated(
+            size_bytes=size.size_bytes,
+            flags=size.flags,
+            limits=BlockLimits(limits.minimum, limits.preferred, maximum - maximum % limits.minimum),
+            structured_replies=structured,
+            context_id=context_id,
+        )
+
+    async def _context(self, export: str) -> int | None:
+        found: list[int] = []
+
+        def take(reply_type: int, data: bytes) -> None:
+            if reply_type != p.NBD_REP_META_CONTEXT:
+                raise ProtocolViolation(f"reply {reply_type} to NBD_OPT_SET_META_CONTEXT")
+            context_id, name = codec.parse_meta_context(data)
+            if name == p.BASE_ALLOCATION:
+                found.append(context_id)
+
+        query = codec.encode_context_query(codec.ContextQuery(export, (p.BASE_ALLOCATION,)))
+        # Any refusal here is left to GO, which says better what is wrong with the export.
+        agreed = await self._supported(p.NBD_OPT_SET_META_CONTEXT, query, take, any_error=True)
+        return found[0] if agreed and found else None
+
+    async def _go(self, export: str) -> tuple[codec.ExportSize | None, BlockLimits | None]:
+        size: codec.ExportSize | None = None
+        limits: BlockLimits | None = None
+
+        def take(reply_type: int, data: bytes) -> None:
+            nonlocal size, limits
+            if reply_type != p.NBD_REP_INFO:
+                raise ProtocolViolation(f"reply {reply_type} to NBD_OPT_GO")
+            information = codec.parse_info(data)
+            if isinstance(information, codec.ExportSize):
+                size = information
+            elif isinstance(information, BlockLimits):
+                limits = information
+
+        request = codec.InfoRequest(export, (p.NBD_INFO_BLOCK_SIZE,))
+        if not await self._supported(p.NBD_OPT_GO, codec.encode_info_request(request), take):
+            return None, None
+        if size is None:
+            raise ProtocolViolation("it acknowledged NBD_OPT_GO without NBD_INFO_EXPORT")
+        return size, limits
+
+    async def _export_name(self, export: str) -> codec.ExportSize:
+        await self._send(codec.encode_option(p.NBD_OPT_EXPORT_NAME, codec.encode_string(export)))
+        try:
+            size_bytes, flags = codec.EXPORT_NAME_REPLY.unpack(
+                await self._receive(codec.EXPORT_NAME_REPLY.size)
+            )
+        except (EOFError, ConnectionResetError):
+            # The only way in which NBD_OPT_EXPORT_NAME can be refused.
+            raise _OptionRefused(p.NBD_REP_ERR_UNKNOWN, "it closed the connection") from None
+        if not self._no_zeroes:
+            await self._receive(len(codec.EXPORT_NAME_PADDING))
+        return codec.checked_export_size(size_bytes, flags)
+
+    async def _supported(
+        self, option: int, data: bytes, take: Callable[[int, bytes], None], *, any_error: bool = False
+    ) -> bool:
+        """Return whether the server acknowledged the option, False if it does not know it."""
+        try:
+            await self._option(option, data, take)
+        except _OptionRefused as refusal:
+            if any_error or refusal.reply_type == p.NBD_REP_ERR_UNSUP:
+                return False
+            raise
+        return True
+
+    async def _option(self, option: int, data: bytes, take: Callable[[int, bytes], None]) -> None:
+        """Send an option and hand every reply before the acknowledgement to `take`."""
+        await self._send(codec.encode_option(option, data))
+        for _ in range(_REPLIES_MAX):
+            magic, about, reply_type, length = codec.OPTION_REPLY.unpack(
+                await self._receive(codec.OPTION_REPLY.size)
+            )
+            if magic != p.NBD_OPTION_REPLY_MAGIC or about != option:
+                raise ProtocolViolation("a reply to an option does not match the option")
+            if length > _REPLY_MAX_BYTES:
+                raise ProtocolViolation(f"a reply to an option of {length} bytes")
+            payload = await self._receive(length)
+            if reply_type & p.NBD_REP_FLAG_ERROR:
+                raise _OptionRefused(reply_type, codec.printable(payload))
+            if reply_type == p.NBD_REP_ACK:
+                return
+            take(reply_type, payload)
+        raise ProtocolViolation(f"more than {_REPLIES_MAX} replies to one option")
+
+    async def _send(self, data: bytes) -> None:
+        assert self._socket is not None
+        await self._loop.sock_sendall(self._socket, data)
+
+    async def _receive(self, length: int) -> bytes:
+        assert self._socket is not None
+        while len(self._buffer) < length:
+            data = await self._loop.sock_recv(self._socket, _RECEIVE_BYTES)
+            if not data:
+                raise EOFError
+            self._buffer += data
+        taken = bytes(self._buffer[:length])
+        del self._buffer[:length]
+        return taken
+
+
+def _no_reply(reply_type: int, data: bytes) -> None:
+    raise ProtocolViolation(f"reply {reply_type} with {len(data)} bytes to an option that has none")

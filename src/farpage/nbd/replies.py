@@ -1,0 +1,355 @@
+"""The client's side of the transmission phase without a socket: commands in flight and the stream of replies.
+
+Whoever owns the socket receives into `buffers()` and calls `received`; finished commands' callbacks run from there.
+Every reply is checked against the command that it answers before a byte of it is believed: anything that the
+specification forbids raises `ProtocolViolation`, and no callback gets data from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from farpage.blockio import CONNECTION_LOST, Done, Extent, ExtentsDone, ReadDone
+from farpage.nbd import codec
+from farpage.nbd import protocol as p
+from farpage.nbd.codec import ProtocolViolation
+
+RECEIVE_BYTES: Final = 512 << 10
+_SINK_MIN_BYTES: Final = 32 << 10
+"""Data chunks from this length on are received straight into the command's own buffer."""
+_STATUS_MAX_BYTES: Final = 4 + 8 * 131072
+"""QEMU's NBD_MAX_BLOCK_STATUS_EXTENTS, the longest list that a known server sends."""
+_ERROR_CHUNK_MAX_BYTES: Final = 64 + 2 * p.STRING_MAX_BYTES
+_FRAGMENTS_MAX: Final = 1 << 16
+_SIMPLE_BYTES: Final = codec.SIMPLE_REPLY.size
+_CHUNK_BYTES: Final = codec.CHUNK.size
+_ZEROES: Final = memoryview(bytes(256 << 10))
+
+
+class Command:
+    """One command in flight."""
+
+    __slots__ = (
+        "command",
+        "covered",
+        "data",
+        "error",
+        "extents",
+        "length",
+        "offset",
+        "on_done",
+        "on_extents",
+        "on_read",
+        "started",
+    )
+
+    def __init__(self, command: int, offset: int, length: int, started: float) -> None:
+        self.command = command
+        self.offset = offset
+        self.length = length
+        self.started = started
+        """The loop's time in seconds."""
+        self.on_read: ReadDone | None = None
+        self.on_done: Done | None = None
+        self.on_extents: ExtentsDone | None = None
+        self.error = 0
+        self.data: memoryview | None = None
+        """Where the reply is put together if it does not come in one piece."""
+        self.covered: list[tuple[int, int]] = []
+        """Ranges of `data` (start, stop) that have arrived: disjoint, sorted, none touching the next."""
+        self.extents: list[Extent] | None = None
+
+    def finish(self, error: int, payload: memoryview | None = None) -> None:
+        """Call the command's callback."""
+        if self.on_read is not None:
+            self.on_read(error, payload)
+        elif self.on_extents is not None:
+            self.on_extents(error, None if error else self.extents)
+        elif self.on_done is not None:
+            self.on_done(error)
+
+    def assembly(self) -> memoryview:
+        """Return the buffer for the whole of a READ."""
+        if self.data is None:
+            self.data = memoryview(bytearray(self.length))
+        return self.data
+
+    def cover(self, start: int, stop: int) -> None:
+        """Record that a chunk filled `data[start:stop]`.
+
+        :raise ProtocolViolation: if an earlier chunk did so, or the reply is in absurdly many pieces.
+        """
+        covered = self.covered
+        at = bisect.bisect_left(covered, (start, stop))
+        before = at > 0 and covered[at - 1][1] >= start
+        after = at < len(covered) and covered[at][0] <= stop
+        if (before and covered[at - 1][1] > start) or (after and covered[at][0] < stop):
+            raise ProtocolViolation("two chunks of a reply overlap")
+        if before:
+            start = covered[at - 1][0]
+        if after:
+            stop = covered[at][1]
+        covered[at - before : at + after] = [(start, stop)]
+        if len(covered) > _FRAGMENTS_MAX:
+            raise ProtocolViolation("a reply is in too many pieces")
+
+
+class ReplyStream:
+    """Commands in flight on one connection, finished by what arrives on it."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, structured_replies: bool, context_id: int | None
+    ) -> None:
+        self.in_flight: dict[int, Command] = {}
+        """By cookie, oldest first."""
+        self._loop = loop
+        self._structured = structured_replies
+        self._context_id = context_id
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = 0
+        self._end = 0
+        self._sink: memoryview | None = None
+        """Rest of the payload that is being received straight into its place."""
+        self._sink_filled: Callable[[], None] | None = None
+        self._stopped = False
+
+    def fail_all(self) -> None:
+        """Finish every command with CONNECTION_LOST and ignore what arrives from now on."""
+        self._stopped = True
+        self._sink = self._sink_filled = None
+        commands, self.in_flight = self.in_flight, {}
+        for command in commands.values():
+            self._finish(command, CONNECTION_LOST)
+
+    def buffers(self) -> Sequence[memoryview]:
+        """Return where the next bytes belong, in this order; never empty."""
+        if self._sink is not None:
+            return (self._sink, self._view)
+        return (self._view[self._end :],)
+
+    def received(self, length: int) -> None:
+        """Take `length` bytes that are in `buffers()` now and finish the commands that they complete.
+
+        :raise ProtocolViolation: if they are not what the specification allows.
+        """
+        if self._sink is not None:
+            taken = min(length, len(self._sink))
+            self._sink = self._sink[taken:] if taken < len(self._sink) else None
+            if self._sink is not None:
+                return
+            length -= taken
+            filled, self._sink_filled = self._sink_filled, None
+            if filled is not None:
+                filled()
+        self._end += length
+        self._parse()
+        left = self._end - self._start
+        if self._start:
+            self._buffer[:left] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, left
+
+    def _parse(self) -> None:
+        buffer, view, in_flight = self._buffer, self._view, self.in_flight
+        unpack_data = codec.DATA_CHUNK.unpack_from
+        unpack_simple = codec.SIMPLE_REPLY.unpack_from
+        position, end = self._start, self._end
+        try:
+            while end - position >= _SIMPLE_BYTES and not self._stopped:
+                magic, error, cookie = unpack_simple(buffer, position)
+                if magic == p.NBD_SIMPLE_REPLY_MAGIC:
+                    command = in_flight.get(cookie)
+                    if command is None:
+                        raise ProtocolViolation("a reply to no command")
+                    position += _SIMPLE_BYTES
+                    if command.command == p.NBD_CMD_READ:
+                        taken = self._simple_read(cookie, command, error, position)
+                        if taken < 0:  # wait for the rest; a sink has taken over what was here
+                            position = 0 if self._sink is not None else position - _SIMPLE_BYTES
+                            return
+                        position += taken
+                        continue
+                    self._check_simple(command)
+                    del in_flight[cookie]
+                    self._finish(command, codec.local_error(error) if error else 0)
+                    continue
+                if magic != p.NBD_STRUCTURED_REPLY_MAGIC or not self._structured:
+                    raise ProtocolViolation("a reply does not begin with a magic number that was agreed")
+                if end - position < _CHUNK_BYTES:
+                    return
+                if end - position >= codec.DATA_CHUNK.size:
+                    # The one chunk that a page's read is answered with nearly always.
+                    _, flags, kind, cookie, length, offset = unpack_data(buffer, position)
+                    if kind == 1 and flags & 1 and end - position >= _CHUNK_BYTES + length:
+                        command = in_flight.get(cookie)
+                        if (
+                            command is not None
+                            and command.command == 0
+                            and command.length == length - 8
+                            and command.offset == offset
+                            and not command.covered
+                            and not command.error
+                        ):
+                            del in_flight[cookie]
+                            start = position + 28
+                            position += _CHUNK_BYTES + length
+                            self._finish(command, 0, view[start:position])
+                            continue
+                taken = self._chunk(position)
+                if taken < 0:
+                    position = 0 if self._sink is not None else position
+                    return
+                position += taken
+        finally:
+            self._start = position
+
+    def _check_simple(self, command: Command) -> None:
+        if command.command == p.NBD_CMD_BLOCK_STATUS:
+            raise ProtocolViolation("a simple reply to a BLOCK_STATUS")
+        if command.error or command.covered:
+            raise ProtocolViolation("a simple reply after chunks")
+
+    def _simple_read(self, cookie: int, command: Command, error: int, position: int) -> int:
+        """Finish a READ whose header ends at `position`; return its payload's length, -1 if it is incomplete."""
+        if self._structured:
+            raise ProtocolViolation("a simple reply to a READ although structured replies were agreed")
+        if error:
+            del self.in_flight[cookie]
+            self._finish(command, codec.local_error(error))
+            return 0
+        available = self._end - position
+        if available >= command.length:
+            del self.in_flight[cookie]
+            self._finish(command, 0, self._view[position : position + command.length])
+            return command.length
+        if command.length < _SINK_MIN_BYTES:
+            return -1
+
+        def filled() -> None:
+            self.in_flight.pop(cookie)
+            self._finish(command, 0, command.data)
+
+        self._receive_into(command.assembly(), position, available, filled)
+        return -1
+
+    def _receive_into(
+        self, place: memoryview, position: int, available: int, filled: Callable[[], None]
+    ) -> None:
+        place[:available] = self._view[position : position + available]
+        self._sink = place[available:]
+        self._sink_filled = filled
+        self._end = 0  # nothing of the receive buffer is needed any more
+
+    def _chunk(self, position: int) -> int:
+        """Take the chunk at `position`; return its length, -1 if it is incomplete."""
+        _, flags, kind, cookie, length = codec.CHUNK.unpack_from(self._buffer, position)
+        command = self.in_flight.get(cookie)
+        if command is None:
+            raise ProtocolViolation("a chunk that answers no command")
+        last = bool(flags & p.NBD_REPLY_FLAG_DONE)
+        at = position + _CHUNK_BYTES
+        available = self._end - at
+        if kind == p.NBD_REPLY_TYPE_OFFSET_DATA:
+            if length < 9:
+                raise ProtocolViolation("a data chunk without data")
+            if available < 8:
+                return -1
+            (offset,) = codec.U64.unpack_from(self._buffer, at)
+            start = self._place(command, offset, length - 8)
+            whole = available >= length
+            if not whole and length < _SINK_MIN_BYTES:
+                return -1
+            command.cover(start, start + length - 8)
+            place = command.assembly()[start : start + length - 8]
+
+            def filled() -> None:
+                if last:
+                    self._end_reply(cookie, command)
+
+            if not whole:
+                self._receive_into(place, at + 8, available - 8, filled)
+                return -1
+            place[:] = self._view[at + 8 : at + length]
+            filled()
+            return _CHUNK_BYTES + length
+        bound = {
+            p.NBD_REPLY_TYPE_NONE: 0,
+            p.NBD_REPLY_TYPE_OFFSET_HOLE: 12,
+            p.NBD_REPLY_TYPE_BLOCK_STATUS: _STATUS_MAX_BYTES,
+        }.get(kind, _ERROR_CHUNK_MAX_BYTES)
+        if length > bound:
+            raise ProtocolViolation(f"a chunk of type {kind} with {length} bytes")
+        if available >= length:
+            payload = self._view[at : at + length]
+            self._small_chunk(cookie, command, kind, last, payload)
+            return _CHUNK_BYTES + length
+        if length < RECEIVE_BYTES - _CHUNK_BYTES:
+            return -1
+        buffer = memoryview(bytearray(length))
+        self._receive_into(
+            buffer, at, available, lambda: self._small_chunk(cookie, command, kind, last, buffer)
+        )
+        return -1
+
+    def _place(self, command: Command, offset: int, length: int) -> int:
+        """Return where in a READ's range a chunk belongs."""
+        start = offset - command.offset
+        if command.command != p.NBD_CMD_READ or start < 0 or start + length > command.length:
+            raise ProtocolViolation("a chunk with contents that were not asked for")
+        return start
+
+    def _small_chunk(self, cookie: int, command: Command, kind: int, last: bool, payload: memoryview) -> None:
+        if kind & p.NBD_REPLY_TYPE_FLAG_ERROR:
+            error, _ = codec.parse_error_chunk(payload)
+            command.error = command.error or codec.local_error(error)
+        elif kind == p.NBD_REPLY_TYPE_NONE:
+            if not last:
+                raise ProtocolViolation("an NBD_REPLY_TYPE_NONE chunk that does not end its reply")
+        elif kind == p.NBD_REPLY_TYPE_OFFSET_HOLE:
+            self._hole(command, payload)
+        elif kind == p.NBD_REPLY_TYPE_BLOCK_STATUS:
+            if command.command != p.NBD_CMD_BLOCK_STATUS or command.extents is not None:
+                raise ProtocolViolation("a block status that was not asked for")
+            context_id, extents = codec.parse_block_status(payload)
+            if context_id != self._context_id:
+                raise ProtocolViolation(f"a block status of the unknown context {context_id}")
+            command.extents = codec.merge_extents(extents, command.length, len(extents))
+        else:
+            raise ProtocolViolation(f"a chunk of the unknown type {kind}")
+        if last:
+            self._end_reply(cookie, command)
+
+    def _hole(self, command: Command, payload: memoryview) -> None:
+        if len(payload) != 12:
+            raise ProtocolViolation("a hole chunk has a wrong length")
+        offset, length = codec.HOLE.unpack(payload)
+        if length == 0:
+            raise ProtocolViolation("an empty hole chunk")
+        start = self._place(command, offset, length)
+        command.cover(start, start + length)
+        if length == command.length and length <= len(_ZEROES):
+            command.data = _ZEROES[:length]
+        else:
+            command.assembly()  # new memory is zeros, and no chunk may fill a range twice
+
+    def _end_reply(self, cookie: int, command: Command) -> None:
+        error = command.error
+        if not error and command.command == p.NBD_CMD_READ:
+            if command.covered != [(0, command.length)]:
+                raise ProtocolViolation("a READ's reply ends before all of its contents came")
+        elif not error and command.command == p.NBD_CMD_BLOCK_STATUS and command.extents is None:
+            raise ProtocolViolation("a BLOCK_STATUS's reply ends without a status")
+        del self.in_flight[cookie]
+        self._finish(command, error, None if error else command.data)
+
+    def _finish(self, command: Command, error: int, payload: memoryview | None = None) -> None:
+        try:
+            command.finish(error, payload)
+        except Exception as failure:
+            # The stream stays whole whatever a receiver does.
+            self._loop.call_exception_handler(
+                {"message": "an NBD command's callback raised", "exception": failure}
+            )

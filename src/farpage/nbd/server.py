@@ -1,0 +1,357 @@
+"""An NBD server on UNIX and TCP sockets: listening, handshakes, connections, fencing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from farpage.address import Address, TcpAddress, UnixAddress
+from farpage.errors import ExitStatus, FarpageError
+from farpage.nbd import negotiation as n
+from farpage.nbd import protocol as p
+from farpage.nbd.buffers import AlignedPool
+from farpage.nbd.errors import ExportRefused
+from farpage.nbd.export import Export, ExportInfo, ExportProvider, Peer
+from farpage.nbd.transmission import Transmission
+
+HANDSHAKE_TIMEOUT_SECONDS: Final = 10.0
+CONNECTIONS_MAX: Final = 4096
+_BACKLOG: Final = 128
+_ACCEPT_PAUSE_SECONDS: Final = 0.1
+_RECEIVE_BYTES: Final = 4096
+_UCRED: Final = struct.Struct("=iII")
+_OUT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class ListenFailed(FarpageError):
+    """An address cannot be listened on."""
+
+    code = "listen_failed"
+    template = "cannot listen on {address}: {reason}"
+    remedy = "stop whoever uses the address, or choose another one"
+    exit_status = ExitStatus.CONFLICT
+    address: str
+    reason: str
+
+
+class ServerConnection:
+    """One client, from accept until its socket is closed and its commands are finished."""
+
+    def __init__(self, server: Server, sock: socket.socket, peer: Peer) -> None:
+        self.peer = peer
+        self.export: Export | None = None
+        """The export, from the moment the provider opened it."""
+        self._server = server
+        self._socket = sock
+        self._transmission: Transmission | None = None
+        self._hung_up = False
+        self._fenced = False
+        self._closed = asyncio.Event()
+
+    @property
+    def in_flight(self) -> int:
+        """Commands that the export's BlockIO has not finished."""
+        return self._transmission.in_flight if self._transmission else 0
+
+    def disconnect(self) -> None:
+        """Close the socket now. Commands in flight go on in the BlockIO; `wait_closed` waits for them."""
+        self._hung_up = True
+        if self._transmission:
+            self._transmission.disconnect()
+        else:
+            with contextlib.suppress(OSError):  # wakes the handshake up, which then closes
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    async def wait_closed(self) -> None:
+        """Return when the socket is closed, nothing is in flight and the export has been given back."""
+        await self._closed.wait()
+
+    async def fence(self) -> None:
+        """Answer further commands with ESHUTDOWN, wait for those in flight, then disconnect."""
+        self._fenced = True
+        if self._transmission:
+            self._transmission.fence()
+            await self._transmission.wait_idle()
+        self.disconnect()
+
+    async def _serve(self) -> None:
+        """Run the handshake and begin the transmission; never raises."""
+        try:
+            negotiation = await self._negotiate()
+        except (OSError, TimeoutError) as error:
+            log.debug("client %s: the handshake ended: %s", self.peer.address, error or "it took too long")
+            negotiation = None
+        except Exception:
+            log.exception("client %s: the handshake failed in an unforeseen way", self.peer.address)
+            negotiation = None
+        if negotiation is None or self.export is None or self._hung_up:
+            self._socket.close()
+            self._ended()
+            return
+        self._transmission = Transmission(
+            asyncio.get_running_loop(),
+            self._socket,
+            self.export,
+            self._server.pool,
+            structured_replies=negotiation.structured_replies,
+            block_status=negotiation.context_export == self.export.name,
+            on_ended=self._ended,
+        )
+        if self._fenced:
+            self._transmission.fence()
+        self._transmission.start(negotiation.leftover)
+
+    def _ended(self) -> None:
+        export = self.export
+        if export is not None:
+            try:
+                export.on_closed()
+            except Exception:
+                log.exception("export %r: giving it back failed", export.name)
+        self._server._forget(self)
+        self._closed.set()
+
+    async def _negotiate(self) -> n.Negotiation | None:
+        """Return the finished negotiation; None if the client went away or had to."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._server.handshake_timeout_seconds
+        negotiation = n.Negotiation()
+        await self._send(n.GREETING, deadline)
+        while not self._hung_up:
+            step = negotiation.next_step()
+            if step is None:
+                # The deadline is not set over the provider's work, so that no open is cut off half-way.
+                async with asyncio.timeout_at(deadline):
+                    data = await loop.sock_recv(self._socket, _RECEIVE_BYTES)
+                if not data:
+                    return None
+                negotiation.feed(data)
+                continue
+            answer = await self._answer(negotiation, step)
+            await self._send(answer.data, deadline)
+            if isinstance(answer, n.HangUp):
+                if answer.reason:
+                    log.info("client %s: hung up: %s", self.peer.address, answer.reason)
+                return None
+            if self.export is not None:
+                return negotiation
+        return None
+
+    async def _send(self, data: bytes, deadline: float) -> None:
+        async with asyncio.timeout_at(deadline):
+            await asyncio.get_running_loop().sock_sendall(self._socket, data)
+
+    async def _answer(self, negotiation: n.Negotiation, step: n.Step) -> n.Reply | n.HangUp:
+        provider = self._server.provider
+        match step:
+            case n.Reply() | n.HangUp():
+                return step
+            case n.ListNames():
+                return n.Reply(negotiation.listed(provider.names(self.peer)))
+        try:
+            if self._server.closing:
+                raise ExportRefused(p.NBD_REP_ERR_SHUTDOWN, "the server is shutting down")
+            if isinstance(step, n.Describe):
+                info = await provider.describe(step.name, self.peer)
+                return n.Reply(negotiation.described(step, info))
+            # No await between this and the assignment: `Server.fence` must never miss an open export.
+            export = self.export = await provider.open(step.name, self.peer)
+            return n.Reply(negotiation.entered(step, ExportInfo.of(export.io, export.description)))
+        except ExportRefused as refusal:
+            log.info("client %s: export %r refused: %s", self.peer.address, step.name, refusal.message)
+            return negotiation.refused(step, refusal)
+
+
+class Server:
+    """Serves a provider's exports."""
+
+    def __init__(
+        self,
+        provider: ExportProvider,
+        *,
+        handshake_timeout_seconds: float = HANDSHAKE_TIMEOUT_SECONDS,
+        connections_max: int = CONNECTIONS_MAX,
+    ) -> None:
+        """Prepare; `start` begins to listen. More clients than `connections_max` are turned away."""
+        self.provider = provider
+        self.handshake_timeout_seconds = handshake_timeout_seconds
+        self.pool = AlignedPool()
+        self.closing = False
+        self._connections_max = connections_max
+        self._listeners: dict[socket.socket, Address] = {}
+        self._connections: set[ServerConnection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Where it listens; a TCP port asked for as 0 is the one that the kernel chose."""
+        return tuple(self._listeners.values())
+
+    @property
+    def connections(self) -> tuple[ServerConnection, ...]:
+        """Every connection that is not wholly finished."""
+        return tuple(self._connections)
+
+    async def start(self, addresses: Iterable[Address]) -> None:
+        """Listen on every address, or on none.
+
+        A UNIX socket's file that nobody listens on any more is replaced.
+
+        :raise ListenFailed: naming the address.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            for address in addresses:
+                try:
+                    listener = _listen(address)
+                except OSError as error:
+                    reason = error.strerror or str(error)
+                    raise ListenFailed(str(address), reason) from error
+                if isinstance(address, TcpAddress):
+                    address = TcpAddress(address.host, listener.getsockname()[1])
+                self._listeners[listener] = address
+        except ListenFailed:
+            self._stop_listening()
+            raise
+        for listener in self._listeners:
+            loop.add_reader(listener, self._accept, listener)
+
+    async def close(self) -> None:
+        """Stop listening, disconnect everybody, and return when no command is in flight any more."""
+        self.closing = True
+        self._stop_listening()
+        for connection in self.connections:
+            connection.disconnect()
+        await asyncio.gather(*(connection.wait_closed() for connection in self.connections))
+
+    async def fence(self, predicate: Callable[[Export], bool]) -> None:
+        """Cut the exports that match off.
+
+        From the call on none of them starts a command: further ones are answered ESHUTDOWN. On return those that
+        were in flight have finished in the BlockIO and the connections are closed: no I/O of theirs can reach the
+        device any more. Connections that are opened meanwhile are looked at as well; refusing those that are opened
+        later is the provider's part.
+        """
+        while matching := [c for c in self._connections if c.export is not None and predicate(c.export)]:
+            await asyncio.gather(*(connection.fence() for connection in matching))
+            await asyncio.gather(*(connection.wait_closed() for connection in matching))
+
+    def _forget(self, connection: ServerConnection) -> None:
+        self._connections.discard(connection)
+
+    def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(_BACKLOG):
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno not in _OUT_OF_DESCRIPTORS:
+                    raise
+                log.warning("cannot accept connections for the moment: %s", error.strerror)
+                loop.remove_reader(listener)
+                loop.call_later(_ACCEPT_PAUSE_SECONDS, self._accept_again, listener)
+                return
+            if len(self._connections) >= self._connections_max:
+                log.warning("turned a client away: %d connections are open", len(self._connections))
+                sock.close()
+                continue
+            try:
+                peer = _prepare(sock)
+            except OSError:
+                sock.close()
+                continue
+            connection = ServerConnection(self, sock, peer)
+            self._connections.add(connection)
+            task = loop.create_task(connection._serve())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _accept_again(self, listener: socket.socket) -> None:
+        if listener in self._listeners:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _stop_listening(self) -> None:
+        loop = asyncio.get_running_loop()
+        for listener, address in self._listeners.items():
+            loop.remove_reader(listener)
+            listener.close()
+            if isinstance(address, UnixAddress):
+                with contextlib.suppress(OSError):
+                    Path(address.path).unlink()
+        self._listeners.clear()
+
+
+def _listen(address: Address) -> socket.socket:
+    if isinstance(address, UnixAddress):
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        place: str | tuple[str, int] = address.path
+    else:
+        family, _, _, _, (host, port, *_) = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place = (str(host), int(port))
+    try:
+        if isinstance(address, UnixAddress):
+            _remove_stale(address.path)
+        listener.bind(place)
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket's file if nobody listens on it.
+
+    :raise OSError: if somebody does.
+    """
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return  # bind reports it
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink(missing_ok=True)
+            return
+        except BlockingIOError:  # a full backlog: somebody is there
+            pass
+    raise OSError(errno.EADDRINUSE, "another server listens there")
+
+
+def _prepare(sock: socket.socket) -> Peer:
+    """Make an accepted socket fit for use and say who is there.
+
+    :raise OSError: if the client is gone already.
+    """
+    sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        name = sock.getpeername()
+        return Peer(f"unix:{name if isinstance(name, str) else ''}", pid=pid, uid=uid)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    host, port, *_ = sock.getpeername()
+    return Peer(str(TcpAddress(host, port)))
