@@ -122,6 +122,8 @@ class ClientRecord(Record):
     memory_bytes: int = Field(gt=0, multiple_of=PAGE_BYTES)
     entitlement_bytes: int = Field(default=0, ge=0)
     weight: int = Field(default=128, ge=0, le=255)
+    limit_bytes: int | None = Field(default=None, gt=0)
+    """Most memory that the client's pages take; None for no limit but the pool's."""
     hypervisor: Name
     epoch: int = Field(default=1, ge=1)
     redundancy: Redundancy = Redundancy.PATH

@@ -129,6 +129,13 @@ class MultipathVolume:
         """Every path, in the order of preference."""
         return [path.status() for path in self._paths]
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of writes that wait until a failed server is fenced."""
+        return sum(
+            command.length_bytes for path in self._paths for held in path.held for command in held.commands
+        )
+
     # Opening and closing
 
     async def open(self, timeout_seconds: float) -> None:

@@ -1,0 +1,29 @@
+"""What the daemons on the page-out path do to themselves at their start."""
+
+from __future__ import annotations
+
+import structlog
+
+from farpage.errors import FarpageError
+from farpage.kernel.memory import lock_memory
+from farpage.kernel.process import set_oom_score_adjustment
+
+OOM_SCORE_ADJUSTMENT = -900
+"""The kernel kills other processes first: memory is freed by these daemons."""
+
+log = structlog.get_logger()
+
+
+def prepare_for_paging() -> None:
+    """Lock this process's memory and make it an unlikely victim of the OOM killer, as far as allowed.
+
+    Paging out must not need memory that paging out has to free.
+    """
+    try:
+        lock_memory()
+    except FarpageError as error:
+        log.warning("memory_not_locked", problem=str(error))
+    try:
+        set_oom_score_adjustment(OOM_SCORE_ADJUSTMENT)
+    except OSError as error:
+        log.warning("oom_score_not_lowered", problem=str(error))

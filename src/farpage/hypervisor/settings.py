@@ -1,0 +1,37 @@
+"""What a hypervisor is started with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from farpage.definition.model import Name
+
+
+class HypervisorSettings(BaseModel):
+    """Settings of `farpage hypervisor run`; addresses as `farpage.address` spells them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    state_dir: Path
+    control: str
+    """UNIX socket of the control API."""
+    attach: str
+    """UNIX socket at which regions ask to be paged."""
+    vioses: dict[Name, str] = Field(min_length=1)
+    """Control address of every VIOS, by name."""
+    workers: int | None = Field(default=None, ge=1)
+    """Data workers; None for one per core."""
+    path_timeout_seconds: float = Field(default=1.0, gt=0)
+    default_limit_bytes: int | None = Field(default=None, gt=0)
+    """Limit of a client that asks for none."""
+    pool_size_bytes: int | None = Field(default=None, gt=0)
+    """Size of the memory pool; None for all of the host's memory."""
+
+    @property
+    def worker_count(self) -> int:
+        """Data workers to start."""
+        return self.workers or len(os.sched_getaffinity(0))

@@ -1,0 +1,1 @@
+"""Paging of clients' memory: page table, faults, eviction, read-ahead, and the data worker."""

@@ -1,0 +1,33 @@
+"""Checksums of paged-out pages: the low four bytes of xxh3_64, the fastest on 4 KiB pages. No I/O."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from farpage.pager.table import PAGE_BYTES
+
+
+def page_checksum(page: memoryview) -> int:
+    """Return the checksum of one page's bytes, 32 bits."""
+    return xxh3_64_intdigest(page) & 0xFFFFFFFF
+
+
+def page_checksums(content: memoryview) -> list[int]:
+    """Return the checksum of each page in a run of whole pages."""
+    digest = xxh3_64_intdigest
+    return [
+        digest(content[offset : offset + PAGE_BYTES]) & 0xFFFFFFFF
+        for offset in range(0, len(content), PAGE_BYTES)
+    ]
+
+
+def zero_pages(content: memoryview) -> npt.NDArray[np.bool_]:
+    """Return, for each page in a run of whole pages, whether all of its bytes are zero."""
+    words = np.frombuffer(content, np.uint64).reshape(-1, PAGE_BYTES // 8)
+    # The first word settles nearly all pages that hold data; only the others are read whole.
+    zero: npt.NDArray[np.bool_] = words[:, 0] == 0
+    for row in np.flatnonzero(zero).tolist():
+        zero[row] = not words[row].any()
+    return zero

@@ -1,0 +1,103 @@
+"""One client whose memory is paged: its table, its faults, its page-outs, and its way in and out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from farpage.pager.buffers import BufferPool
+from farpage.pager.eviction import Eviction
+from farpage.pager.faults import Faults
+from farpage.pager.limit import Limit
+from farpage.pager.memory import ClientGone, PagedMemory
+from farpage.pager.space import Space
+from farpage.pager.table import DIRTY, ON_DEVICE, READING, REWRITTEN, WRITING, ZERO, PageTable
+from farpage.volume.multipath import MultipathVolume
+
+DETACH_WINDOW_PAGES: Final = 64
+DETACH_READS: Final = 8
+"""Reads in flight while a client is detached."""
+
+
+class PagedClient:
+    """Pages one client's registered memory against its open volume."""
+
+    def __init__(
+        self,
+        memory: PagedMemory,
+        table: PageTable,
+        volume: MultipathVolume,
+        limit_pages: int,
+        buffers: BufferPool,
+        *,
+        alarm: Callable[[str, str], None],
+        on_gone: Callable[[], None],
+    ) -> None:
+        self.space = Space(memory, table, volume, Limit(limit_pages), buffers, alarm, on_gone)
+        self.faults = Faults(self.space)
+        self.eviction = Eviction(self.space, self.faults.admit)
+        self.faults.on_pressure = self.eviction.wake
+        self._loop = asyncio.get_running_loop()
+
+    def start(self) -> None:
+        """Take what is in memory into the table, and answer faults from now on.
+
+        The memory is registered already, so nothing comes into it meanwhile.
+        """
+        table = self.space.table
+        for first, count in self.space.memory.present_runs():
+            table.move(first, count, ZERO, DIRTY)
+            for page in range(first, first + count):
+                self.space.replacement.added(page)
+        self._loop.add_reader(self.space.memory.fileno(), self.faults.on_events)
+        self.eviction.wake()
+
+    def set_limit(self, limit_pages: int) -> None:
+        """Change the limit; page-outs begin at once when it is lower."""
+        self.space.limit = Limit(limit_pages)
+        self.eviction.wake()
+        self.faults.admit()
+
+    async def detach(self) -> None:
+        """Bring every page back into memory, stop reporting faults and close the volume.
+
+        Waits out whatever a volume waits out. Afterwards the memory is as if it had never been paged.
+
+        :raise ClientGone: when the client exits meanwhile.
+        """
+        self.eviction.stop()
+        self.faults.stopped = True
+        counts = self.space.table.counts
+        await self._bring_in_all()
+        while counts[READING] or counts[WRITING] or counts[REWRITTEN] or counts[ON_DEVICE]:
+            await self._settle()
+            await self._bring_in_all()
+        self.space.memory.unregister()
+        self.abandon()
+        await self.space.volume.close()
+
+    async def _bring_in_all(self) -> None:
+        table = self.space.table
+        for page in table.where(ON_DEVICE).tolist():
+            count = table.run(page, DETACH_WINDOW_PAGES, ON_DEVICE)
+            if not count:
+                continue  # came in with the window before, or with a fault
+            self.faults.fetch(page, count)
+            while table.counts[READING] > DETACH_READS * DETACH_WINDOW_PAGES:
+                await self._settle()
+        self.space.volume.push()
+
+    async def _settle(self) -> None:
+        """Wait for the volume to answer something."""
+        self.faults.admit()
+        await asyncio.sleep(0.001)
+        if self.space.closed:
+            raise ClientGone("the client exited while it was detached")
+
+    def abandon(self) -> None:
+        """Touch the client's memory no more."""
+        if not self.space.closed:
+            self.space.closed = True
+            self.eviction.stop()
+            self._loop.remove_reader(self.space.memory.fileno())

@@ -1,0 +1,39 @@
+"""What happened to a client's memory, counted. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+LATENCY_BUCKETS: Final = 26
+"""Bucket i counts waits below 2**i microseconds that no smaller bucket counts; the last takes the rest."""
+STALL_SECONDS: Final = 0.1
+"""A wait that operators want to hear of."""
+
+
+@dataclass
+class Counters:
+    """Counts since the attachment, in pages where they end in `_pages`."""
+
+    faults: int = 0
+    page_in_pages: int = 0
+    page_out_pages: int = 0
+    zero_fill_pages: int = 0
+    zero_evict_pages: int = 0
+    clean_evict_pages: int = 0
+    cancelled_pages: int = 0
+    read_ahead_pages: int = 0
+    checksum_errors: int = 0
+    poisoned_pages: int = 0
+    stalls_over_100ms: int = 0
+    longest_stall_ms: float = 0.0
+    wait_seconds: float = 0.0
+    wait_buckets: list[int] = field(default_factory=lambda: [0] * LATENCY_BUCKETS)
+
+    def waited(self, seconds: float) -> None:
+        """Count one access that waited for its page."""
+        self.wait_seconds += seconds
+        self.wait_buckets[min(int(seconds * 1e6).bit_length(), LATENCY_BUCKETS - 1)] += 1
+        if seconds >= STALL_SECONDS:
+            self.stalls_over_100ms += 1
+        self.longest_stall_ms = max(self.longest_stall_ms, seconds * 1e3)

@@ -1,0 +1,170 @@
+"""Page-out: victims in small slices, so that faults never wait behind a big one.
+
+The way of a slice: victims -> clean ones are given back at once -> the others are write-protected, read
+from the memfd and checked for zeros -> zero pages are given back without I/O -> runs of the rest are written
+to the volume -> when a write is acknowledged, the pages that nobody wrote to meanwhile are given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from farpage.pager.buffers import BUFFER_BYTES, SharedBuffer
+from farpage.pager.checksum import page_checksums, zero_pages
+from farpage.pager.space import Space, ends_with_client
+from farpage.pager.table import (
+    CLEAN,
+    DIRTY,
+    ON_DEVICE,
+    PAGE_BYTES,
+    REWRITTEN,
+    WRITING,
+    ZERO,
+    runs_of,
+)
+
+SLICE_PAGES: Final = BUFFER_BYTES // PAGE_BYTES
+IN_FLIGHT_PAGES: Final = 2048
+"""Most pages on their way to the volume, not counting those held until a failed server is fenced."""
+RETRY_SECONDS: Final = 0.001
+
+
+class Eviction:
+    """Keeps one client within its limit."""
+
+    def __init__(self, space: Space, on_room: Callable[[], None]) -> None:
+        """`on_room` is called when pages were given back."""
+        self._space = space
+        self._on_room = on_room
+        self._loop = asyncio.get_running_loop()
+        self._scheduled: asyncio.Handle | None = None
+        self._running = False
+        self._stopped = False
+
+    def wake(self) -> None:
+        """Page out when the client is above its mark; returns at once."""
+        if self._scheduled is None and not self._stopped and self._excess() > 0:
+            self._scheduled = self._loop.call_soon(self._slice)
+
+    def stop(self) -> None:
+        """Page out no more; pages whose write is in flight stay in memory."""
+        self._stopped = True
+        if self._scheduled:
+            self._scheduled.cancel()
+            self._scheduled = None
+
+    def _excess(self) -> int:
+        """Pages that should leave, beyond those that are leaving; between the marks, only once begun."""
+        space = self._space
+        staying = space.taken - space.table.counts[WRITING]
+        if staying > space.limit.high:
+            self._running = True
+        excess = staying - space.limit.low
+        if excess <= 0:
+            self._running = False
+        return excess if self._running else 0
+
+    @ends_with_client
+    def _slice(self) -> None:
+        self._scheduled = None
+        space = self._space
+        counts = space.table.counts
+        budget = IN_FLIGHT_PAGES + space.volume.held_bytes // PAGE_BYTES - counts[WRITING] - counts[REWRITTEN]
+        victims = space.replacement.victims(max(min(self._excess(), SLICE_PAGES, budget), 0))
+        if not victims:
+            return
+        states = space.table.state
+        victims.sort()
+        freed = self._release_clean([page for page in victims if states[page] == CLEAN])
+        dirty = [page for page in victims if states[page] == DIRTY]
+        if dirty:
+            freed += self._write(dirty)
+        if freed:
+            self._on_room()
+        self.wake()
+
+    def _release_clean(self, pages: list[int]) -> int:
+        """Give back pages whose content is on the volume already."""
+        space = self._space
+        for first, count in runs_of(pages):
+            space.memory.release(first, count)
+            space.table.move(first, count, CLEAN, ON_DEVICE)
+        for page in pages:
+            space.replacement.evicted(page)
+        space.counters.clean_evict_pages += len(pages)
+        return len(pages)
+
+    def _write(self, pages: list[int]) -> int:
+        """Start to write pages out; returns how many were zero and are given back already."""
+        buffer = SharedBuffer(self._space.buffers)
+        offset = freed = 0
+        for first, count in runs_of(pages):
+            freed += self._write_run(first, count, buffer, offset)
+            offset += count * PAGE_BYTES
+        buffer.release()
+        self._space.volume.push()
+        return freed
+
+    def _write_run(self, first: int, count: int, buffer: SharedBuffer, offset: int) -> int:
+        space = self._space
+        if not space.memory.protect(first, count):  # the client's mappings are changing
+            for page in range(first, first + count):
+                space.replacement.added(page)
+            self._loop.call_later(RETRY_SECONDS, self.wake)
+            return 0
+        content = buffer.view[offset : offset + count * PAGE_BYTES]
+        space.memory.read_out(first, content)
+        zeros = [first + index for index in zero_pages(content).nonzero()[0].tolist()]
+        if not zeros:
+            self._write_pages(first, count, content, buffer)
+            return 0
+        for start, length in runs_of(zeros):
+            space.memory.release(start, length)
+            space.table.move(start, length, DIRTY, ZERO)
+        space.counters.zero_evict_pages += len(zeros)
+        gone = set(zeros)
+        for start, length in runs_of([page for page in range(first, first + count) if page not in gone]):
+            at = (start - first) * PAGE_BYTES
+            self._write_pages(start, length, content[at : at + length * PAGE_BYTES], buffer)
+        return len(zeros)
+
+    def _write_pages(self, first: int, count: int, content: memoryview, buffer: SharedBuffer) -> None:
+        table = self._space.table
+        table.checksums[first : first + count] = page_checksums(content)
+        table.move(first, count, DIRTY, WRITING)
+        buffer.use()
+        self._space.volume.write(first * PAGE_BYTES, content, partial(self._written, first, count, buffer))
+
+    def _written(self, first: int, count: int, buffer: SharedBuffer, error: int) -> None:
+        buffer.release()
+        self._acknowledged(first, count, error)
+
+    @ends_with_client
+    def _acknowledged(self, first: int, count: int, error: int) -> None:
+        """Give back the pages of an acknowledged write, but those that were written to meanwhile."""
+        space = self._space
+        table = space.table
+        freed = 0
+        for start, length, state in table.runs(first, count):
+            if state == REWRITTEN:
+                table.move(start, length, REWRITTEN, DIRTY)
+                for page in range(start, start + length):
+                    space.replacement.returned(page)
+            elif error:  # the volume was closed
+                table.move(start, length, WRITING, DIRTY)
+            elif self._stopped:
+                table.move(start, length, WRITING, CLEAN)
+            else:
+                space.memory.release(start, length)
+                table.move(start, length, WRITING, ON_DEVICE)
+                for page in range(start, start + length):
+                    space.replacement.evicted(page)
+                freed += length
+        if not error:
+            space.counters.page_out_pages += count
+        if freed:
+            self._on_room()
+        self.wake()

@@ -1,0 +1,312 @@
+"""Page faults: events -> page table -> zeros, or a read of the volume -> verify -> copy into the client.
+
+Everything runs on one event loop, so the page table never changes within a step; what can change meanwhile
+is the client. An event may be stale: two threads that touch one page raise two, and the second is read when
+the page is long there, or gone again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Final, NamedTuple
+
+from farpage.kernel.memory import address_of
+from farpage.kernel.userfaultfd import FLAG_MINOR, FLAG_WP, FLAG_WRITE
+from farpage.pager.checksum import page_checksums
+from farpage.pager.readahead import ReadAhead
+from farpage.pager.space import Space, ends_with_client
+from farpage.pager.table import (
+    CLEAN,
+    DIRTY,
+    ON_DEVICE,
+    PAGE_BYTES,
+    POISONED,
+    READING,
+    REWRITTEN,
+    WRITING,
+    ZERO,
+    runs_of,
+)
+
+RETRY_SECONDS: Final = 0.001
+"""Pause after an EAGAIN: the client's mappings are changing, or a remove event is pending."""
+
+
+class Fault(NamedTuple):
+    """One access that waits; `flags` are those of the event, `began_seconds` when it was read."""
+
+    page: int
+    flags: int
+    began_seconds: float
+
+
+class Faults:
+    """Answers one client's page faults."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self.on_pressure: Callable[[], None] = lambda: None
+        """Called after pages were brought in."""
+        self._loop = asyncio.get_running_loop()
+        self._read_ahead = ReadAhead()
+        self._zero_ahead = ReadAhead()
+        self._waiting: dict[int, float] = {}
+        self._write_wanted: set[int] = set()
+        self._deferred: deque[Fault] = deque()
+        self._bad: set[int] = set()
+        self.stopped = False
+
+    @property
+    def stalled(self) -> int:
+        """Accesses that wait now."""
+        return len(self._waiting) + len(self._deferred)
+
+    # Hot path: from the events to the commands
+
+    @ends_with_client
+    def on_events(self) -> None:
+        """Read a batch of events and answer or start to answer each."""
+        events = self._space.memory.read_faults()
+        if not len(events):
+            return
+        now = self._loop.time()
+        page_of = self._space.memory.page_of
+        for flags, address in zip(events["flags"].tolist(), events["address"].tolist(), strict=True):
+            self._answer(Fault(page_of(address), flags, now))
+        self._space.counters.faults += len(events)
+        self._space.volume.push()
+        self.on_pressure()
+
+    def _answer(self, fault: Fault) -> None:
+        page = fault.page
+        if fault.flags & FLAG_WP:
+            self._write_to_protected(fault)
+            return
+        state = self._space.table.state[page]
+        if fault.flags & FLAG_MINOR:
+            if state not in (ON_DEVICE, ZERO, READING, POISONED):
+                self._map(fault, state)
+                return
+            # Somebody other than the client and us filled the hole; what counts is what the table says.
+            self._space.memory.release(page, 1)
+        if state == ON_DEVICE:
+            self._page_in(fault)
+        elif state == ZERO:
+            self._fill(fault)
+        elif state == READING:
+            self._waiting.setdefault(page, fault.began_seconds)
+            if fault.flags & FLAG_WRITE:
+                self._write_wanted.add(page)
+        elif state == POISONED:
+            self._poison(page)
+        else:
+            self._refill(fault, state)
+
+    def _write_to_protected(self, fault: Fault) -> None:
+        """Let a write through; it makes a clean page dirty and an on-going page-out of it useless."""
+        table = self._space.table
+        if not self._space.memory.unprotect(fault.page, 1):
+            self._later(fault)
+            return
+        state = table.state[fault.page]
+        if state == CLEAN:
+            table.put(fault.page, DIRTY)
+        elif state == WRITING:
+            table.put(fault.page, REWRITTEN)
+            self._space.counters.cancelled_pages += 1
+
+    def _map(self, fault: Fault, state: int) -> None:
+        """Answer a fault on a page that is in memory but not in the client's page table."""
+        protect = state in (CLEAN, WRITING) and not fault.flags & FLAG_WRITE
+        try:
+            if not self._space.memory.map_in(fault.page, protect=protect):
+                self._later(fault)
+                return
+        except FileExistsError:
+            self._space.memory.wake(fault.page, 1)
+            return
+        if not protect:
+            self._dirtied(fault.page, state)
+
+    def _refill(self, fault: Fault, state: int) -> None:
+        """Answer a missing fault on a page believed in memory: a stale event, or the balloon took it."""
+        try:
+            if not self._space.memory.zero_in(fault.page, 1):
+                self._later(fault)
+                return
+        except FileExistsError:
+            self._space.memory.wake(fault.page, 1)
+            return
+        self._dirtied(fault.page, state)
+
+    def _dirtied(self, page: int, state: int) -> None:
+        if state == CLEAN:
+            self._space.table.put(page, DIRTY)
+        elif state == WRITING:
+            self._space.table.put(page, REWRITTEN)
+
+    def _fill(self, fault: Fault) -> None:
+        """Answer a first touch with zeros, and ahead of a sequential writer those that follow."""
+        space = self._space
+        room = self._room(fault)
+        if room <= 0:
+            return
+        count = space.table.run(fault.page, min(self._zero_ahead.window(fault.page), room), ZERO)
+        try:
+            done = space.memory.zero_in(fault.page, count)
+        except FileExistsError:  # filled by somebody else: it is in memory all the same
+            done = 1
+            space.memory.wake(fault.page, 1)
+        if not done:
+            self._later(fault)
+            return
+        space.table.move(fault.page, done, ZERO, DIRTY)
+        for page in range(fault.page, fault.page + done):
+            space.replacement.added(page)
+        space.counters.zero_fill_pages += done
+        space.waited(fault.began_seconds, self._loop.time())
+
+    def _page_in(self, fault: Fault) -> None:
+        space = self._space
+        room = self._room(fault)
+        if room <= 0:
+            return
+        page = fault.page
+        count = space.table.run(page, min(self._read_ahead.window(page), max(room // 2, 1)), ON_DEVICE)
+        self._waiting[page] = fault.began_seconds
+        if fault.flags & FLAG_WRITE:
+            self._write_wanted.add(page)
+        space.counters.read_ahead_pages += count - 1
+        self.fetch(page, count)
+
+    def _room(self, fault: Fault) -> int:
+        """Return the pages that may be brought in; with none, the fault waits for page-outs."""
+        room = self._space.room
+        if self.stopped:
+            return max(room, 64)
+        if room <= 0:
+            self._deferred.append(fault)
+        return room
+
+    def _later(self, fault: Fault) -> None:
+        self._loop.call_later(RETRY_SECONDS, self._again, fault)
+
+    @ends_with_client
+    def _again(self, fault: Fault) -> None:
+        self._answer(fault)
+
+    def admit(self) -> None:
+        """Answer the faults that waited for room."""
+        deferred = self._deferred
+        while deferred and self._space.room > 0:
+            self._answer(deferred.popleft())
+        self._space.volume.push()
+
+    # Hot path: from the payloads to the client
+
+    def fetch(self, first: int, count: int) -> None:
+        """Bring in `count` pages that are all ON_DEVICE."""
+        self._space.table.move(first, count, ON_DEVICE, READING)
+        self._space.volume.read(first * PAGE_BYTES, count * PAGE_BYTES, partial(self._arrived, first, count))
+
+    @ends_with_client
+    def _arrived(self, first: int, count: int, error: int, payload: memoryview | None) -> None:
+        space = self._space
+        table = space.table
+        if error or payload is None:  # the volume was closed
+            table.move(first, count, READING, ON_DEVICE)
+            return
+        expected = table.checksums[first : first + count].tolist()
+        found = page_checksums(payload)
+        if found == expected:
+            good = [(first, count)]
+        else:
+            wrong = {first + i for i in range(count) if found[i] != expected[i]}
+            good = runs_of([page for page in range(first, first + count) if page not in wrong])
+            self._mismatched(sorted(wrong))
+        source = address_of(payload)
+        for start, length in good:
+            self._copy_in(start, length, source + (start - first) * PAGE_BYTES, payload)
+        space.counters.page_in_pages += count
+        self.on_pressure()
+
+    def _copy_in(self, first: int, count: int, source: int, keep: memoryview) -> None:
+        """Copy a run into the client: what a write waits for unprotected and dirty, the others clean."""
+        while count:
+            wanted = self._write_wanted
+            dirty = first in wanted
+            length = 1
+            if not wanted:
+                length = count
+            else:
+                while length < count and ((first + length) in wanted) == dirty:
+                    length += 1
+            try:
+                done = self._space.memory.copy_in(first, source, length, protect=not dirty)
+            except FileExistsError:
+                # Somebody other than the client and us filled the hole; the volume's content counts.
+                self._space.memory.release(first, 1)
+                continue
+            if not done:
+                content = bytes(keep)  # the payload is valid only now
+                at = source - address_of(keep)
+                self._loop.call_later(RETRY_SECONDS, self._copy_again, first, count, content, at)
+                return
+            self._came_in(first, done, DIRTY if dirty else CLEAN)
+            first += done
+            count -= done
+            source += done * PAGE_BYTES
+
+    @ends_with_client
+    def _copy_again(self, first: int, count: int, content: bytes, at: int) -> None:
+        self._copy_in(first, count, address_of(content) + at, memoryview(content))
+
+    def _came_in(self, first: int, count: int, state: int) -> None:
+        space = self._space
+        space.table.move(first, count, READING, state)
+        now = self._loop.time()
+        for page in range(first, first + count):
+            space.replacement.returned(page)
+            began = self._waiting.pop(page, None)
+            if began is not None:
+                space.waited(began, now)
+                self._write_wanted.discard(page)
+        if self._bad:
+            self._bad.difference_update(range(first, first + count))
+
+    # Content that is not what was paged out
+
+    def _mismatched(self, pages: list[int]) -> None:
+        """Read a page with a wrong checksum once more; poison it when it is wrong again, never use it."""
+        space = self._space
+        space.counters.checksum_errors += len(pages)
+        for page in pages:
+            space.table.put(page, ON_DEVICE)
+            if page not in self._bad:
+                self._bad.add(page)
+                space.alarm(
+                    "checksum", f"page {page} on the volume is not what was paged out; it is read again"
+                )
+                self.fetch(page, 1)
+            elif page in self._waiting:
+                space.alarm(
+                    "poisoned",
+                    f"page {page} is lost: the volume has other content; accesses to it fail",
+                )
+                space.table.put(page, POISONED)
+                space.counters.poisoned_pages += 1
+                self._waiting.pop(page)
+                self._write_wanted.discard(page)
+                self._poison(page)
+
+    def _poison(self, page: int) -> None:
+        try:
+            done = self._space.memory.poison(page)
+        except FileExistsError:
+            self._space.memory.wake(page, 1)
+            return
+        if not done:
+            self._loop.call_later(RETRY_SECONDS, self._again, Fault(page, 0, self._loop.time()))

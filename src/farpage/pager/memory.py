@@ -1,0 +1,140 @@
+"""A client's memory by page number: what the pager does to it, over userfaultfd and the memfd."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from farpage.kernel.memory import punch_hole, resident_ranges
+from farpage.kernel.userfaultfd import Userfaultfd
+from farpage.pager.table import PAGE_BYTES
+
+
+class ClientGone(Exception):
+    """The client's memory no longer exists: the process exited or unmapped it."""
+
+
+class PagedMemory:
+    """Registered memory of `pages` pages. Every method raises ClientGone when the client has exited."""
+
+    def __init__(
+        self, uffd: Userfaultfd, memfd: int, start_address: int, pages: int, memfd_offset_bytes: int
+    ) -> None:
+        self._uffd: Final = uffd
+        self._memfd: Final = memfd
+        self._start: Final = start_address
+        self._offset: Final = memfd_offset_bytes
+        self.pages: Final = pages
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when there are faults."""
+        return self._uffd.fileno()
+
+    def read_faults(self) -> npt.NDArray[np.void]:
+        """Return the faults that wait, up to 64, as `farpage.kernel.userfaultfd.EVENT_DTYPE`."""
+        try:
+            return self._uffd.read_events()
+        except OSError as error:
+            raise ClientGone(str(error)) from error
+
+    def page_of(self, address: int) -> int:
+        """Return the number of the page at an address of the client."""
+        return (address - self._start) // PAGE_BYTES
+
+    def copy_in(self, first: int, source_address: int, count: int, *, protect: bool) -> int:
+        """Fill up to `count` missing pages and wake who waits; returns the pages done, 0 for "try later".
+
+        :raise FileExistsError: when the first page is present.
+        """
+        return self._pages_done(
+            self._uffd.copy(
+                self._start + first * PAGE_BYTES, source_address, count * PAGE_BYTES, write_protect=protect
+            )
+        )
+
+    def zero_in(self, first: int, count: int) -> int:
+        """Fill up to `count` missing pages with zeros; as `copy_in`."""
+        return self._pages_done(self._uffd.zeropage(self._start + first * PAGE_BYTES, count * PAGE_BYTES))
+
+    def map_in(self, page: int, *, protect: bool) -> int:
+        """Map a page that is in the memfd but not in the client's page table; as `copy_in`."""
+        return self._pages_done(
+            self._uffd.continue_(self._start + page * PAGE_BYTES, PAGE_BYTES, write_protect=protect)
+        )
+
+    def poison(self, page: int) -> int:
+        """Make accesses to a missing page fail for good; as `copy_in`."""
+        return self._pages_done(self._uffd.poison(self._start + page * PAGE_BYTES, PAGE_BYTES))
+
+    def _pages_done(self, result: int) -> int:
+        if result > 0:
+            return result // PAGE_BYTES
+        if result == -errno.EAGAIN:
+            return 0
+        if result == -errno.EEXIST:
+            raise FileExistsError(errno.EEXIST, "the page is present")
+        raise self._failure(result)
+
+    def protect(self, first: int, count: int) -> bool:
+        """Write-protect pages; False for "try later"."""
+        return self._settled(
+            self._uffd.write_protect(self._start + first * PAGE_BYTES, count * PAGE_BYTES, True)
+        )
+
+    def unprotect(self, first: int, count: int) -> bool:
+        """Let writes through again and wake who waits for that; False for "try later"."""
+        return self._settled(
+            self._uffd.write_protect(self._start + first * PAGE_BYTES, count * PAGE_BYTES, False)
+        )
+
+    def wake(self, first: int, count: int) -> None:
+        """Let accesses that wait in the range try again."""
+        self._settled(self._uffd.wake(self._start + first * PAGE_BYTES, count * PAGE_BYTES))
+
+    def _settled(self, result: int) -> bool:
+        if result == -errno.EAGAIN:
+            return False
+        if result < 0:
+            raise self._failure(result)
+        return True
+
+    @staticmethod
+    def _failure(result: int) -> Exception:
+        """Tell a client that is gone (ESRCH; ENOENT and EINVAL: range unmapped) from a real failure."""
+        if result in (-errno.ESRCH, -errno.ENOENT, -errno.EINVAL, -errno.EBADF):
+            return ClientGone(os.strerror(-result))
+        return OSError(-result, os.strerror(-result))
+
+    def read_out(self, first: int, into: memoryview) -> None:
+        """Read whole pages through the memfd; never through a mapping, which would fill holes."""
+        offset = self._offset + first * PAGE_BYTES
+        done = 0
+        while done < len(into):
+            count = os.preadv(self._memfd, [into[done:]], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, "the client's memfd is shorter than its memory")
+            done += count
+
+    def release(self, first: int, count: int) -> None:
+        """Give pages back to the host; the next access to one is a fault."""
+        punch_hole(self._memfd, self._offset + first * PAGE_BYTES, count * PAGE_BYTES)
+
+    def present_runs(self) -> list[tuple[int, int]]:
+        """Return `(first, count)` of the runs of pages that the memfd holds."""
+        return [
+            ((offset - self._offset) // PAGE_BYTES, length // PAGE_BYTES)
+            for offset, length in resident_ranges(self._memfd, self._offset, self.pages * PAGE_BYTES)
+        ]
+
+    def held_bytes(self) -> int:
+        """Return what the memfd takes of the host's memory."""
+        return os.fstat(self._memfd).st_blocks * 512
+
+    def unregister(self) -> None:
+        """Stop reporting faults. Missing pages read as zeros from now on."""
+        self._settled(self._uffd.write_protect(self._start, self.pages * PAGE_BYTES, False))
+        self._uffd.unregister(self._start, self.pages * PAGE_BYTES)

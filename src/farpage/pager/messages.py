@@ -1,0 +1,140 @@
+"""What a hypervisor's control process and its data workers say to each other."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from farpage.volume.state import PathState
+
+
+class Message(BaseModel):
+    """Base of the messages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EndpointSpec(Message):
+    """Where one VIOS serves the client's volume; `address` as `farpage.address` spells it."""
+
+    vios: str
+    address: str
+    device: str
+
+
+class Attach(Message):
+    """`attach`, with the descriptors [uffd, memfd, table, pidfd]: page this memory from now on."""
+
+    client: str
+    volume: str
+    epoch: int
+    pages: int = Field(gt=0)
+    start_address: int
+    memfd_offset_bytes: int
+    limit_pages: int = Field(gt=0)
+    endpoints: tuple[EndpointSpec, ...]
+    path_timeout_seconds: float = Field(gt=0)
+    open_timeout_seconds: float = Field(gt=0)
+
+
+class Detach(Message):
+    """`detach`: bring every page back and stop; with `discard` just stop, the memory is going away."""
+
+    client: str
+    discard: bool = False
+
+
+class SetLimit(Message):
+    """`set_limit`."""
+
+    client: str
+    limit_pages: int = Field(gt=0)
+
+
+class Query(Message):
+    """`query`: answer with a `ClientReport`."""
+
+    client: str
+
+
+class Nothing(Message):
+    """The answer of a request that has none, and the parameters of one without."""
+
+
+class PathReport(Message):
+    """One path of a client; times are loop seconds (CLOCK_MONOTONIC)."""
+
+    vios: str
+    device: str
+    state: PathState
+    reason: str
+    epoch: int
+    in_flight: int
+    held: int
+    losses: int
+    since_seconds: float
+
+
+class FailoverReport(Message):
+    """One loss of the active path."""
+
+    from_vios: str
+    to_vios: str | None
+    reason: str
+    detected_at_seconds: float
+    active_at_seconds: float | None
+    replayed_commands: int
+    quarantined_bytes: int
+    longest_stall_seconds: float
+
+
+class CounterReport(Message):
+    """`farpage.pager.counters.Counters` as it stands."""
+
+    faults: int
+    page_in_pages: int
+    page_out_pages: int
+    zero_fill_pages: int
+    zero_evict_pages: int
+    clean_evict_pages: int
+    cancelled_pages: int
+    read_ahead_pages: int
+    checksum_errors: int
+    poisoned_pages: int
+    stalls_over_100ms: int
+    longest_stall_ms: float
+    wait_seconds: float
+    wait_buckets: tuple[int, ...]
+
+
+class ClientReport(Message):
+    """A client as its worker sees it: pages by state, waits, paths."""
+
+    client: str
+    pages_by_state: dict[str, int]
+    limit_pages: int
+    epoch: int
+    stalled_faults: int
+    counters: CounterReport
+    paths: tuple[PathReport, ...]
+    failovers: tuple[FailoverReport, ...]
+
+
+class EpochRaised(Message):
+    """`epoch_raised`: the client's volume was opened under a newer epoch."""
+
+    client: str
+    epoch: int
+
+
+class ClientLost(Message):
+    """`client_gone`: the client's process has exited; its paging has ended."""
+
+    client: str
+
+
+class AlarmRaised(Message):
+    """`alarm`: an operator should look."""
+
+    client: str
+    kind: str
+    message: str

@@ -1,0 +1,42 @@
+"""How many pages to fetch at a fault: windows that grow while they are used. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+LARGEST_WINDOW_PAGES: Final = 64
+STREAMS: Final = 8
+"""Sequential streams that are followed at a time."""
+
+
+@dataclass
+class _Stream:
+    """A run of faults: the next one is expected at `next_page`, after a window of `window` pages."""
+
+    next_page: int
+    window: int
+
+
+class ReadAhead:
+    """Finds rising sequential streams among faults; a fault outside of all gets its page alone."""
+
+    def __init__(self, largest_window_pages: int = LARGEST_WINDOW_PAGES) -> None:
+        self._largest = largest_window_pages
+        self._streams: list[_Stream] = []
+
+    def window(self, page: int) -> int:
+        """Return how many pages from `page` on to bring in, at least one, and remember it."""
+        streams = self._streams
+        for stream in streams:
+            # A little beyond counts too: pages in between were in memory already.
+            if 0 <= page - stream.next_page <= stream.window:
+                stream.window = min(stream.window * 2, self._largest)
+                stream.next_page = page + stream.window
+                streams.remove(stream)
+                streams.append(stream)
+                return stream.window
+        if len(streams) >= STREAMS:
+            del streams[0]
+        streams.append(_Stream(page + 1, 1))
+        return 1

@@ -1,0 +1,75 @@
+"""What the parts of one client's pager share: its memory, table, volume, order of eviction and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Protocol, TypeVar, cast
+
+from farpage.pager.buffers import BufferPool
+from farpage.pager.counters import Counters
+from farpage.pager.limit import Limit
+from farpage.pager.memory import ClientGone, PagedMemory
+from farpage.pager.replacement import Replacement
+from farpage.pager.table import READING, PageTable
+from farpage.volume.multipath import MultipathVolume
+
+
+@dataclass
+class Space:
+    """One client's paging space."""
+
+    memory: PagedMemory
+    table: PageTable
+    volume: MultipathVolume
+    limit: Limit
+    buffers: BufferPool
+    alarm: Callable[[str, str], None]
+    on_gone: Callable[[], None]
+    replacement: Replacement = field(init=False)
+    counters: Counters = field(default_factory=Counters)
+    closed: bool = False
+    """The client is gone or detached: nothing may touch its memory any more."""
+
+    def __post_init__(self) -> None:
+        self.replacement = Replacement(self.table.pages)
+
+    @property
+    def taken(self) -> int:
+        """Pages in memory and on their way into it."""
+        return self.table.resident + self.table.counts[READING]
+
+    @property
+    def room(self) -> int:
+        """Pages that may still be brought in."""
+        return self.limit.most - self.taken
+
+    def waited(self, began_seconds: float, ended_seconds: float) -> None:
+        """Count an access that waited for its page."""
+        seconds = ended_seconds - began_seconds
+        self.counters.waited(seconds)
+        if seconds > 0.01:
+            self.volume.failovers.note_stall(began_seconds, ended_seconds)
+
+
+class _Part(Protocol):
+    _space: Space
+
+
+Step = TypeVar("Step", bound=Callable[..., None])
+
+
+def ends_with_client(step: Step) -> Step:
+    """Make a method that the event loop calls end quietly when the client has exited meanwhile."""
+
+    @wraps(step)
+    def guarded(part: _Part, *arguments: object) -> None:
+        if part._space.closed:
+            return
+        try:
+            step(part, *arguments)
+        except ClientGone:
+            part._space.on_gone()
+
+    return cast(Step, guarded)

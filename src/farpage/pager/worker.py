@@ -1,0 +1,277 @@
+"""A data worker: one process, one event loop, the page tables and volumes of its clients.
+
+It is started by the hypervisor's control process with one end of a `Channel` as descriptor and
+works until that closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import socket
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import structlog
+from pydantic import BaseModel
+
+from farpage.address import parse_address
+from farpage.errors import ExitStatus, FarpageError
+from farpage.kernel.userfaultfd import Mode, Userfaultfd
+from farpage.pager.buffers import BufferPool
+from farpage.pager.channel import Channel
+from farpage.pager.client import PagedClient
+from farpage.pager.memory import ClientGone, PagedMemory
+from farpage.pager.messages import (
+    AlarmRaised,
+    Attach,
+    ClientLost,
+    ClientReport,
+    CounterReport,
+    Detach,
+    EndpointSpec,
+    EpochRaised,
+    FailoverReport,
+    Nothing,
+    PathReport,
+    Query,
+    SetLimit,
+)
+from farpage.pager.table import ENTRY_BYTES, PAGE_BYTES, STATE_NAMES, PageTable
+from farpage.volume.connector import Endpoint, connect_nbd
+from farpage.volume.multipath import MultipathVolume
+
+log = structlog.get_logger()
+
+REGISTER_MODE = Mode.MISSING | Mode.WP | Mode.MINOR
+
+
+@dataclass(eq=False)
+class RegistrationFailed(FarpageError):
+    """The kernel does not let the memory be paged."""
+
+    code = "registration_failed"
+    template = "the memory of client {client!r} cannot be paged: {cause_text}"
+    remedy = "check that no other program (a migration, another pager) has a userfaultfd on it"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    cause_text: str
+
+
+@dataclass(eq=False)
+class ClientExited(FarpageError):
+    """The client's process ended during a request."""
+
+    code = "client_exited"
+    template = "client {client!r} exited meanwhile"
+    remedy = "nothing is left to be done: its memory is gone"
+    exit_status = ExitStatus.NOT_FOUND
+    client: str
+
+
+@dataclass(eq=False)
+class NotAttached(FarpageError):
+    """The worker does not page that client."""
+
+    code = "not_attached"
+    template = "client {client!r} is not attached"
+    remedy = "attach it with 'farpage client attach {client} --pid PID'"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+
+
+class _Events:
+    """Passes what a client's volume has to tell on to the control process."""
+
+    def __init__(self, channel: Channel, client: str) -> None:
+        self._channel = channel
+        self._client = client
+
+    def epoch_raised(self, epoch: int) -> None:
+        self._channel.tell("epoch_raised", EpochRaised(client=self._client, epoch=epoch))
+
+    def alarm(self, kind: str, message: str) -> None:
+        log.warning("alarm", client=self._client, kind=kind, message=message)
+        self._channel.tell("alarm", AlarmRaised(client=self._client, kind=kind, message=message))
+
+
+@dataclass
+class _Attached:
+    """A client and the descriptors that are this worker's."""
+
+    paged: PagedClient
+    uffd: Userfaultfd
+    descriptors: list[int]
+    table_map: mmap.mmap
+    pidfd: int
+
+
+class Worker:
+    """The clients of this process."""
+
+    def __init__(self, endpoint: socket.socket) -> None:
+        self.closed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._buffers = BufferPool()
+        self._clients: dict[str, _Attached] = {}
+        self._channel = Channel(endpoint, on_request=self._request, on_closed=self.closed.set)
+
+    async def _request(self, method: str, parameters: Any, descriptors: list[int]) -> BaseModel:
+        match method:
+            case "attach":
+                return await self._attach(Attach.model_validate(parameters), descriptors)
+            case "detach":
+                return await self._detach(Detach.model_validate(parameters))
+            case "set_limit":
+                order = SetLimit.model_validate(parameters)
+                self._attached(order.client).paged.set_limit(order.limit_pages)
+                return Nothing()
+            case "query":
+                return self._report(Query.model_validate(parameters).client)
+        raise AssertionError(f"unknown request {method!r}")
+
+    def _attached(self, client: str) -> _Attached:
+        if client not in self._clients:
+            raise NotAttached(client)
+        return self._clients[client]
+
+    async def _attach(self, order: Attach, descriptors: list[int]) -> Nothing:
+        uffd_number, memfd, table_fd, pidfd = descriptors
+        uffd = Userfaultfd(uffd_number)
+        events = _Events(self._channel, order.client)
+        volume = MultipathVolume(
+            order.volume,
+            order.pages * PAGE_BYTES,
+            order.epoch,
+            [_endpoint(spec) for spec in order.endpoints],
+            connector=connect_nbd,
+            events=events,
+            path_timeout_seconds=order.path_timeout_seconds,
+        )
+        try:
+            await volume.open(order.open_timeout_seconds)
+            try:
+                self._register(order, uffd)
+            except FarpageError:
+                await volume.abandon()
+                raise
+        except FarpageError:
+            uffd.close()
+            for descriptor in (memfd, table_fd, pidfd):
+                os.close(descriptor)
+            raise
+        table_map = mmap.mmap(table_fd, order.pages * ENTRY_BYTES)
+        memory = PagedMemory(uffd, memfd, order.start_address, order.pages, order.memfd_offset_bytes)
+        gone = partial(self._client_gone, order.client)
+        paged = PagedClient(
+            memory,
+            PageTable(order.pages, memoryview(table_map)),
+            volume,
+            order.limit_pages,
+            self._buffers,
+            alarm=events.alarm,
+            on_gone=gone,
+        )
+        self._clients[order.client] = _Attached(paged, uffd, [memfd, table_fd], table_map, pidfd)
+        self._loop.add_reader(pidfd, gone)
+        paged.start()
+        return Nothing()
+
+    @staticmethod
+    def _register(order: Attach, uffd: Userfaultfd) -> None:
+        try:
+            uffd.register(order.start_address, order.pages * PAGE_BYTES, REGISTER_MODE)
+        except OSError as error:
+            raise RegistrationFailed(order.client, str(error)) from error
+
+    async def _detach(self, order: Detach) -> Nothing:
+        attached = self._attached(order.client)
+        if order.discard:
+            self._forget(order.client)
+            with suppress(ClientGone, OSError):
+                attached.paged.space.memory.unregister()
+            await attached.paged.space.volume.abandon()
+            self._close(attached)
+            return Nothing()
+        try:
+            await attached.paged.detach()
+        except ClientGone:
+            raise ClientExited(order.client) from None
+        self._forget(order.client)
+        self._close(attached)
+        return Nothing()
+
+    def _forget(self, client: str) -> None:
+        attached = self._clients.pop(client, None)
+        if attached:
+            attached.paged.abandon()
+            self._loop.remove_reader(attached.pidfd)
+
+    @staticmethod
+    def _close(attached: _Attached) -> None:
+        attached.uffd.close()
+        for descriptor in (*attached.descriptors, attached.pidfd):
+            os.close(descriptor)
+
+    def _client_gone(self, client: str) -> None:
+        """Let go of a client whose process has exited."""
+        attached = self._clients.get(client)
+        if attached is None:
+            return
+        self._forget(client)
+        log.info("client_exited", client=client)
+        task = self._loop.create_task(self._bury(client, attached))
+        task.add_done_callback(lambda done: done.result())
+
+    async def _bury(self, client: str, attached: _Attached) -> None:
+        await attached.paged.space.volume.abandon()
+        self._close(attached)
+        self._channel.tell("client_gone", ClientLost(client=client))
+
+    def _report(self, client: str) -> ClientReport:
+        paged = self._attached(client).paged
+        space = paged.space
+        return ClientReport(
+            client=client,
+            pages_by_state=dict(zip(STATE_NAMES, space.table.counts, strict=True)),
+            limit_pages=space.limit.pages,
+            epoch=space.volume.epoch,
+            stalled_faults=paged.faults.stalled,
+            counters=CounterReport(**asdict(space.counters)),
+            paths=tuple(
+                PathReport(
+                    vios=path.endpoint.vios,
+                    device=path.endpoint.device,
+                    state=path.state,
+                    reason=path.reason,
+                    epoch=path.epoch,
+                    in_flight=path.in_flight,
+                    held=path.held,
+                    losses=path.losses,
+                    since_seconds=path.since_seconds,
+                )
+                for path in space.volume.status()
+            ),
+            failovers=tuple(FailoverReport(**asdict(record)) for record in space.volume.failovers.records),
+        )
+
+    async def stop(self) -> None:
+        """Let go of everything when the control process is gone."""
+        for client in list(self._clients):
+            attached = self._clients[client]
+            self._forget(client)
+            await attached.paged.space.volume.abandon()
+
+
+def _endpoint(spec: EndpointSpec) -> Endpoint:
+    return Endpoint(spec.vios, parse_address(spec.address), spec.device)
+
+
+async def run(descriptor: int) -> None:
+    """Work until the control process closes the channel at `descriptor`."""
+    worker = Worker(socket.socket(fileno=descriptor))
+    await worker.closed.wait()
+    await worker.stop()
