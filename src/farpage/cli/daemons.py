@@ -1,1 +1,71 @@
-"""What `vios run` and `hypervisor run` do."""
+"""What `hypervisor run` and `vios run` do: settings from the command line, then the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from farpage.address import UnixAddress, parse_address
+from farpage.cli.session import wanted
+from farpage.errors import InvalidInput
+
+
+def run_hypervisor(
+    *,
+    name: str,
+    folder: Path,
+    control: str | None,
+    attach: str | None,
+    vioses: Sequence[str],
+    workers: int | None,
+    path_timeout_seconds: float,
+    default_limit_bytes: int | None,
+    pool_size_bytes: int | None,
+) -> None:
+    """Run a hypervisor until it is told to stop.
+
+    :raise InvalidInput: naming the option that is wrong.
+    """
+    from farpage.hypervisor.daemon import run
+    from farpage.hypervisor.settings import HypervisorSettings
+
+    folder = _made(folder)
+    settings = wanted(
+        HypervisorSettings,
+        name=name,
+        state_dir=folder,
+        control=_unix(control, folder / "control.sock", "--control"),
+        attach=_unix(attach, folder / "attach.sock", "--attach"),
+        vioses=dict(_named_address(text) for text in vioses),
+        workers=workers,
+        path_timeout_seconds=path_timeout_seconds,
+        default_limit_bytes=default_limit_bytes,
+        pool_size_bytes=pool_size_bytes,
+    )
+    asyncio.run(run(settings))
+
+
+def _named_address(text: str) -> tuple[str, str]:
+    name, separator, address = text.partition("=")
+    if not (name and separator):
+        raise InvalidInput("--vios", f"{text!r} has no name", "write NAME=unix:PATH")
+    return name, str(parse_address(address, field="--vios"))
+
+
+def _unix(text: str | None, default: Path, option: str) -> str:
+    address = parse_address(text or f"unix:{default}", field=option)
+    if not isinstance(address, UnixAddress):
+        raise InvalidInput(option, f"{text!r} is no UNIX socket", "write unix:PATH")
+    return str(address)
+
+
+def _made(folder: Path) -> Path:
+    folder = folder.expanduser().absolute()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as problem:
+        raise InvalidInput(
+            "--dir", f"{problem.filename}: {problem.strerror}", "name a folder that you can write to"
+        ) from problem
+    return folder
