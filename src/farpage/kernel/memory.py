@@ -20,6 +20,7 @@ PAGE_SIZE: Final = mmap.PAGESIZE
 """Bytes in one page of this machine."""
 
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 0x01, 0x02
+_MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 MADV_COLD: Final = 20
 MADV_PAGEOUT: Final = 21
@@ -101,6 +102,16 @@ def lock_memory() -> None:
             os.strerror(last_error().errno or errno.EIO),
             "raise 'ulimit -l' (systemd: LimitMEMLOCK=infinity) or give it CAP_IPC_LOCK",
         )
+
+
+def reserve_addresses(start: int, length: int) -> None:
+    """Keep an unused range of this process's addresses from being mapped; accesses to it are a SIGSEGV.
+
+    :raise OSError: EEXIST when a part of it is in use.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
+    if libc.mmap(start, length, 0, flags, -1, 0) != start:
+        raise last_error()
 
 
 def address_of(buffer: memoryview | bytearray | mmap.mmap | bytes) -> int:
