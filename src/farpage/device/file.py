@@ -370,7 +370,7 @@ class FileVolume:
         return error
 
     def _sync(self) -> int:
-        """Sync; a failure stays, as the kernel reports it once and then takes lost pages for clean (fsync(2))."""
+        """Sync; a failure stays, as the kernel reports it once, then takes the lost pages for clean."""
         if self._sync_error == 0:
             try:
                 os.fdatasync(self._descriptor)

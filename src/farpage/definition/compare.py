@@ -1,0 +1,97 @@
+"""Which of several VIOS' documents is the one to follow, and what they differ in: pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from farpage.definition.document import canonical_json
+from farpage.definition.model import Definition
+
+
+@dataclass(frozen=True)
+class Lagging:
+    """A VIOS whose document is not the newest."""
+
+    vios: str
+    revision: int
+    contradicts: bool
+    """Not just older: another content at the newest revision, or a higher revision by an older owner."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The document to follow, a VIOS that has it, and those that do not."""
+
+    newest: Definition
+    vios: str
+    lagging: tuple[Lagging, ...]
+
+
+def is_newer(one: Definition, other: Definition) -> bool:
+    """Tell whether `one` goes before `other`: by the epochs of the clients that both have, then by revision.
+
+    A document in which some client's epoch is higher, and none lower, comes from the later owner.
+    Two documents of the same rank go by their text, so that everybody chooses alike.
+    """
+    both = one.clients.keys() & other.clients.keys()
+    higher = any(one.clients[name].epoch > other.clients[name].epoch for name in both)
+    lower = any(one.clients[name].epoch < other.clients[name].epoch for name in both)
+    if higher != lower:
+        return higher
+    if one.revision != other.revision:
+        return one.revision > other.revision
+    return canonical_json(one) > canonical_json(other)
+
+
+def compare(definitions: Mapping[str, Definition]) -> Comparison:
+    """Find the newest of the documents of several VIOS.
+
+    :raise ValueError: there are none.
+    """
+    if not definitions:
+        raise ValueError("no definitions to compare")
+    # Highest revision first, so that epochs override only what they contradict.
+    order = sorted(
+        definitions,
+        key=lambda vios: (definitions[vios].revision, canonical_json(definitions[vios])),
+        reverse=True,
+    )
+    best = order[0]
+    for vios in order[1:]:
+        if is_newer(definitions[vios], definitions[best]):
+            best = vios
+    newest = definitions[best]
+    lagging = tuple(
+        Lagging(vios, definition.revision, definition.revision >= newest.revision)
+        for vios, definition in sorted(definitions.items())
+        if canonical_json(definition) != canonical_json(newest)
+    )
+    return Comparison(newest, best, lagging)
+
+
+def diff(old: Definition, new: Definition) -> tuple[str, ...]:
+    """Say in lines what changed, for the log: `clients[vm1].epoch: 1 -> 2`."""
+    return (
+        *_diff_records("vioses", old.vioses, new.vioses),
+        *_diff_records("devices", old.devices, new.devices),
+        *_diff_records("clients", old.clients, new.clients),
+        *(f"grants: + {grant}" for grant in new.grants if grant not in old.grants),
+        *(f"grants: - {grant}" for grant in old.grants if grant not in new.grants),
+    )
+
+
+def _diff_records(where: str, old: Mapping[str, BaseModel], new: Mapping[str, BaseModel]) -> Iterator[str]:
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if before is None:
+            yield f"{where}[{name}]: added"
+        elif after is None:
+            yield f"{where}[{name}]: removed"
+        elif before != after:
+            was, now = before.model_dump(mode="json"), after.model_dump(mode="json")
+            for key in was:
+                if was[key] != now[key]:
+                    yield f"{where}[{name}].{key}: {was[key]} -> {now[key]}"

@@ -1,0 +1,94 @@
+"""What can be wrong with a definition, with a change of it, or with its store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from farpage.errors import ExitStatus, FarpageError
+
+
+@dataclass(eq=False)
+class InvalidDefinition(FarpageError):
+    """The document contradicts itself."""
+
+    code = "invalid_definition"
+    template = "definition revision {revision}: {problems}"
+    remedy = "correct it and send it again; nothing was changed"
+    exit_status = ExitStatus.USAGE
+    revision: int
+    problems: str
+
+
+@dataclass(eq=False)
+class RevisionConflict(FarpageError):
+    """Somebody else changed the definition meanwhile."""
+
+    code = "revision_conflict"
+    template = "the definition is at revision {current_revision}, not {expected_revision}"
+    remedy = "read the definition again, repeat the change on it and send that"
+    exit_status = ExitStatus.CONFLICT
+    expected_revision: int
+    current_revision: int
+
+
+@dataclass(eq=False)
+class ClientExists(FarpageError):
+    """The name is taken."""
+
+    code = "client_exists"
+    template = "client {client!r} exists already"
+    remedy = "choose another name; 'farpage client list' shows those in use"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+
+
+@dataclass(eq=False)
+class ClientMissing(FarpageError):
+    """There is no such client."""
+
+    code = "client_not_found"
+    template = "client {client!r} is not in the definition"
+    remedy = "list the clients with 'farpage client list'"
+    exit_status = ExitStatus.NOT_FOUND
+    client: str
+
+
+@dataclass(eq=False)
+class NoDeviceFits(FarpageError):
+    """No paging device can take the new client's volume."""
+
+    code = "no_device_fits"
+    template = "no paging device fits client {client!r} with {size_bytes} bytes: {reasons}"
+    remedy = "add a device with 'farpage device add', or ask for less memory or redundancy"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    size_bytes: int
+    reasons: str
+
+
+@dataclass(eq=False)
+class DeviceMismatch(FarpageError):
+    """Two VIOS describe a device of one identifier differently."""
+
+    code = "device_mismatch"
+    template = "device {device} is {found} for VIOS {vios!r} and {known} in the definition"
+    remedy = "one of them has a copy: give the copy a label of its own"
+    exit_status = ExitStatus.CONFLICT
+    device: str
+    vios: str
+    found: str
+    known: str
+
+
+@dataclass(eq=False)
+class StoreDamaged(FarpageError):
+    """The database cannot be read."""
+
+    code = "store_damaged"
+    template = "the definition's store {path} cannot be used: {problem}"
+    remedy = (
+        "move the file (and those with -wal and -shm) away and start again: "
+        "the hypervisor brings the definition from another VIOS"
+    )
+    path: str
+    problem: str

@@ -1,0 +1,331 @@
+"""The definition's rules: pure functions from a document to the next.
+
+Every function that changes something returns a new document with the next revision, and the
+document itself when nothing changes. Documents that break the rules are refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from farpage.definition.document import same_content
+from farpage.definition.errors import ClientExists, ClientMissing, DeviceMismatch, InvalidDefinition
+from farpage.definition.model import (
+    ClientRecord,
+    Definition,
+    DeviceRecord,
+    PagingCommand,
+    Reach,
+    Redundancy,
+    Replica,
+    ReplicaState,
+    ViosRecord,
+    ViosRedundancy,
+    VolumeRecord,
+)
+from farpage.definition.placement import Wish, choose_devices, defined_bytes
+
+
+@dataclass(frozen=True)
+class FoundDevice:
+    """A device as one VIOS reports it."""
+
+    id: str
+    name: str
+    kind: str
+    spec: str
+    size_bytes: int
+    commands: tuple[PagingCommand, ...]
+
+
+@dataclass(frozen=True)
+class VolumePath:
+    """One way to a client's volume."""
+
+    vios: str
+    control: str
+    data: tuple[str, ...]
+    device: str
+    volume: str
+    size_bytes: int
+    epoch: int
+    replica: ReplicaState
+
+
+# What a document must fulfil
+
+
+def problems(definition: Definition) -> tuple[str, ...]:
+    """Say everything that is wrong with a document, each naming the field; empty when it is sound."""
+    return (*_device_problems(definition), *_client_problems(definition), *_grant_problems(definition))
+
+
+def check(definition: Definition) -> Definition:
+    """Return the document if it is sound.
+
+    :raise InvalidDefinition: naming every problem.
+    """
+    found = problems(definition)
+    if found:
+        raise InvalidDefinition(definition.revision, "; ".join(found))
+    return definition
+
+
+def _twice(values: Iterable[str]) -> list[str]:
+    return sorted(value for value, count in Counter(values).items() if count > 1)
+
+
+def _device_problems(definition: Definition) -> Iterator[str]:
+    for name in _twice(device.name for device in definition.devices.values()):
+        yield f"devices: the name {name!r} is used twice"
+    for identifier, device in definition.devices.items():
+        where = f"devices[{device.name}]"
+        for vios in _twice(reach.vios for reach in device.reached_by):
+            yield f"{where}.reached_by: VIOS {vios!r} is named twice"
+        for vios in sorted({reach.vios for reach in device.reached_by} - set(definition.vioses)):
+            yield f"{where}.reached_by: VIOS {vios!r} is not in the definition"
+        for command in _twice(device.commands):
+            yield f"{where}.commands: {command!r} is named twice"
+        used_bytes = defined_bytes(definition, identifier)
+        if used_bytes > device.size_bytes:
+            yield f"{where}.size_bytes: {device.size_bytes} bytes are less than its volumes' {used_bytes}"
+
+
+def _client_problems(definition: Definition) -> Iterator[str]:
+    for name in _twice(volume.name for client in definition.clients.values() for volume in client.volumes):
+        yield f"clients: the volume name {name!r} is used twice"
+    for name, client in definition.clients.items():
+        where = f"clients[{name}]"
+        if client.entitlement_bytes > client.memory_bytes:
+            yield f"{where}.entitlement_bytes: more than the memory of {client.memory_bytes} bytes"
+        if sum(volume.size_bytes for volume in client.volumes) < client.memory_bytes:
+            yield f"{where}.volumes: smaller than the memory of {client.memory_bytes} bytes"
+        for volume in client.volumes:
+            yield from _volume_problems(definition, client, volume, f"{where}.volumes[{volume.name}]")
+
+
+def _volume_problems(
+    definition: Definition, client: ClientRecord, volume: VolumeRecord, where: str
+) -> Iterator[str]:
+    used = [replica.device for replica in volume.replicas]
+    for device in _twice(used):
+        yield f"{where}.replicas: device {device} is named twice"
+    unknown = sorted(set(used) - set(definition.devices))
+    for device in unknown:
+        yield f"{where}.replicas: device {device} is not in the definition"
+    if unknown:
+        return
+    current = [replica.device for replica in volume.replicas if replica.state is not ReplicaState.RETIRED]
+    if client.redundancy is Redundancy.MIRROR and len(current) < 2:
+        yield f"{where}.replicas: redundancy 'mirror' needs two"
+    reached = {reach.vios for device in current for reach in definition.devices[device].reached_by}
+    if client.vios_redundancy is ViosRedundancy.REQUIRED and len(reached) < 2:
+        yield f"{where}.replicas: two VIOS must reach it, and {', '.join(sorted(reached)) or 'none'} does"
+
+
+def _grant_problems(definition: Definition) -> Iterator[str]:
+    volumes = {volume.name for client in definition.clients.values() for volume in client.volumes}
+    for volume in sorted({grant.volume for grant in definition.grants} - volumes):
+        yield f"grants: volume {volume!r} is not in the definition"
+
+
+# Changes
+
+
+def next_revision(definition: Definition, **changes: Any) -> Definition:
+    """Return the document with some fields replaced and the next revision, or itself if nothing differs.
+
+    :raise InvalidDefinition: the result is not sound.
+    """
+    changed = definition.model_copy(update={**changes, "revision": definition.revision + 1})
+    return definition if same_content(changed, definition) else check(changed)
+
+
+def register_vios(
+    definition: Definition, name: str, record: ViosRecord, found: Sequence[FoundDevice]
+) -> Definition:
+    """Enter a VIOS with the devices that it found, and make a device that another one found too a common one.
+
+    A new device gets its name (with a number behind where that is taken) and the commands that it can
+    carry out; a known one keeps those that were configured and still can be. A device that this VIOS
+    reached before and does not now is no longer reached by it; one that no other VIOS reaches
+    stays as it is while a client's volume is on it, and goes otherwise.
+
+    :raise DeviceMismatch: a device's size or kind is not what the definition says.
+    """
+    devices = dict(definition.devices)
+    for device in found:
+        known = devices.get(device.id)
+        if known is None:
+            taken = {other.name for other in devices.values()}
+            devices[device.id] = DeviceRecord(
+                name=_free_name(device.name, taken),
+                kind=device.kind,
+                size_bytes=device.size_bytes,
+                reached_by=(Reach(vios=name, spec=device.spec),),
+                commands=_ordered(device.commands),
+            )
+        else:
+            devices[device.id] = _reach_too(device.id, known, name, device)
+    present = {device.id for device in found}
+    for identifier, known in list(devices.items()):
+        if identifier in present or name not in {reach.vios for reach in known.reached_by}:
+            continue
+        left = tuple(reach for reach in known.reached_by if reach.vios != name)
+        if left:
+            devices[identifier] = known.model_copy(update={"reached_by": left})
+        elif not _is_used(definition, identifier):
+            del devices[identifier]
+    return next_revision(definition, vioses={**definition.vioses, name: record}, devices=devices)
+
+
+def _free_name(wanted: str, taken: set[str]) -> str:
+    name, number = wanted, 2
+    while name in taken:
+        suffix = f"-{number}"
+        name, number = wanted[: 63 - len(suffix)] + suffix, number + 1
+    return name
+
+
+def _ordered(commands: Iterable[PagingCommand]) -> tuple[PagingCommand, ...]:
+    given = set(commands)
+    return tuple(command for command in PagingCommand if command in given)
+
+
+def _reach_too(identifier: str, known: DeviceRecord, vios: str, found: FoundDevice) -> DeviceRecord:
+    if (known.kind, known.size_bytes) != (found.kind, found.size_bytes):
+        raise DeviceMismatch(
+            identifier,
+            vios,
+            f"{found.kind} of {found.size_bytes} bytes",
+            f"{known.kind} of {known.size_bytes} bytes",
+        )
+    others = [reach for reach in known.reached_by if reach.vios != vios]
+    reached_by = sorted([*others, Reach(vios=vios, spec=found.spec)], key=lambda reach: reach.vios)
+    return known.model_copy(
+        update={
+            "reached_by": tuple(reached_by),
+            "commands": _ordered(set(known.commands) & set(found.commands)),
+        }
+    )
+
+
+def _is_used(definition: Definition, identifier: str) -> bool:
+    return any(
+        replica.device == identifier
+        for client in definition.clients.values()
+        for volume in client.volumes
+        for replica in volume.replicas
+    )
+
+
+def add_client(
+    definition: Definition,
+    name: str,
+    *,
+    memory_bytes: int,
+    hypervisor: str,
+    entitlement_bytes: int = 0,
+    weight: int = 128,
+    redundancy: Redundancy = Redundancy.PATH,
+    vios_redundancy: ViosRedundancy = ViosRedundancy.IF_POSSIBLE,
+    provisioned_bytes: Mapping[str, int] | None = None,
+) -> Definition:
+    """Enter a client with one volume, named as it, on the device that fits best, at epoch 1.
+
+    `provisioned_bytes` says by device identifier what the VIOS report as given away.
+
+    :raise ClientExists: the name is taken.
+    :raise NoDeviceFits: saying for each device why not.
+    :raise InvalidDefinition: a value contradicts another one.
+    :raise Unsupported: redundancy `mirror`.
+    """
+    if name in definition.clients:
+        raise ClientExists(name)
+    devices = choose_devices(
+        definition, Wish(name, memory_bytes, redundancy, vios_redundancy, provisioned_bytes or {})
+    )
+    volume = VolumeRecord(
+        name=name,
+        size_bytes=memory_bytes,
+        replicas=tuple(Replica(device=device, state=ReplicaState.IN_SYNC) for device in devices),
+    )
+    client = ClientRecord(
+        memory_bytes=memory_bytes,
+        entitlement_bytes=entitlement_bytes,
+        weight=weight,
+        hypervisor=hypervisor,
+        redundancy=redundancy,
+        vios_redundancy=vios_redundancy,
+        volumes=(volume,),
+    )
+    return next_revision(definition, clients={**definition.clients, name: client})
+
+
+def remove_client(definition: Definition, name: str) -> Definition:
+    """Remove a client, its volumes and the grants on them.
+
+    :raise ClientMissing: there is none.
+    """
+    client = client_of(definition, name)
+    gone = {volume.name for volume in client.volumes}
+    return next_revision(
+        definition,
+        clients={other: record for other, record in definition.clients.items() if other != name},
+        grants=tuple(grant for grant in definition.grants if grant.volume not in gone),
+    )
+
+
+def raise_epoch(definition: Definition, name: str, at_least: int = 0) -> Definition:
+    """Give a client's volumes to a new owner: the epoch rises by one, or to `at_least` if that is more.
+
+    :raise ClientMissing: there is none.
+    """
+    client = client_of(definition, name)
+    raised = client.model_copy(update={"epoch": max(client.epoch + 1, at_least)})
+    return next_revision(definition, clients={**definition.clients, name: raised})
+
+
+# Questions
+
+
+def client_of(definition: Definition, name: str) -> ClientRecord:
+    """Look a client up.
+
+    :raise ClientMissing: there is none.
+    """
+    if name not in definition.clients:
+        raise ClientMissing(name)
+    return definition.clients[name]
+
+
+def paths(definition: Definition, name: str) -> tuple[VolumePath, ...]:
+    """List the ways to a client's volumes: for each replica the VIOS that reach it, in a fixed order.
+
+    :raise ClientMissing: there is none.
+    """
+    client = client_of(definition, name)
+    return tuple(
+        VolumePath(
+            vios=reach.vios,
+            control=definition.vioses[reach.vios].control,
+            data=definition.vioses[reach.vios].data,
+            device=replica.device,
+            volume=volume.name,
+            size_bytes=volume.size_bytes,
+            epoch=client.epoch,
+            replica=replica.state,
+        )
+        for volume in client.volumes
+        for replica in volume.replicas
+        if replica.state is not ReplicaState.RETIRED
+        for reach in definition.devices[replica.device].reached_by
+    )
+
+
+def epochs(definition: Definition) -> dict[str, int]:
+    """Return the epoch of every volume."""
+    return {volume.name: client.epoch for client in definition.clients.values() for volume in client.volumes}

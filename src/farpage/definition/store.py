@@ -1,0 +1,130 @@
+"""Keeps the definition and the volumes' epochs in a VIOS' database."""
+
+from __future__ import annotations
+
+import datetime
+import sqlite3
+import threading
+
+from pydantic import ValidationError
+
+from farpage.definition.database import Database
+from farpage.definition.document import canonical_json
+from farpage.definition.errors import InvalidDefinition, RevisionConflict, StoreDamaged
+from farpage.definition.model import Definition
+from farpage.definition.rules import check
+
+HISTORY_MAX = 100
+"""So many revisions are kept."""
+
+EPOCH_MAX = (1 << 63) - 1
+"""SQLite's integers are signed."""
+
+
+class DefinitionStore:
+    """The current definition and its history. Safe to use from any thread."""
+
+    def __init__(self, database: Database) -> None:
+        """Read what is stored.
+
+        :raise StoreDamaged: it is no definition of this format.
+        """
+        self._database = database
+        self._lock = threading.Lock()
+        with database.transaction() as connection:
+            self._current = self._read(connection)
+
+    def current(self) -> Definition:
+        """Return the current definition; a new store has the empty one of revision 0."""
+        with self._lock:
+            return self._current
+
+    def compare_and_swap(self, expected_revision: int, definition: Definition) -> Definition:
+        """Store `definition` durably if the current revision is `expected_revision`; return what is current.
+
+        A document that is current already is accepted again, because the sender of a request whose
+        answer was lost must be able to repeat it.
+
+        :raise RevisionConflict: the current revision is another one.
+        :raise InvalidDefinition: the document is not sound, or its revision is not above the current one.
+        :raise StoreDamaged: the database cannot be written; whether it has the document shows at the next start.
+        """
+        check(definition)
+        with self._lock:
+            if definition == self._current:
+                return definition
+            if expected_revision != self._current.revision:
+                raise RevisionConflict(expected_revision, self._current.revision)
+            if definition.revision <= expected_revision:
+                raise InvalidDefinition(
+                    definition.revision, f"revision: it must be above the current one, {expected_revision}"
+                )
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            with self._database.transaction() as connection:
+                connection.execute(
+                    "INSERT INTO definitions (revision, document, stored_at) VALUES (?, ?, ?)",
+                    (definition.revision, canonical_json(definition), now),
+                )
+                connection.execute(
+                    "DELETE FROM definitions WHERE revision NOT IN "
+                    "(SELECT revision FROM definitions ORDER BY revision DESC LIMIT ?)",
+                    (HISTORY_MAX,),
+                )
+            self._current = definition
+            return definition
+
+    def history(self) -> list[Definition]:
+        """Return the revisions kept, newest first.
+
+        :raise StoreDamaged: one of them cannot be read.
+        """
+        with self._database.transaction() as connection:
+            rows = connection.execute("SELECT document FROM definitions ORDER BY revision DESC").fetchall()
+        return [self._parse(row[0]) for row in rows]
+
+    def _read(self, connection: sqlite3.Connection) -> Definition:
+        row = connection.execute("SELECT document FROM definitions ORDER BY revision DESC LIMIT 1").fetchone()
+        return Definition() if row is None else self._parse(row[0])
+
+    def _parse(self, document: str) -> Definition:
+        try:
+            return Definition.model_validate_json(document)
+        except ValidationError as error:
+            raise StoreDamaged(self._database.path, f"no definition: {error.errors()[0]['msg']}") from error
+
+
+class EpochStore:
+    """The highest epoch seen of each volume, by the volume's identifier. Safe to use from any thread."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def highest(self, volume_id: str) -> int:
+        """Return the highest epoch seen; 0 for none.
+
+        :raise StoreDamaged: the database cannot be read.
+        """
+        with self._database.transaction() as connection:
+            row = connection.execute("SELECT epoch FROM epochs WHERE volume_id = ?", (volume_id,)).fetchone()
+        return 0 if row is None else int(row[0])
+
+    def raise_to(self, volume_id: str, epoch: int) -> int:
+        """Record durably that `epoch` was seen; return the highest, which may be above it.
+
+        :raise StoreDamaged: the database cannot be written.
+        """
+        with self._database.transaction() as connection:
+            (highest,) = connection.execute(
+                "INSERT INTO epochs (volume_id, epoch) VALUES (?, ?) "
+                "ON CONFLICT (volume_id) DO UPDATE SET epoch = max(epoch, excluded.epoch) RETURNING epoch",
+                (volume_id, min(epoch, EPOCH_MAX)),
+            ).fetchone()
+        return int(highest)
+
+    def forget(self, volume_id: str) -> None:
+        """Drop the record of a volume that was deleted.
+
+        :raise StoreDamaged: the database cannot be written.
+        """
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM epochs WHERE volume_id = ?", (volume_id,))
