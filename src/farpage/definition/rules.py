@@ -230,6 +230,7 @@ def add_client(
     hypervisor: str,
     entitlement_bytes: int = 0,
     weight: int = 128,
+    limit_bytes: int | None = None,
     redundancy: Redundancy = Redundancy.PATH,
     vios_redundancy: ViosRedundancy = ViosRedundancy.IF_POSSIBLE,
     provisioned_bytes: Mapping[str, int] | None = None,
@@ -257,6 +258,7 @@ def add_client(
         memory_bytes=memory_bytes,
         entitlement_bytes=entitlement_bytes,
         weight=weight,
+        limit_bytes=limit_bytes,
         hypervisor=hypervisor,
         redundancy=redundancy,
         vios_redundancy=vios_redundancy,
@@ -287,6 +289,15 @@ def raise_epoch(definition: Definition, name: str, at_least: int = 0) -> Definit
     client = client_of(definition, name)
     raised = client.model_copy(update={"epoch": max(client.epoch + 1, at_least)})
     return next_revision(definition, clients={**definition.clients, name: raised})
+
+
+def set_limit(definition: Definition, name: str, limit_bytes: int) -> Definition:
+    """Change the most memory that a client's pages take.
+
+    :raise ClientMissing: there is none.
+    """
+    changed = client_of(definition, name).model_copy(update={"limit_bytes": limit_bytes})
+    return next_revision(definition, clients={**definition.clients, name: changed})
 
 
 # Questions
