@@ -24,8 +24,8 @@ EXTENT_BYTES = 4096
 class MemoryIO:
     """A volume in a bytearray.
 
-    With `hold` set, commands wait in `held` until the test releases them; `errors` maps a command's name to the errno
-    that it finishes with; `log` names what was carried out.
+    With `hold` set, commands wait in `held` until the test releases them; `errors` maps a command's name to
+    the errno that it finishes with; `log` names what was carried out.
     """
 
     def __init__(

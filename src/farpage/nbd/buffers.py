@@ -1,7 +1,7 @@
 """Memory for payloads: page-aligned, reused, bounded.
 
-Devices opened with O_DIRECT want aligned memory (open(2)), and paging out must not wait for memory that paging
-out has to free; so buffers come from size classes that are kept once used.
+Devices opened with O_DIRECT want aligned memory (open(2)), and paging out must not wait for memory that
+paging out has to free; so buffers come from size classes that are kept once used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class AlignedPool:
     """Page-aligned buffers in powers of two; used from one thread."""
 
     def __init__(self, idle_max_bytes: int = 64 << 20) -> None:
-        """Keep at most `idle_max_bytes` of unused large buffers; small ones are kept up to their highest use."""
+        """Keep at most `idle_max_bytes` of unused large buffers; small ones stay up to their highest use."""
         self._idle_max_bytes = idle_max_bytes
         self._idle_bytes = 0
         self._free: dict[int, list[memoryview]] = {}

@@ -40,7 +40,8 @@ __all__ = ["Connection", "list_exports"]
 class Connection:
     """One connection to one export. Never blocks; used from one event loop.
 
-    Requests larger than the server's limit are split; a command that the server does not offer finishes with ENOTSUP.
+    Requests larger than the server's limit are split; a command that the server does not offer finishes
+    with ENOTSUP.
     """
 
     def __init__(
@@ -170,16 +171,18 @@ class Connection:
         length = len(data)
         self._check_range(offset, length)
         flags = p.NBD_CMD_FLAG_FUA if fua else 0
-        if not self._allowed(Feature.FUA if fua else Feature.NONE, done, changes=True):
+        if not self._allowed(_fua_feature(fua), done, changes=True):
             return
         step = self.limits.maximum
         if length <= step:
-            self._command(p.NBD_CMD_WRITE, flags, offset, length, done, data)
+            self._command(p.NBD_CMD_WRITE, offset, length, done, flags=flags, payload=data)
             return
         joined = _Joined(done, -(-length // step))
         for at in range(0, length, step):
             part = data[at : at + step]
-            self._command(p.NBD_CMD_WRITE, flags, offset + at, len(part), joined.part_done, part)
+            self._command(
+                p.NBD_CMD_WRITE, offset + at, len(part), joined.part_done, flags=flags, payload=part
+            )
 
     def zero(
         self,
@@ -193,34 +196,35 @@ class Connection:
     ) -> None:
         """Make the range read as zeros (NBD_CMD_WRITE_ZEROES)."""
         self._check_range(offset, length)
-        needed = Feature.ZERO
-        flags = 0 if punch else p.NBD_CMD_FLAG_NO_HOLE
-        if fast:
-            needed |= Feature.FAST_ZERO
-            flags |= p.NBD_CMD_FLAG_FAST_ZERO
+        needed = Feature.ZERO | (Feature.FAST_ZERO if fast else Feature.NONE) | _fua_feature(fua)
+        if not self._allowed(needed, done, changes=True):
+            return
+        flags = (
+            (0 if punch else p.NBD_CMD_FLAG_NO_HOLE)
+            | (p.NBD_CMD_FLAG_FAST_ZERO if fast else 0)
+            | (p.NBD_CMD_FLAG_FUA if fua else 0)
+        )
         # Without FAST_ZERO the payload limit holds for zeroing too ("Block size constraints").
         step = self._longest_bytes if fast else self.limits.maximum
-        self._without_payload(p.NBD_CMD_WRITE_ZEROES, needed, flags, offset, length, step, done, fua)
+        self._split(p.NBD_CMD_WRITE_ZEROES, offset, length, done, step=step, flags=flags)
 
     def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
         """Say that the contents no longer matter (NBD_CMD_TRIM)."""
         self._check_range(offset, length)
-        self._without_payload(p.NBD_CMD_TRIM, Feature.TRIM, 0, offset, length, self._longest_bytes, done, fua)
+        if self._allowed(Feature.TRIM | _fua_feature(fua), done, changes=True):
+            flags = p.NBD_CMD_FLAG_FUA if fua else 0
+            self._split(p.NBD_CMD_TRIM, offset, length, done, step=self._longest_bytes, flags=flags)
 
     def cache(self, offset: int, length: int, done: Done) -> None:
         """Ask for the range to be near (NBD_CMD_CACHE)."""
         self._check_range(offset, length)
-        if not self._allowed(Feature.CACHE, done):
-            return
-        step = self.limits.maximum
-        joined = _Joined(done, -(-length // step))
-        for at in range(0, length, step):
-            self._command(p.NBD_CMD_CACHE, 0, offset + at, min(step, length - at), joined.part_done)
+        if self._allowed(Feature.CACHE, done):
+            self._split(p.NBD_CMD_CACHE, offset, length, done, step=self.limits.maximum)
 
     def flush(self, done: Done) -> None:
         """Put every finished write on stable storage (NBD_CMD_FLUSH)."""
         if self._allowed(Feature.FLUSH, done):
-            self._command(p.NBD_CMD_FLUSH, 0, 0, 0, done)
+            self._command(p.NBD_CMD_FLUSH, 0, 0, done)
 
     def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
         """Report the allocation (NBD_CMD_BLOCK_STATUS)."""
@@ -291,10 +295,11 @@ class Connection:
     def _command(
         self,
         command: int,
-        flags: int,
         offset: int,
         length: int,
         done: Done,
+        *,
+        flags: int = 0,
         payload: memoryview | None = None,
     ) -> None:
         started = self._start(command, flags, offset, length)
@@ -306,25 +311,14 @@ class Connection:
             self._unsent.append(payload)
             self._has_payload = True
 
-    def _without_payload(
-        self,
-        command: int,
-        needed: Feature,
-        flags: int,
-        offset: int,
-        length: int,
-        step: int,
-        done: Done,
-        fua: bool,
+    def _split(
+        self, command: int, offset: int, length: int, done: Done, *, step: int, flags: int = 0
     ) -> None:
-        if fua:
-            needed |= Feature.FUA
-            flags |= p.NBD_CMD_FLAG_FUA
-        if not self._allowed(needed, done, changes=True):
-            return
+        """Send a command without payload as as many as its length needs."""
         joined = _Joined(done, -(-length // step))
         for at in range(0, length, step):
-            self._command(command, flags, offset + at, min(step, length - at), joined.part_done)
+            part = min(step, length - at)
+            self._command(command, offset + at, part, joined.part_done, flags=flags)
 
     def _read_parts(self, offset: int, length: int, done: ReadDone) -> None:
         whole = memoryview(bytearray(length))
@@ -428,6 +422,10 @@ class Connection:
         self._unsent = []
         if self._idle is not None:
             self._idle.set()
+
+
+def _fua_feature(fua: bool) -> Feature:
+    return Feature.FUA if fua else Feature.NONE
 
 
 class _Joined:

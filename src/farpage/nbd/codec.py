@@ -111,7 +111,7 @@ def parse_string(data: bytes) -> str:
 
 
 def printable(data: bytes) -> str:
-    """Return a message of the other end, fit for a terminal and a log: bounded, without control characters."""
+    """Return a message of the other end, fit for a terminal: bounded, without control characters."""
     text = bytes(data[: p.STRING_MAX_BYTES]).decode(errors="replace")
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
@@ -474,6 +474,12 @@ def merge_extents(extents: Sequence[Extent], length: int, maximum: int) -> list[
             merged.append(Extent(part, extent.allocation))
         left -= part
     return merged
+
+
+def unpack_chunk(buffer: bytes | bytearray, position: int) -> tuple[int, int, int, int, int]:
+    """Return magic, flags, type, cookie and payload length of the chunk at `position`."""
+    magic, flags, kind, cookie, length = CHUNK.unpack_from(buffer, position)
+    return magic, flags, kind, cookie, length
 
 
 def parse_error_chunk(payload: memoryview) -> tuple[int, str]:

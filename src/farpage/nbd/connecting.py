@@ -85,7 +85,7 @@ async def list_exports(address: Address, *, handshake_timeout_seconds: float = 1
 
 
 def peer_pid(sock: socket.socket) -> int | None:
-    """Return the process that listens at the other end of a UNIX socket (SO_PEERCRED, unix(7)); None on TCP."""
+    """Return the process that listens at a UNIX socket's other end (SO_PEERCRED, unix(7)); None on TCP."""
     if sock.family != socket.AF_UNIX:
         return None
     pid, _, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
@@ -94,7 +94,7 @@ def peer_pid(sock: socket.socket) -> int | None:
 
 @asynccontextmanager
 async def _handshake(address: Address, export: str, timeout_seconds: float) -> AsyncIterator[_Handshake]:
-    """Connect and greet; turn every failure into a `ConnectFailed` and close the socket unless it is detached."""
+    """Connect and greet; turn a failure into a `ConnectFailed`; close the socket unless it is detached."""
     handshake = None
     where = str(address)
     try:

@@ -13,7 +13,7 @@ from farpage.nbd import protocol as p
 class ExportRefused(FarpageError):
     """Raised by an `ExportProvider`: this peer does not get this export.
 
-    The message becomes the text of the option's error reply, so it must not tell the peer more than it may know.
+    The message becomes the text of the option's error reply, so it must not tell more than the peer may know.
     """
 
     code = "export_refused"

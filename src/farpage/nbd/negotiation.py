@@ -4,10 +4,10 @@ The driver feeds bytes and takes steps until one of them ends the handshake:
 
     negotiation.feed(data)
     while step := negotiation.next_step():
-        ...  # send a Reply; look up what Describe, ListNames or Enter ask for and send what the answer returns
+        ...  # send a Reply; look up what Describe, ListNames or Enter ask for, send what the answer returns
 
-STARTTLS is answered "not supported". A transport that can do TLS would get a step of its own for it, after which
-the machine starts again with `structured_replies` and `context_export` forgotten.
+STARTTLS is answered "not supported". A transport that can do TLS would get a step of its own for it, after
+which the machine starts again with `structured_replies` and `context_export` forgotten.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Negotiation:
         """Bytes after the last option: requests of a client that did not wait for the answer."""
         return bytes(self._buffer)
 
-    def next_step(self) -> Step | None:
+    def next_step(self) -> Step | None:  # noqa: PLR0911 (one return for each state)
         """Return what to do next; None if more bytes are needed."""
         while True:
             match self._state:

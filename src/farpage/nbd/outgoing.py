@@ -1,7 +1,7 @@
 """Bytes on their way to a socket that must never block.
 
-Replies are written straight into one area and leave in one send. Only what does not fit, because the other end
-reads slowly or a payload is large, goes to a queue behind the area.
+Replies are written straight into one area and leave in one send. Only what does not fit, because the other
+end reads slowly or a payload is large, goes to a queue behind the area.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SEGMENTS_MAX: Final = 64
 class Outgoing:
     """An area of bytes to send and the queue of what comes after it.
 
-    The server's hot path writes into `area` itself: whoever does so checks `room(...)` first, then moves `end`.
+    The server's hot path writes into `area` itself: it makes sure of the room first and then moves `end`.
     """
 
     __slots__ = ("_queue", "_socket", "area", "end", "queued_bytes", "start", "view")

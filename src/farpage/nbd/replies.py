@@ -1,8 +1,8 @@
 """The client's side of the transmission phase without a socket: commands in flight and the stream of replies.
 
-Whoever owns the socket receives into `buffers()` and calls `received`; finished commands' callbacks run from there.
-Every reply is checked against the command that it answers before a byte of it is believed: anything that the
-specification forbids raises `ProtocolViolation`, and no callback gets data from it.
+Whoever owns the socket receives into `buffers()` and calls `received`; finished commands' callbacks run from
+there. Every reply is checked against the command that it answers before a byte of it is believed: anything
+that the specification forbids raises `ProtocolViolation`, and no callback gets data from it.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class ReplyStream:
             raise ProtocolViolation("a simple reply after chunks")
 
     def _simple_read(self, cookie: int, command: Command, error: int, position: int) -> int:
-        """Finish a READ whose header ends at `position`; return its payload's length, -1 if it is incomplete."""
+        """Finish a READ whose header ends at `position`; return its payload's length, -1 if incomplete."""
         if self._structured:
             raise ProtocolViolation("a simple reply to a READ although structured replies were agreed")
         if error:
@@ -243,9 +243,9 @@ class ReplyStream:
         self._sink_filled = filled
         self._end = 0  # nothing of the receive buffer is needed any more
 
-    def _chunk(self, position: int) -> int:
+    def _chunk(self, position: int) -> int:  # noqa: PLR0911 (each is one way in which bytes are missing)
         """Take the chunk at `position`; return its length, -1 if it is incomplete."""
-        _, flags, kind, cookie, length = codec.CHUNK.unpack_from(self._buffer, position)
+        _, flags, kind, cookie, length = codec.unpack_chunk(self._buffer, position)
         command = self.in_flight.get(cookie)
         if command is None:
             raise ProtocolViolation("a chunk that answers no command")
@@ -258,7 +258,7 @@ class ReplyStream:
             if available < 8:
                 return -1
             (offset,) = codec.U64.unpack_from(self._buffer, at)
-            start = self._place(command, offset, length - 8)
+            start = self._place(command, int(offset), length - 8)
             whole = available >= length
             if not whole and length < _SINK_MIN_BYTES:
                 return -1

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
 import socket
 import stat
 import struct
@@ -220,9 +219,11 @@ class Server:
                 except OSError as error:
                     reason = error.strerror or str(error)
                     raise ListenFailed(str(address), reason) from error
-                if isinstance(address, TcpAddress):
-                    address = TcpAddress(address.host, listener.getsockname()[1])
-                self._listeners[listener] = address
+                self._listeners[listener] = (
+                    TcpAddress(address.host, listener.getsockname()[1])
+                    if isinstance(address, TcpAddress)
+                    else address
+                )
         except ListenFailed:
             self._stop_listening()
             raise
@@ -240,10 +241,10 @@ class Server:
     async def fence(self, predicate: Callable[[Export], bool]) -> None:
         """Cut the exports that match off.
 
-        From the call on none of them starts a command: further ones are answered ESHUTDOWN. On return those that
-        were in flight have finished in the BlockIO and the connections are closed: no I/O of theirs can reach the
-        device any more. Connections that are opened meanwhile are looked at as well; refusing those that are opened
-        later is the provider's part.
+        From the call on none of them starts a command: further ones are answered ESHUTDOWN. On return those
+        that were in flight have finished in the BlockIO and the connections are closed: no I/O of theirs can
+        reach the device any more. Connections that are opened meanwhile are looked at as well; refusing those
+        that are opened later is the provider's part.
         """
         while matching := [c for c in self._connections if c.export is not None and predicate(c.export)]:
             await asyncio.gather(*(connection.fence() for connection in matching))
@@ -325,7 +326,7 @@ def _remove_stale(path: str) -> None:
     :raise OSError: if somebody does.
     """
     try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
+        if not stat.S_ISSOCK(Path(path).stat().st_mode):
             return  # bind reports it
     except FileNotFoundError:
         return

@@ -1,27 +1,27 @@
 """The server's transmission phase on one connection: the data plane's hot path.
 
-One receive takes as many requests as the socket holds, all of them are parsed together, and all that can be answered
-at once leaves in one send. A READ first asks the BlockIO for bytes that are at hand (`read_now`), straight into the
-outgoing area; only what needs waiting becomes a command in flight.
+One receive takes as many requests as the socket holds, all of them are parsed together, and all that can be
+answered at once leaves in one send. A READ first asks the BlockIO for bytes that are at hand (`read_now`),
+straight into the outgoing area; only what needs waiting becomes a command in flight.
 
-Memory is bounded: nothing more is read from the socket while the commands in flight, or the replies that the other
-end does not take, are over their limits.
+Memory is bounded: nothing more is read from the socket while the commands in flight, or the replies that the
+other end does not take, are over their limits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
-import errno
 import logging
 import socket
 from collections.abc import Callable
 from typing import Final
 
-from farpage.blockio import Allocation, Extent, Feature
 from farpage.nbd import codec
 from farpage.nbd import protocol as p
 from farpage.nbd.buffers import AlignedPool
+from farpage.nbd.commands import SPARSE_READ_MIN_BYTES, Commands, Request
 from farpage.nbd.export import Export
 from farpage.nbd.outgoing import AREA_BYTES, Outgoing
 
@@ -31,16 +31,11 @@ PAYLOAD_IN_FLIGHT_MAX_BYTES: Final = 64 << 20
 """Reading stops when commands in flight move this much; one more maximum-sized command may be over it."""
 DISCARDED_PAYLOAD_MAX_BYTES: Final = 64 << 20
 """A refused WRITE's payload is read and dropped up to this length; a longer one ends the connection."""
-SPARSE_READ_MIN_BYTES: Final = 32 << 10
-"""Reads from this length on are answered with hole chunks where the export knows its holes."""
-EXTENTS_MAX: Final = 4096
-"""Extents in one BLOCK_STATUS reply."""
 LINGER_SECONDS: Final = 10.0
 """How long a connection that ends may take to finish its commands' replies."""
 
 _REQUEST_BYTES: Final = codec.REQUEST.size
 _INLINE_MAX_BYTES: Final = AREA_BYTES // 2
-_PIECES_MAX: Final = 64
 
 log = logging.getLogger(__name__)
 
@@ -67,48 +62,44 @@ class Transmission:
         block_status: bool,
         on_ended: Callable[[], None],
     ) -> None:
-        """Prepare; `start` begins. `on_ended` is called once the socket is closed and no command is in flight."""
+        """Prepare; `start` begins.
+
+        `on_ended` is called once, when the socket is closed and no command is in flight.
+        """
         self._loop = loop
         self._socket = sock
         self._export = export
-        self._io = export.io
-        self._counters = export.counters
         self._pool = pool
         self._structured = structured_replies
         self._on_ended = on_ended
-        features = export.io.features
-        self._size_bytes = export.io.size_bytes
-        limits = codec.advertised_limits(export.io.limits)
-        self._misaligned = limits.minimum - 1
-        self._maximum_bytes = limits.maximum
-        self._flags_of_command = _commands(
-            features, export.io.read_only, structured=structured_replies, block_status=block_status
+        self._commands = Commands(
+            export,
+            self,
+            structured_replies=structured_replies,
+            block_status=block_status,
+            on_idle=self._on_idle,
         )
-        self._sparse = structured_replies and Feature.EXTENTS in features
 
         self._phase = _Phase.OPEN
-        self._fenced = False
         self._reading = False
         self._parsing = False
         self._blocked = False
         self._push_scheduled = False
         self._resume_scheduled = False
         self._linger: asyncio.TimerHandle | None = None
+        self._idle_waiters: list[asyncio.Future[None]] = []
 
         self._input = bytearray(RECEIVE_BYTES)
         self._input_view = memoryview(self._input)
         self._input_start = 0
         self._input_end = 0
         self._sink: memoryview | None = None
-        """Rest of the payload that is being received."""
+        """Rest of the payload that is being received into `_sink_buffer`."""
+        self._sink_buffer: memoryview | None = None
         self._sink_filled: Callable[[], None] | None = None
         self._discard_bytes = 0
         self._discarded: Callable[[], None] | None = None
         self._output = Outgoing(sock)
-
-        self._in_flight = 0
-        self._in_flight_bytes = 0
-        self._idle_waiters: list[asyncio.Future[None]] = []
 
     # Life
 
@@ -123,28 +114,25 @@ class Transmission:
     @property
     def in_flight(self) -> int:
         """Commands of this connection that the BlockIO has not finished."""
-        return self._in_flight
+        return self._commands.in_flight
 
     def fence(self) -> None:
         """Answer every further command with ESHUTDOWN."""
-        self._fenced = True
+        self._commands.fenced = True
 
     async def wait_idle(self) -> None:
         """Return when no command is in flight."""
-        if self._in_flight:
+        if self._commands.in_flight:
             waiter: asyncio.Future[None] = self._loop.create_future()
             self._idle_waiters.append(waiter)
             await waiter
 
     def disconnect(self) -> None:
         """Send what can be sent at once and close the socket; commands in flight go on in the BlockIO."""
-        if self._phase is _Phase.CLOSED:
-            return
-        try:
-            self._output.push()
-        except OSError:
-            pass
-        self._close()
+        if self._phase is not _Phase.CLOSED:
+            with contextlib.suppress(OSError):
+                self._output.push()
+            self._close()
 
     def _drain(self) -> None:
         """Read no more; close when everything is answered."""
@@ -166,8 +154,19 @@ class Transmission:
             self._blocked = False
         self._output.clear()
         self._sink = self._sink_filled = self._discarded = None
+        if self._sink_buffer is not None:
+            self._pool.give(self._sink_buffer)
+            self._sink_buffer = None
         self._socket.close()
-        if not self._in_flight:
+        if not self._commands.in_flight:
+            self._loop.call_soon(self._on_ended)
+
+    def _on_idle(self) -> None:
+        for waiter in self._idle_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._idle_waiters.clear()
+        if self._phase is _Phase.CLOSED:
             self._loop.call_soon(self._on_ended)
 
     def _violated(self, reason: str) -> None:
@@ -205,12 +204,7 @@ class Transmission:
                 self._sink = self._sink[received:]
                 return
             received -= len(self._sink)
-            filled = self._sink_filled
-            self._sink = self._sink_filled = None
-            self._parsing = True
-            if filled is not None:
-                filled()
-            self._parsing = False
+            self._sink = self._sink_buffer = None
         self._input_end += received
         self._parse()
 
@@ -220,10 +214,10 @@ class Transmission:
             return
         self._parsing = True
         try:
-            finished = self._parse_requests()
-            if self._phase is _Phase.CLOSED:
-                return
-            if finished:
+            if self._sink is None and self._sink_filled is not None:
+                filled, self._sink_filled = self._sink_filled, None
+                filled()
+            if self._parse_requests():
                 # At most a part of a header is left.
                 left = self._input_end - self._input_start
                 if self._input_start:
@@ -235,7 +229,6 @@ class Transmission:
         except Exception:
             log.exception("export %r: a request failed in an unforeseen way", self._export.name)
             self._close()
-            return
         finally:
             self._parsing = False
         self._push()
@@ -247,19 +240,19 @@ class Transmission:
         if self._saturated():
             return False
         unpack = codec.REQUEST.unpack_from
-        read_now = self._io.read_now
-        output = self._output
+        read_now = self._export.io.read_now
+        commands, output = self._commands, self._output
         buffer, view, area = self._input, output.view, output.area
-        size_bytes, misaligned = self._size_bytes, self._misaligned
+        size_bytes, misaligned = self._export.io.size_bytes, commands.limits.minimum - 1
         structured = self._structured
         header_bytes = codec.DATA_CHUNK.size if structured else codec.SIMPLE_REPLY.size
         pack_data, pack_simple = codec.DATA_CHUNK.pack_into, codec.SIMPLE_REPLY.pack_into
-        inline_max = SPARSE_READ_MIN_BYTES - 1 if self._sparse else _INLINE_MAX_BYTES
-        inline_max = 0 if self._fenced else min(inline_max, self._maximum_bytes)
+        inline_max = SPARSE_READ_MIN_BYTES - 1 if commands.sparse else _INLINE_MAX_BYTES
+        inline_max = 0 if commands.fenced else min(inline_max, commands.limits.maximum)
         position = self._input_start
         reads = read_bytes = 0
         going = True
-        while self._input_end - position >= _REQUEST_BYTES:
+        while going and self._input_end - position >= _REQUEST_BYTES:
             magic, flags, command, cookie, offset, length = unpack(buffer, position)
             if (
                 command == 0  # NBD_CMD_READ
@@ -273,10 +266,8 @@ class Transmission:
                 start = at + header_bytes
                 stop = start + length
                 if stop > AREA_BYTES:
-                    if self._push() and self._phase is _Phase.OPEN:
-                        continue
-                    going = False
-                    break
+                    going = self._push()
+                    continue
                 if read_now(offset, view[start:stop]):
                     if structured:
                         pack_data(area, at, p.NBD_STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset)
@@ -287,179 +278,65 @@ class Transmission:
                     read_bytes += length
                     position += _REQUEST_BYTES
                     continue
-            position += _REQUEST_BYTES
-            self._input_start = position
-            going = self._begin(magic, flags, command, cookie, offset, length)
+            self._input_start = position + _REQUEST_BYTES
+            if magic != p.NBD_REQUEST_MAGIC:
+                self._violated("a request does not begin with NBD_REQUEST_MAGIC")
+                going = False
+            else:
+                going = self._begin(Request(flags, command, cookie, offset, length))
             position = self._input_start
-            if not going:
-                break
         self._input_start = position
-        self._counters.reads += reads
-        self._counters.read_bytes += read_bytes
+        self._export.counters.reads += reads
+        self._export.counters.read_bytes += read_bytes
         return going or self._sink is not None or self._discard_bytes > 0
 
     def _saturated(self) -> bool:
         return (
-            self._in_flight >= COMMANDS_IN_FLIGHT_MAX
-            or self._in_flight_bytes >= PAYLOAD_IN_FLIGHT_MAX_BYTES
+            self._commands.in_flight >= COMMANDS_IN_FLIGHT_MAX
+            or self._commands.in_flight_bytes >= PAYLOAD_IN_FLIGHT_MAX_BYTES
             or self._output.queued_bytes > 0
         )
 
-    # Commands
-
-    def _begin(self, magic: int, flags: int, command: int, cookie: int, offset: int, length: int) -> bool:
+    def _begin(self, request: Request) -> bool:
         """Start one command; return whether the next one may be parsed."""
-        if magic != p.NBD_REQUEST_MAGIC:
-            self._violated("a request does not begin with NBD_REQUEST_MAGIC")
-            return False
-        if command == p.NBD_CMD_DISC:
+        if request.command == p.NBD_CMD_DISC:
             self._drain()
             return False
-        error = self._check(command, flags, offset, length)
-        if command == p.NBD_CMD_WRITE:
-            if not self._begin_write(cookie, flags, offset, length, error):
+        error = self._commands.check(request)
+        if request.command == p.NBD_CMD_WRITE:
+            if not self._begin_write(request, error):
                 return False
         elif error:
-            self._reply(command, cookie, error)
-        elif command == p.NBD_CMD_READ:
-            self._read(cookie, flags, offset, length)
-        elif command == p.NBD_CMD_BLOCK_STATUS:
-            self._block_status(cookie, flags, offset, length)
+            self._commands.refuse(request, error)
         else:
-            self._run_other(command, flags, cookie, offset, length)
+            self._commands.run(request)
         return self._phase is _Phase.OPEN and not self._saturated()
 
-    def _check(self, command: int, flags: int, offset: int, length: int) -> int:
-        """Return the NBD error that a request earns before it is tried, or 0."""
-        if self._fenced:
-            return p.NBD_ESHUTDOWN
-        changes = command in (p.NBD_CMD_WRITE, p.NBD_CMD_TRIM, p.NBD_CMD_WRITE_ZEROES)
-        if changes and self._io.read_only:
-            return p.NBD_EPERM
-        allowed = self._flags_of_command.get(command)
-        if allowed is None or flags & ~allowed:
-            return p.NBD_EINVAL
-        if command == p.NBD_CMD_FLUSH:
-            return p.NBD_EINVAL if offset or length else 0
-        if length == 0 or (offset | length) & self._misaligned:
-            return p.NBD_EINVAL
-        if offset + length > self._size_bytes:
-            return p.NBD_ENOSPC if changes and command != p.NBD_CMD_TRIM else p.NBD_EINVAL
-        # Lengths that cost no memory (TRIM, WRITE_ZEROES, BLOCK_STATUS) are as long as the client likes.
-        bounded = command in (p.NBD_CMD_READ, p.NBD_CMD_WRITE, p.NBD_CMD_CACHE)
-        return p.NBD_EINVAL if bounded and length > self._maximum_bytes else 0
-
-    def _read(self, cookie: int, flags: int, offset: int, length: int) -> None:
-        self._enter(length)
-        if self._sparse and length >= SPARSE_READ_MIN_BYTES and not flags & p.NBD_CMD_FLAG_DF:
-            self._read_sparse(cookie, offset, length)
-        else:
-            self._read_whole(cookie, offset, length)
-
-    def _read_whole(self, cookie: int, offset: int, length: int, *, try_now: bool = False) -> None:
-        header = (
-            codec.encode_data_header(cookie, offset, length, done=True)
-            if self._structured
-            else codec.encode_simple_reply(cookie)
-        )
-        output = self._output
-        if try_now and self._phase is not _Phase.CLOSED and output.room(len(header) + length):
-            start = output.end + len(header)
-            if self._io.read_now(offset, output.view[start : start + length]):
-                output.area[output.end : start] = header
-                output.end = start + length
-                self._leave(length)
-                self._counters.reads += 1
-                self._counters.read_bytes += length
-                self._schedule_push()
-                return
-
-        def done(error: int, payload: memoryview | None) -> None:
-            self._leave(length)
-            if error or payload is None:
-                self._reply(p.NBD_CMD_READ, cookie, _read_error(error))
-                return
-            self._counters.reads += 1
-            self._counters.read_bytes += length
-            self._add_payload(header, payload)
-
-        self._guarded(lambda: self._io.read(offset, length, done), lambda: done(errno.EIO, None))
-
-    def _read_sparse(self, cookie: int, offset: int, length: int) -> None:
-        returned = False
-
-        def mapped(error: int, extents: list[Extent] | None) -> None:
-            if returned:
-                self._sparse = False  # the map is not at hand here: asking costs more than it saves
-            pieces = [] if error or extents is None else codec.merge_extents(extents, length, _PIECES_MAX)
-            if not any(piece.allocation & Allocation.ZERO for piece in pieces):
-                self._read_whole(cookie, offset, length, try_now=True)
-                return
-            covered = sum(piece.length for piece in pieces)
-            if covered < length:
-                pieces.append(Extent(length - covered, Allocation.DATA))
-            self._read_pieces(cookie, offset, length, pieces)
-
-        self._guarded(lambda: self._io.extents(offset, length, mapped), lambda: mapped(errno.EIO, None))
-        returned = True
-
-    def _read_pieces(self, cookie: int, offset: int, length: int, pieces: list[Extent]) -> None:
-        """Answer a READ chunk by chunk; chunks may go out in any order."""
-        left = len(pieces)
-        failure = 0
-
-        def finish(error: int, chunk: Callable[[bool], None]) -> None:
-            nonlocal left, failure
-            left -= 1
-            failure = failure or error
-            if left == 0:
-                self._leave(length)
-            if failure:
-                if left == 0:
-                    self._reply(p.NBD_CMD_READ, cookie, _read_error(failure))
-                return
-            if left == 0:
-                self._counters.reads += 1
-                self._counters.read_bytes += length
-            chunk(left == 0)
-
-        def hole(at: int, size: int) -> None:
-            finish(0, lambda done: self._add(codec.encode_hole(cookie, at, size, done=done)))
-
-        def data(at: int, size: int) -> None:
-            def read(error: int, payload: memoryview | None) -> None:
-                def chunk(done: bool) -> None:
-                    if payload is not None:
-                        self._add_payload(codec.encode_data_header(cookie, at, size, done=done), payload)
-
-                finish(error or (errno.EIO if payload is None else 0), chunk)
-
-            self._guarded(lambda: self._io.read(at, size, read), lambda: read(errno.EIO, None))
-
-        at = offset
-        for piece in pieces:
-            (hole if piece.allocation & Allocation.ZERO else data)(at, piece.length)
-            at += piece.length
-
-    def _begin_write(self, cookie: int, flags: int, offset: int, length: int, error: int) -> bool:
+    def _begin_write(self, request: Request, error: int) -> bool:
         """Take the payload; return whether all of it was in the receive buffer."""
-        at = self._input_start
-        available = min(length, self._input_end - at)
+        length = request.length
         if error:
             if length > DISCARDED_PAYLOAD_MAX_BYTES:
                 self._violated(f"a WRITE of {length} bytes")
                 return False
             self._discard_bytes = length
-            self._discarded = lambda: self._reply(p.NBD_CMD_WRITE, cookie, error)
+            self._discarded = lambda: self._commands.refuse(request, error)
             return self._discard()
+        at = self._input_start
+        available = min(length, self._input_end - at)
         buffer = self._pool.take(length)
         buffer[:available] = self._input_view[at : at + available]
-        self._input_start += available
+
+        def filled() -> None:
+            self._commands.write(request, buffer[:length], lambda: self._pool.give(buffer))
+
         if available == length:
-            self._write(cookie, flags, offset, length, buffer)
+            self._input_start += length
+            filled()
             return True
+        self._sink_buffer = buffer
         self._sink = buffer[available:length]
-        self._sink_filled = lambda: self._write(cookie, flags, offset, length, buffer)
+        self._sink_filled = filled
         self._input_start = self._input_end = 0
         return False
 
@@ -475,106 +352,16 @@ class Transmission:
             discarded()
         return True
 
-    def _write(self, cookie: int, flags: int, offset: int, length: int, buffer: memoryview) -> None:
-        if self._fenced:
-            self._pool.give(buffer)
-            self._reply(p.NBD_CMD_WRITE, cookie, p.NBD_ESHUTDOWN)
-            return
-        self._enter(length)
+    # Sending: `Replies` for the commands
 
-        def done(error: int) -> None:
-            self._pool.give(buffer)
-            self._leave(length)
-            if not error:
-                self._counters.writes += 1
-                self._counters.written_bytes += length
-            self._reply(p.NBD_CMD_WRITE, cookie, _plain_error(error))
-
-        fua = bool(flags & p.NBD_CMD_FLAG_FUA)
-        self._guarded(lambda: self._io.write(offset, buffer[:length], done, fua=fua), lambda: done(errno.EIO))
-
-    def _block_status(self, cookie: int, flags: int, offset: int, length: int) -> None:
-        self._enter(0)
-        maximum = 1 if flags & p.NBD_CMD_FLAG_REQ_ONE else EXTENTS_MAX
-
-        def done(error: int, extents: list[Extent] | None) -> None:
-            self._leave(0)
-            merged = codec.merge_extents(extents or [], length, maximum)
-            if error or not merged:
-                self._reply(p.NBD_CMD_BLOCK_STATUS, cookie, _read_error(error))
-                return
-            self._counters.others += 1
-            self._add(codec.encode_block_status(cookie, codec.CONTEXT_ID, merged))
-
-        self._guarded(lambda: self._io.extents(offset, length, done), lambda: done(errno.EIO, None))
-
-    def _run_other(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
-        self._enter(0)
-        fua = bool(flags & p.NBD_CMD_FLAG_FUA)
-        fast = bool(flags & p.NBD_CMD_FLAG_FAST_ZERO)
-
-        def done(error: int) -> None:
-            self._leave(0)
-            if not error:
-                self._counters.others += 1
-            self._reply(command, cookie, codec.wire_error(error) if fast else _plain_error(error))
-
-        def begin() -> None:
-            if command == p.NBD_CMD_FLUSH:
-                self._io.flush(done)
-            elif command == p.NBD_CMD_TRIM:
-                self._io.trim(offset, length, done, fua=fua)
-            elif command == p.NBD_CMD_CACHE:
-                self._io.cache(offset, length, done)
-            else:
-                punch = not flags & p.NBD_CMD_FLAG_NO_HOLE
-                self._io.zero(offset, length, done, punch=punch, fast=fast, fua=fua)
-
-        self._guarded(begin, lambda: done(errno.EIO))
-
-    def _guarded(self, begin: Callable[[], None], failed: Callable[[], None]) -> None:
-        """Run `begin`; a command that raises before it started is a bug in a layer, not the end of a connection."""
-        try:
-            begin()
-        except Exception:
-            log.exception("export %r: a command failed in an unforeseen way", self._export.name)
-            failed()
-
-    def _enter(self, length: int) -> None:
-        self._in_flight += 1
-        self._in_flight_bytes += length
-        self._counters.in_flight += 1
-
-    def _leave(self, length: int) -> None:
-        self._in_flight -= 1
-        self._in_flight_bytes -= length
-        self._counters.in_flight -= 1
-        if self._in_flight:
-            return
-        for waiter in self._idle_waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._idle_waiters.clear()
-        if self._phase is _Phase.CLOSED:
-            self._loop.call_soon(self._on_ended)
-
-    # Sending
-
-    def _reply(self, command: int, cookie: int, error: int) -> None:
-        """Answer without a payload. READ and BLOCK_STATUS errors are chunks once structured replies are agreed."""
-        if error:
-            self._counters.errors += 1
-            if self._structured and command in (p.NBD_CMD_READ, p.NBD_CMD_BLOCK_STATUS):
-                self._add(codec.encode_error_chunk(cookie, error))
-                return
-        self._add(codec.encode_simple_reply(cookie, error))
-
-    def _add(self, data: bytes) -> None:
+    def add(self, data: bytes) -> None:
+        """Send a reply, or a chunk of one."""
         if self._phase is not _Phase.CLOSED:
             self._output.add(data)
             self._schedule_push()
 
-    def _add_payload(self, header: bytes, payload: memoryview) -> None:
+    def add_payload(self, header: bytes, payload: memoryview) -> None:
+        """Send a header and the payload after it."""
         if self._phase is _Phase.CLOSED:
             return
         try:
@@ -583,6 +370,19 @@ class Transmission:
             self._close()
             return
         self._schedule_push()
+
+    def add_now(self, header: bytes, length: int, fill: Callable[[memoryview], bool]) -> bool:
+        """Send a header and `length` bytes that `fill` writes into place, if there is room and it can."""
+        output = self._output
+        if self._phase is _Phase.CLOSED or not output.room(len(header) + length):
+            return False
+        start = output.end + len(header)
+        if not fill(output.view[start : start + length]):
+            return False
+        output.area[output.end : start] = header
+        output.end = start + length
+        self._schedule_push()
+        return True
 
     def _schedule_push(self) -> None:
         """Gather the replies of one turn of the loop into one send."""
@@ -609,43 +409,15 @@ class Transmission:
                 self._loop.remove_writer(self._socket)
             else:
                 self._loop.add_writer(self._socket, self._push)
-        if sent and self._phase is _Phase.DRAINING and not self._in_flight:
+        if not sent:
+            return False
+        if self._phase is _Phase.DRAINING and not self._commands.in_flight:
             self._close()
-        elif sent and not self._reading and not self._resume_scheduled and not self._saturated():
+        elif not self._reading and not self._resume_scheduled and not self._saturated():
             self._resume_scheduled = True
             self._loop.call_soon(self._resume)
-        return sent
+        return True
 
     def _resume(self) -> None:
         self._resume_scheduled = False
         self._parse()
-
-
-def _commands(features: Feature, read_only: bool, *, structured: bool, block_status: bool) -> dict[int, int]:
-    """Return the command flags that each command may have; commands that are not served are absent."""
-    flags = codec.transmission_flags(features, read_only=read_only, structured=structured)
-    commands = {p.NBD_CMD_READ: p.NBD_CMD_FLAG_DF if structured else 0, p.NBD_CMD_WRITE: 0}
-    if flags & p.NBD_FLAG_SEND_FLUSH:
-        commands[p.NBD_CMD_FLUSH] = 0
-    if flags & p.NBD_FLAG_SEND_TRIM:
-        commands[p.NBD_CMD_TRIM] = 0
-    if flags & p.NBD_FLAG_SEND_CACHE:
-        commands[p.NBD_CMD_CACHE] = 0
-    if flags & p.NBD_FLAG_SEND_WRITE_ZEROES:
-        fast = p.NBD_CMD_FLAG_FAST_ZERO if flags & p.NBD_FLAG_SEND_FAST_ZERO else 0
-        commands[p.NBD_CMD_WRITE_ZEROES] = p.NBD_CMD_FLAG_NO_HOLE | fast
-    if block_status:
-        commands[p.NBD_CMD_BLOCK_STATUS] = p.NBD_CMD_FLAG_REQ_ONE
-    if flags & p.NBD_FLAG_SEND_FUA:  # then every command may carry it
-        commands = {command: allowed | p.NBD_CMD_FLAG_FUA for command, allowed in commands.items()}
-    return commands
-
-
-def _plain_error(number: int) -> int:
-    """Return the NBD error for an errno where ENOTSUP is not allowed (only a fast WRITE_ZEROES may earn it)."""
-    error = codec.wire_error(number)
-    return p.NBD_EINVAL if error == p.NBD_ENOTSUP else error
-
-
-def _read_error(number: int) -> int:
-    return _plain_error(number) or p.NBD_EIO
