@@ -1,11 +1,14 @@
-"""How much memory a process's memfd really holds, from the kernel and not from the pager's books."""
+"""How much memory a guest's memfd really holds, from the kernel and not from the pager's books."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from farpage.errors import ExitStatus, FarpageError
 
@@ -15,34 +18,57 @@ BLOCK_BYTES = 512
 
 @dataclass(eq=False)
 class NoMemfd(FarpageError):
-    """The guest's process has no memfd."""
+    """No process holds the guest's memory."""
 
     code = "no_memfd"
-    template = "process {pid} has no memfd of {size_bytes} bytes or more"
-    remedy = "start the guest with shared memfd memory"
+    template = "none of the processes {pids} has a memfd of {size_bytes} bytes open"
+    remedy = "start the guest with shared memfd memory, and run as the user that it runs as"
     exit_status = ExitStatus.NOT_FOUND
-    pid: int
+    pids: str
     size_bytes: int
 
 
-def find_memfd(pid: int, size_bytes: int) -> Path:
-    """Return the path under /proc of the process's first memfd that is at least this large.
+class Memfd:
+    """Somebody else's memfd, held open by its path alone (O_PATH), which allows to ask and nothing more."""
 
-    :raise NoMemfd: there is none.
-    """
-    for link in sorted(Path(f"/proc/{pid}/fd").iterdir(), key=lambda entry: int(entry.name)):
-        with contextlib.suppress(OSError):
-            if str(link.readlink()).startswith("/memfd:") and link.stat().st_size >= size_bytes:
-                return link
-    raise NoMemfd(pid, size_bytes)
+    def __init__(self, pids: Iterable[int], size_bytes: int) -> None:
+        """Find a memfd of this very size in one of the processes.
+
+        :raise NoMemfd: there is none.
+        """
+        pids = tuple(pids)
+        for pid in pids:
+            for link in _descriptors(pid):
+                # A descriptor may be closed under our eyes.
+                with contextlib.suppress(OSError):
+                    if str(link.readlink()).startswith("/memfd:") and link.stat().st_size == size_bytes:
+                        self._descriptor = os.open(link, os.O_PATH | os.O_CLOEXEC)
+                        return
+        raise NoMemfd(", ".join(map(str, pids)), size_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def resident_bytes(self) -> int:
+        """The memory that it holds now."""
+        return os.fstat(self._descriptor).st_blocks * BLOCK_BYTES
+
+    def close(self) -> None:
+        """Let go of it; the memory of a guest that has ended is freed then."""
+        os.close(self._descriptor)
 
 
-def resident_bytes(memfd: Path) -> int:
-    """Return the memory that the memfd holds.
-
-    :raise OSError: the process has ended.
-    """
-    return os.stat(memfd).st_blocks * BLOCK_BYTES  # noqa: PTH116 - the same call, once less wrapped
+def _descriptors(pid: int) -> list[Path]:
+    try:
+        return list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return []
 
 
 @dataclass
