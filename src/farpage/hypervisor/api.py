@@ -1,0 +1,206 @@
+"""The hypervisor's control API. Requests run in the API's thread and act on the daemon's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import FastAPI, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from farpage import __version__
+from farpage.api.errors import create_app
+from farpage.definition.model import Definition
+from farpage.errors import InvalidInput
+from farpage.hypervisor.clients import ATTACHMENTS
+from farpage.hypervisor.metrics import render
+from farpage.hypervisor.model import (
+    Alarm,
+    Attachment,
+    ClientAttach,
+    ClientCreate,
+    ClientInfo,
+    HypervisorInfo,
+    PathInfo,
+    PoolInfo,
+    PoolMember,
+    PoolSet,
+    ViosStatus,
+)
+from farpage.hypervisor.reports import client_info
+
+if TYPE_CHECKING:
+    from farpage.hypervisor.daemon import Hypervisor
+
+Result = TypeVar("Result")
+
+
+class _Operations:
+    """What the requests do; everything here runs on the daemon's loop."""
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self._hypervisor = hypervisor
+
+    async def client(self, name: str) -> ClientInfo:
+        hypervisor = self._hypervisor
+        record = hypervisor.clients.record(name)
+        attached = hypervisor.clients.attached.get(name)
+        return client_info(
+            name,
+            record,
+            attachment=ATTACHMENTS[attached.memory.kind] if attached else Attachment.NONE,
+            pid=attached.memory.pid if attached else None,
+            worker=attached.worker.index if attached else None,
+            limit_bytes=attached.limit_bytes if attached else record.limit_bytes or record.memory_bytes,
+            report=await hypervisor.clients.report(name),
+            now_seconds=time.monotonic(),
+        )
+
+    async def clients(self) -> tuple[ClientInfo, ...]:
+        return tuple([await self.client(name) for name in sorted(self._hypervisor.keeper.current.clients)])
+
+    async def create(self, wanted: ClientCreate) -> ClientInfo:
+        await self._hypervisor.clients.create(wanted)
+        return await self.client(wanted.name)
+
+    async def attach(self, name: str, wanted: ClientAttach) -> ClientInfo:
+        await self._hypervisor.clients.attach_process(name, wanted)
+        return await self.client(name)
+
+    async def detach(self, name: str) -> ClientInfo:
+        await self._hypervisor.clients.detach(name)
+        return await self.client(name)
+
+    async def paths(self, client: str | None) -> tuple[PathInfo, ...]:
+        clients = [await self.client(client)] if client else await self.clients()
+        return tuple(path for info in clients for path in info.paths)
+
+    async def pool(self) -> PoolInfo:
+        pool = self._hypervisor.pool
+        members = tuple(
+            PoolMember(client=info.name, limit_bytes=info.limit_bytes, resident_bytes=info.resident_bytes)
+            for info in await self.clients()
+            if info.attachment is not Attachment.NONE
+        )
+        return PoolInfo(
+            size_bytes=pool.size_bytes,
+            resident_bytes=sum(member.resident_bytes for member in members),
+            default_limit_bytes=pool.default_limit_bytes,
+            members=members,
+        )
+
+    async def set_pool(self, wanted: PoolSet) -> PoolInfo:
+        if (wanted.client is None) != (wanted.limit_bytes is None):
+            raise InvalidInput("client", "a client and its limit go together", "give both or neither")
+        if wanted.client is None and wanted.size_bytes is None:
+            raise InvalidInput("size_bytes", "nothing to change", "give a size, or a client and its limit")
+        if wanted.size_bytes is not None:
+            self._hypervisor.pool.resize(wanted.size_bytes)
+        if wanted.client is not None and wanted.limit_bytes is not None:
+            await self._hypervisor.clients.set_limit(wanted.client, wanted.limit_bytes)
+        return await self.pool()
+
+    async def metrics(self) -> bytes:
+        hypervisor = self._hypervisor
+        reports = [await hypervisor.clients.report(name) for name in list(hypervisor.clients.attached)]
+        return render(
+            [report for report in reports if report],
+            [vios.status() for vios in hypervisor.vioses.values()],
+            hypervisor.alarms.counts,
+            hypervisor.pool.size_bytes,
+        )
+
+
+def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastAPI:
+    """Make the API of a hypervisor that runs on `loop`."""
+    app = create_app("farpage hypervisor", __version__)
+    operations = _Operations(hypervisor)
+
+    async def on_loop(work: Coroutine[Any, Any, Result]) -> Result:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+
+    async def call(function: Callable[[], Result]) -> Result:
+        async def work() -> Result:
+            return function()
+
+        return await on_loop(work())
+
+    @app.get("/v1/hypervisor")
+    async def get_hypervisor() -> HypervisorInfo:
+        """The daemon, its workers and the revision of its definition."""
+        return await call(hypervisor.info)
+
+    @app.get("/v1/clients")
+    async def get_clients() -> tuple[ClientInfo, ...]:
+        """All clients."""
+        return await on_loop(operations.clients())
+
+    @app.post("/v1/clients", status_code=HTTPStatus.CREATED)
+    async def post_client(wanted: ClientCreate) -> ClientInfo:
+        """Make a client and its volume."""
+        return await on_loop(operations.create(wanted))
+
+    @app.get("/v1/clients/{name}")
+    async def get_client(name: str) -> ClientInfo:
+        """One client."""
+        return await on_loop(operations.client(name))
+
+    @app.delete("/v1/clients/{name}", status_code=HTTPStatus.NO_CONTENT)
+    async def delete_client(name: str) -> None:
+        """Remove a client that is not attached, and its volume."""
+        await on_loop(hypervisor.clients.delete(name))
+
+    @app.post("/v1/clients/{name}/attach")
+    async def attach_client(name: str, wanted: ClientAttach) -> ClientInfo:
+        """Page the memory of a running process."""
+        return await on_loop(operations.attach(name, wanted))
+
+    @app.post("/v1/clients/{name}/detach")
+    async def detach_client(name: str) -> ClientInfo:
+        """Page everything back in and let go of the process."""
+        return await on_loop(operations.detach(name))
+
+    @app.get("/v1/vioses")
+    async def get_vioses() -> tuple[ViosStatus, ...]:
+        """The VIOS that this hypervisor knows."""
+        return await call(lambda: tuple(vios.status() for vios in hypervisor.vioses.values()))
+
+    @app.get("/v1/paths")
+    async def get_paths(client: str | None = None) -> tuple[PathInfo, ...]:
+        """The paths of one client or of all."""
+        return await on_loop(operations.paths(client))
+
+    @app.get("/v1/pool")
+    async def get_pool() -> PoolInfo:
+        """The memory pool."""
+        return await on_loop(operations.pool())
+
+    @app.put("/v1/pool")
+    async def put_pool(wanted: PoolSet) -> PoolInfo:
+        """Change the pool's size or a client's limit."""
+        return await on_loop(operations.set_pool(wanted))
+
+    @app.get("/v1/definition")
+    async def get_definition() -> Definition:
+        """The definition as this hypervisor knows it."""
+        return await call(lambda: hypervisor.keeper.current)
+
+    @app.post("/v1/devices/refresh")
+    async def refresh_devices() -> Definition:
+        """Ask the VIOS for their devices and record them in the definition."""
+        return await on_loop(hypervisor.refresh_devices())
+
+    @app.get("/v1/alarms")
+    async def get_alarms() -> tuple[Alarm, ...]:
+        """The latest alarms, oldest first."""
+        return await call(hypervisor.alarms.all)
+
+    @app.get("/metrics", response_class=Response)
+    async def get_metrics() -> Response:
+        """Metrics in Prometheus' text format."""
+        return Response(await on_loop(operations.metrics()), media_type=CONTENT_TYPE_LATEST)
+
+    return app

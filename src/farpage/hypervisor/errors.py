@@ -1,0 +1,67 @@
+"""What can be wrong with a request to the hypervisor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from farpage.errors import ExitStatus, FarpageError
+
+
+@dataclass(eq=False)
+class ClientAttached(FarpageError):
+    """The client's memory is being paged."""
+
+    code = "client_attached"
+    template = "client {client!r} is attached to process {pid}"
+    remedy = "detach it first: 'farpage client detach {client}'"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    pid: int
+
+
+@dataclass(eq=False)
+class ClientNotAttached(FarpageError):
+    """The client's memory is not being paged."""
+
+    code = "client_not_attached"
+    template = "client {client!r} is not attached"
+    remedy = "attach it with 'farpage client attach {client} --pid PID'"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+
+
+@dataclass(eq=False)
+class ClientBusy(FarpageError):
+    """Another request about the client is under way."""
+
+    code = "client_busy"
+    template = "another request about client {client!r} is under way: {what}"
+    remedy = "wait until it has ended; 'farpage client show {client}' tells"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    what: str
+
+
+@dataclass(eq=False)
+class MemoryTooLarge(FarpageError):
+    """The memory found is larger than what the client was created for."""
+
+    code = "memory_too_large"
+    template = "client {client!r} was created for {created_bytes} bytes and the process has {found_bytes}"
+    remedy = "create a client of the right size: 'farpage client create NAME --memory {found_bytes}'"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    created_bytes: int
+    found_bytes: int
+
+
+@dataclass(eq=False)
+class DetachByOwner(FarpageError):
+    """A region is detached by the process that made it."""
+
+    code = "detach_by_owner"
+    template = "client {client!r} is a region of process {pid}, which lets it go itself"
+    remedy = "call close() on the region, or end the process"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    pid: int

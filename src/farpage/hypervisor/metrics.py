@@ -1,0 +1,137 @@
+"""The hypervisor's metrics in Prometheus' text format, from the workers' reports at each scrape. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from farpage.definition.model import PAGE_BYTES
+from farpage.hypervisor.model import ViosStatus
+from farpage.pager.messages import ClientReport, CounterReport
+from farpage.volume.state import PathState
+
+COUNTERS = {
+    "faults": "Page faults answered",
+    "page_in_pages": "Pages read from the volume",
+    "page_out_pages": "Pages written to the volume",
+    "zero_fill_pages": "Pages filled with zeros at their first touch",
+    "zero_evict_pages": "Pages given back without I/O because they held zeros",
+    "clean_evict_pages": "Pages given back without I/O because the volume had them",
+    "cancelled_pages": "Page-outs made useless by a write meanwhile",
+    "read_ahead_pages": "Pages read ahead of a fault",
+    "checksum_errors": "Pages whose content on the volume was not what was paged out",
+    "poisoned_pages": "Pages lost: every access to them fails",
+}
+
+
+class _Collector(Collector):
+    def __init__(
+        self,
+        reports: Sequence[ClientReport],
+        vioses: Sequence[ViosStatus],
+        alarms: Mapping[str, int],
+        pool_bytes: int,
+    ) -> None:
+        self._reports = reports
+        self._vioses = vioses
+        self._alarms = alarms
+        self._pool_bytes = pool_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._counters()
+        yield from self._gauges()
+        yield self._paths()
+        yield self._failovers()
+        yield self._waits()
+        up = GaugeMetricFamily("farpage_vios_up", "Whether a VIOS answers", labels=["vios"])
+        for vios in self._vioses:
+            up.add_metric([vios.name], float(vios.reachable))
+        yield up
+        alarms = CounterMetricFamily("farpage_alarms", "Alarms raised", labels=["kind"])
+        for kind, count in self._alarms.items():
+            alarms.add_metric([kind], count)
+        yield alarms
+        yield GaugeMetricFamily("farpage_pool_bytes", "Size of the memory pool", value=self._pool_bytes)
+
+    def _counters(self) -> Iterator[Metric]:
+        for field, help_text in COUNTERS.items():
+            family = CounterMetricFamily(f"farpage_client_{field}", help_text, labels=["client"])
+            for report in self._reports:
+                family.add_metric([report.client], getattr(report.counters, field))
+            yield family
+
+    def _gauges(self) -> Iterator[Metric]:
+        memory = GaugeMetricFamily(
+            "farpage_client_memory_bytes",
+            "A client's memory by state of its pages",
+            labels=["client", "state"],
+        )
+        limit = GaugeMetricFamily("farpage_client_limit_bytes", "A client's limit", labels=["client"])
+        stalled = GaugeMetricFamily(
+            "farpage_client_stalled_faults", "Accesses that wait now", labels=["client"]
+        )
+        epoch = GaugeMetricFamily("farpage_client_epoch", "Epoch of a client's volume", labels=["client"])
+        for report in self._reports:
+            for state, pages in report.pages_by_state.items():
+                memory.add_metric([report.client, state], pages * PAGE_BYTES)
+            limit.add_metric([report.client], report.limit_pages * PAGE_BYTES)
+            stalled.add_metric([report.client], report.stalled_faults)
+            epoch.add_metric([report.client], report.epoch)
+        yield from (memory, limit, stalled, epoch)
+
+    def _paths(self) -> Metric:
+        family = GaugeMetricFamily(
+            "farpage_path_state", "1 for the state that a path is in", labels=["client", "vios", "state"]
+        )
+        for report in self._reports:
+            for path in report.paths:
+                for state in PathState:
+                    family.add_metric([report.client, path.vios, state], float(path.state is state))
+        return family
+
+    def _failovers(self) -> Metric:
+        family = CounterMetricFamily(
+            "farpage_path_losses", "Losses of a path that carried commands", labels=["client", "vios"]
+        )
+        for report in self._reports:
+            for path in report.paths:
+                family.add_metric([report.client, path.vios], path.losses)
+        return family
+
+    def _waits(self) -> Metric:
+        family = HistogramMetricFamily(
+            "farpage_client_fault_wait_seconds", "How long accesses waited for their page", labels=["client"]
+        )
+        for report in self._reports:
+            family.add_metric([report.client], _buckets(report.counters), report.counters.wait_seconds)
+        return family
+
+
+def _buckets(counters: CounterReport) -> list[tuple[str, float]]:
+    total = 0
+    buckets: list[tuple[str, float]] = []
+    for power, count in enumerate(counters.wait_buckets[:-1]):
+        total += count
+        buckets.append((repr(2**power / 1e6), total))
+    buckets.append(("+Inf", total + counters.wait_buckets[-1]))
+    return buckets
+
+
+def render(
+    reports: Sequence[ClientReport],
+    vioses: Sequence[ViosStatus],
+    alarms: Mapping[str, int],
+    pool_bytes: int,
+) -> bytes:
+    """Return the text of one scrape."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(reports, vioses, alarms, pool_bytes))
+    return generate_latest(registry)

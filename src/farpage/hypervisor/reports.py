@@ -1,0 +1,86 @@
+"""What users are shown of clients, put together from the definition and the workers' reports. No I/O."""
+
+from __future__ import annotations
+
+from farpage.definition.model import PAGE_BYTES, ClientRecord
+from farpage.hypervisor.model import (
+    Attachment,
+    ClientCounters,
+    ClientInfo,
+    FailoverInfo,
+    PathInfo,
+)
+from farpage.pager.messages import ClientReport, PathReport
+
+IN_MEMORY = ("clean", "dirty", "writing", "rewritten")
+
+
+def client_info(
+    name: str,
+    record: ClientRecord,
+    *,
+    attachment: Attachment,
+    pid: int | None,
+    worker: int | None,
+    limit_bytes: int,
+    report: ClientReport | None,
+    now_seconds: float,
+) -> ClientInfo:
+    """Describe one client; without a report it is not paged at the moment."""
+    pages = report.pages_by_state if report else {}
+    return ClientInfo(
+        name=name,
+        attachment=attachment,
+        pid=pid,
+        memory_bytes=record.memory_bytes,
+        limit_bytes=limit_bytes,
+        resident_bytes=sum(pages.get(state, 0) for state in IN_MEMORY) * PAGE_BYTES,
+        on_device_bytes=(pages.get("on_device", 0) + pages.get("reading", 0)) * PAGE_BYTES,
+        zero_bytes=pages.get("zero", 0) * PAGE_BYTES,
+        entitlement_bytes=record.entitlement_bytes,
+        weight=record.weight,
+        redundancy=record.redundancy,
+        epoch=report.epoch if report else record.epoch,
+        worker=worker,
+        stalled_faults=report.stalled_faults if report else 0,
+        counters=_counters(report),
+        paths=tuple(_path(name, path, report, now_seconds) for path in report.paths) if report else (),
+        failovers=_failovers(name, report) if report else (),
+    )
+
+
+def _counters(report: ClientReport | None) -> ClientCounters:
+    if report is None:
+        return ClientCounters()
+    return ClientCounters(**{field: getattr(report.counters, field) for field in ClientCounters.model_fields})
+
+
+def _path(client: str, path: PathReport, report: ClientReport, now_seconds: float) -> PathInfo:
+    return PathInfo(
+        client=client,
+        vios=path.vios,
+        device=path.device,
+        state=path.state,
+        epoch=path.epoch,
+        reason=path.reason,
+        in_flight=path.in_flight,
+        failovers=sum(1 for failover in report.failovers if failover.from_vios == path.vios),
+        since_seconds=round(max(now_seconds - path.since_seconds, 0.0), 3),
+    )
+
+
+def _failovers(client: str, report: ClientReport) -> tuple[FailoverInfo, ...]:
+    return tuple(
+        FailoverInfo(
+            client=client,
+            from_vios=failover.from_vios,
+            to_vios=failover.to_vios,
+            reason=failover.reason,
+            detected_at_seconds=failover.detected_at_seconds,
+            active_at_seconds=failover.active_at_seconds,
+            replayed_commands=failover.replayed_commands,
+            quarantined_pages=failover.quarantined_bytes // PAGE_BYTES,
+            longest_stall_ms=failover.longest_stall_seconds * 1e3,
+        )
+        for failover in report.failovers
+    )

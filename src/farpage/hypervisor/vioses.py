@@ -1,0 +1,82 @@
+"""The VIOS as the hypervisor sees them: their control APIs, and whether they answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from farpage.api.client import ControlClient
+from farpage.definition.model import Definition
+from farpage.errors import FarpageError
+from farpage.hypervisor.model import ViosStatus
+from farpage.vios.model import DeviceInfo, Health, VolumeCreate, VolumeInfo
+
+TIMEOUT_SECONDS = 5.0
+
+
+@dataclass
+class Vios:
+    """One VIOS: its control client and what it last said."""
+
+    name: str
+    control: str
+    client: ControlClient = field(init=False)
+    health: Health | None = None
+    devices: tuple[DeviceInfo, ...] = ()
+    problem: str = "not asked yet"
+
+    def __post_init__(self) -> None:
+        self.client = ControlClient(self.control, who=f"VIOS {self.name}", timeout_seconds=TIMEOUT_SECONDS)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether it answered when it was last asked."""
+        return not self.problem
+
+    async def ask(self) -> bool:
+        """Ask for its health and devices; returns whether it has come back since the last time."""
+        was_away = bool(self.problem)
+        try:
+            self.health = await self.client.get("/v1/health", Health)
+            self.devices = await self.client.get("/v1/devices", tuple[DeviceInfo, ...])
+        except FarpageError as error:
+            self.problem = error.cause
+            return False
+        self.problem = ""
+        return was_away
+
+    async def definition(self) -> Definition:
+        """Fetch the definition that it stores."""
+        return await self.client.get("/v1/definition", Definition)
+
+    async def put_definition(self, expected_revision: int, definition: Definition) -> None:
+        """Replace the definition that it stores.
+
+        :raise RemoteError: `http_status` 409 when it stores another revision than expected.
+        """
+        await self.client.put(
+            "/v1/definition", definition, Definition, params={"expected_revision": expected_revision}
+        )
+
+    async def volumes(self) -> tuple[VolumeInfo, ...]:
+        """List the volumes that it reaches, with the highest epoch that it knows of each."""
+        return await self.client.get("/v1/volumes", tuple[VolumeInfo, ...])
+
+    async def create_volume(self, wanted: VolumeCreate) -> None:
+        """Make a volume."""
+        await self.client.post("/v1/volumes", wanted, VolumeInfo)
+
+    async def delete_volume(self, name: str, epoch: int) -> None:
+        """Delete a volume under an epoch that is not older than any that it was opened with."""
+        await self.client.delete(f"/v1/volumes/{name}", params={"epoch": epoch})
+
+    def status(self) -> ViosStatus:
+        """Return what users see."""
+        return ViosStatus(
+            name=self.name,
+            control=self.control,
+            reachable=self.reachable,
+            problem=self.problem,
+            pid=self.health.pid if self.health and self.reachable else None,
+            definition_revision=self.health.definition_revision if self.health and self.reachable else None,
+            devices=tuple(device.name for device in self.devices),
+        )
