@@ -1,4 +1,4 @@
-"""The guest's files, built once into a cache folder: Debian's kernel, and busybox and the verifier to boot."""
+"""The guest's files, built once into a cache folder: Debian's kernel, and an initramfs with busybox."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """QEMU's machine protocol, as much as a guest needs: one command at a time over a UNIX socket.
 
-See docs/interop/qmp-spec.rst of QEMU: one JSON document a line; a greeting, `qmp_capabilities`, then commands,
-with events in between.
+See docs/interop/qmp-spec.rst of QEMU: one JSON document a line; a greeting, `qmp_capabilities`, then
+commands, with events in between.
 """
 
 from __future__ import annotations
