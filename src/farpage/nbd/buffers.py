@@ -19,7 +19,8 @@ class AlignedPool:
     def __init__(self, idle_max_bytes: int = 64 << 20) -> None:
         """Keep at most `idle_max_bytes` of unused large buffers; small ones stay up to their highest use."""
         self._idle_max_bytes = idle_max_bytes
-        self._idle_bytes = 0
+        self.idle_bytes = 0
+        """Unused large buffers."""
         self._free: dict[int, list[memoryview]] = {}
 
     def take(self, length: int) -> memoryview:
@@ -32,14 +33,14 @@ class AlignedPool:
             slab = memoryview(mmap.mmap(-1, _SLAB_BYTES))
             free.extend(slab[at : at + size] for at in range(0, _SLAB_BYTES, size))
         elif size >= _SLAB_BYTES:
-            self._idle_bytes -= size
+            self.idle_bytes -= size
         return free.pop()
 
     def give(self, buffer: memoryview) -> None:
         """Take back a whole buffer that `take` returned and that nobody uses any more."""
         size = len(buffer)
         if size >= _SLAB_BYTES:
-            if self._idle_bytes + size > self._idle_max_bytes:
+            if self.idle_bytes + size > self._idle_max_bytes:
                 return
-            self._idle_bytes += size
+            self.idle_bytes += size
         self._free.setdefault(size, []).append(buffer)

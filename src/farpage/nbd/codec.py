@@ -346,11 +346,10 @@ def advertised_limits(limits: BlockLimits) -> BlockLimits:
     """
     if not _is_power_of_two(limits.minimum) or limits.minimum > MINIMUM_BLOCK_MAX_BYTES:
         raise ValueError(f"minimum block size {limits.minimum} is not a power of two up to 65536")
-    floor = max(limits.minimum, 512)
-    preferred = max(floor, 1 << (max(limits.preferred, 1).bit_length() - 1))
     maximum = min(limits.maximum, p.PAYLOAD_MAX_BYTES)
     maximum = max(maximum - maximum % limits.minimum, limits.minimum)
-    return BlockLimits(limits.minimum, min(preferred, max(maximum, floor)), maximum)
+    wish = max(min(limits.preferred, maximum), limits.minimum, 512)
+    return BlockLimits(limits.minimum, 1 << (wish.bit_length() - 1), maximum)
 
 
 def _is_power_of_two(number: int) -> bool:
