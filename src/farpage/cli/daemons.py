@@ -46,6 +46,28 @@ def run_hypervisor(
     asyncio.run(run(settings))
 
 
+def run_vios(
+    *, name: str, folder: Path, control: str | None, data: Sequence[str], devices: Sequence[str]
+) -> None:
+    """Run a VIOS until it is told to stop.
+
+    :raise InvalidInput: naming the option that is wrong.
+    """
+    from farpage.vios.daemon import run
+    from farpage.vios.settings import ViosSettings
+
+    folder = _made(folder)
+    settings = wanted(
+        ViosSettings,
+        name=name,
+        state_dir=folder,
+        control=_unix(control, folder / "control.sock", "--control"),
+        data=[str(parse_address(text, field="--data")) for text in data or [f"unix:{folder / 'data.sock'}"]],
+        devices=devices,
+    )
+    asyncio.run(run(settings))
+
+
 def _named_address(text: str) -> tuple[str, str]:
     name, separator, address = text.partition("=")
     if not (name and separator):

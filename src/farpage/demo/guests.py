@@ -79,8 +79,8 @@ class DemoGuest(ABC):
         """Return the processes that hold its memory open."""
 
     @abstractmethod
-    def check_alive(self) -> None:
-        """Do nothing while it runs.
+    def poll(self) -> None:
+        """Take in what it has reported.
 
         :raise GuestDied: it has ended.
         """
@@ -141,8 +141,8 @@ class RegionGuest(DemoGuest):
         """Return the hypervisor's workers: a region's own process keeps only the mapping."""
         return [worker.pid for worker in (await embedded.hypervisor.info()).workers]
 
-    def check_alive(self) -> None:
-        """Do nothing while the process runs."""
+    def poll(self) -> None:
+        """Check that the process runs; its reports are read as they come."""
         if self._process is not None and self._process.returncode is not None:
             raise GuestDied(describe_exit(self._process.returncode), str(self._log))
 

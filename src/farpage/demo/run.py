@@ -96,7 +96,7 @@ class Demo:
     async def _play(self) -> None:
         stage, since = self._scenario.stage, time.monotonic()
         while True:
-            self._guest.check_alive()
+            self._guest.poll()
             await self._ask_client()
             self._view.update(self._snapshot())
             if any(report.pages_wrong for report in self._guest.passes):
