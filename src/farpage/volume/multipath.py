@@ -36,6 +36,8 @@ FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
 PATIENCE_RESET_SECONDS = 30.0
 LARGEST_PATIENCE = 8.0
+CLOCK_SLACK_SECONDS = 0.001
+"""A timer may come a rounding error early."""
 
 
 class VolumeEvents(Protocol):
@@ -332,7 +334,7 @@ class MultipathVolume:
         active = self._active
         if active and active.in_flight:
             age = self._loop.time() - next(iter(active.in_flight)).started_seconds
-            if age >= self._patience_seconds:
+            if age > self._patience_seconds - CLOCK_SLACK_SECONDS:
                 self._overdue(active, f"no answer for {age:.2f} s")
         self._arm_watch()
 
@@ -384,8 +386,6 @@ class MultipathVolume:
             )
         )
         self._alarm("path_failed", f"VIOS {path.endpoint.vios}: {reason}")
-        if self._standby() is None:
-            self._alarm("no_path", "no path is left; accesses to paged-out memory wait until one is back")
         self._choose()
 
     def _release(self, path: PathLink, held: Held) -> None:
@@ -401,9 +401,14 @@ class MultipathVolume:
 
     def _choose(self) -> None:
         """Let the first standby path take over, unless a path carries the commands or is about to."""
+        if self._active is not None or self._takeover is not None or self._closing:
+            return
         path = self._standby()
-        if self._active is None and self._takeover is None and path is not None and not self._closing:
+        if path is not None:
             self._takeover = self._loop.create_task(self._take_over(path))
+        elif self._activated.is_set():
+            self._activated.clear()
+            self._alarm("no_path", "no path is left; accesses to paged-out memory wait until one is back")
 
     async def _take_over(self, path: PathLink) -> None:
         problem = ""

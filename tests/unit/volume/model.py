@@ -1,0 +1,246 @@
+"""A disk and VIOS in memory, whose servers can be killed, hung and resumed, for tests in simulated time."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from farpage.address import UnixAddress
+from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.errors import Unreachable
+from farpage.volume.connector import Endpoint, PathConnection
+from farpage.volume.multipath import MultipathVolume
+
+PAGE = 4096
+SIZE = 64 * PAGE
+
+
+@dataclass
+class Disk:
+    """What the VIOS of a common device all write to."""
+
+    content: bytearray = field(default_factory=lambda: bytearray(SIZE))
+
+
+@dataclass
+class ModelVios:
+    """A server. Hung, it keeps what it was sent and carries it out when it is resumed."""
+
+    name: str
+    disk: Disk
+    up: bool = True
+    hung: bool = False
+    epoch: int = 0
+    error: int = 0
+    pid: int | None = None
+    opened: list[int] = field(default_factory=list)
+    connections: list[ModelConnection] = field(default_factory=list)
+    backlog: list[Callable[[], None]] = field(default_factory=list)
+    resumed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Carry work out soon, or when the server is resumed."""
+        if self.hung:
+            self.backlog.append(work)
+        else:
+            asyncio.get_running_loop().call_soon(work)
+
+    def hang(self) -> None:
+        """Stop answering, as SIGSTOP does."""
+        self.hung = True
+        self.resumed.clear()
+
+    def resume(self) -> None:
+        """Carry out what came meanwhile, and go on."""
+        self.hung = False
+        for work in self.backlog:
+            work()
+        self.backlog.clear()
+        self.resumed.set()
+
+    def kill(self) -> None:
+        """End every connection and refuse new ones."""
+        self.up = False
+        self.backlog.clear()
+        for connection in list(self.connections):
+            connection.drop()
+
+    async def open(self, epoch: int) -> ModelConnection:
+        """Open the volume; older epochs are drained and refused."""
+        if self.hung:
+            await self.resumed.wait()
+        if not self.up or epoch < self.epoch:
+            raise Unreachable("the server", self.name, "refused", "")
+        for connection in list(self.connections):
+            if connection.epoch < epoch:
+                connection.drop()
+        self.epoch = epoch
+        self.opened.append(epoch)
+        connection = ModelConnection(self, epoch)
+        self.connections.append(connection)
+        return connection
+
+
+class ModelConnection:
+    """One open export."""
+
+    size_bytes = SIZE
+    read_only = False
+    limits = BlockLimits()
+    features = Feature.NONE
+
+    def __init__(self, vios: ModelVios, epoch: int) -> None:
+        self.vios = vios
+        self.epoch = epoch
+        self.on_lost: Callable[[Exception], None] | None = None
+        self._open: dict[int, Callable[[int], None]] = {}
+        self._number = 0
+
+    @property
+    def peer_pid(self) -> int | None:
+        return self.vios.pid
+
+    def push(self) -> None:
+        """Everything is sent at once here."""
+
+    def abort(self) -> None:
+        if self in self.vios.connections:
+            self.vios.connections.remove(self)
+        lost, self._open = self._open, {}
+        for end in lost.values():
+            end(CONNECTION_LOST)
+
+    def drop(self) -> None:
+        """End the connection from the server's side."""
+        self.abort()
+        if self.on_lost:
+            self.on_lost(ConnectionResetError("reset"))
+
+    def _start(self, work: Callable[[], None], end: Callable[[int], None]) -> None:
+        self._number += 1
+        number = self._number
+        self._open[number] = end
+
+        def carry_out() -> None:
+            if not self.vios.error:
+                work()  # also when nobody waits for the answer any more: a late write
+            ending = self._open.pop(number, None)
+            if ending:
+                ending(self.vios.error)
+
+        self.vios.do(carry_out)
+
+    def read_now(self, offset: int, into: memoryview) -> bool:
+        return False
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        def end(error: int) -> None:
+            content = self.vios.disk.content[offset : offset + length]
+            done(error, None if error else memoryview(content))
+
+        self._start(lambda: None, end)
+
+    def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
+        content = bytes(data)
+
+        def work() -> None:
+            self.vios.disk.content[offset : offset + len(content)] = content
+
+        self._start(work, done)
+
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        done: Done,
+        *,
+        punch: bool = True,
+        fast: bool = False,
+        fua: bool = False,
+    ) -> None:
+        done(errno.ENOTSUP)
+
+    def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
+        done(errno.ENOTSUP)
+
+    def cache(self, offset: int, length: int, done: Done) -> None:
+        done(errno.ENOTSUP)
+
+    def flush(self, done: Done) -> None:
+        self._start(lambda: None, done)
+
+    def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
+        done(errno.ENOTSUP, None)
+
+    async def close(self) -> None:
+        self.abort()
+
+
+class Recorder:
+    """What a volume told its owner."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+        self.alarms: list[str] = []
+
+    def epoch_raised(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def alarm(self, kind: str, message: str) -> None:
+        self.alarms.append(kind)
+
+
+class Rig:
+    """A volume over two VIOS of one common device."""
+
+    def __init__(self, paths: int = 2) -> None:
+        self.disk = Disk()
+        self.vioses = {f"vios{n}": ModelVios(f"vios{n}", self.disk) for n in range(1, paths + 1)}
+        self.events = Recorder()
+        self.volume = MultipathVolume(
+            "vm1",
+            SIZE,
+            1,
+            [Endpoint(name, UnixAddress(f"/{name}"), "disk") for name in self.vioses],
+            connector=self.connect,
+            events=self.events,
+            path_timeout_seconds=1.0,
+        )
+
+    async def connect(self, endpoint: Endpoint, export_name: str, timeout_seconds: float) -> PathConnection:
+        epoch = int(export_name.partition("@")[2])
+        try:
+            return await asyncio.wait_for(self.vioses[endpoint.vios].open(epoch), timeout_seconds)
+        except TimeoutError as error:
+            raise Unreachable("the server", endpoint.vios, "no answer", "") from error
+
+    def states(self) -> dict[str, str]:
+        """Return the state of each path."""
+        return {path.endpoint.vios: path.state.value for path in self.volume.status()}
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
+        """Let simulated time pass until a condition holds."""
+        end = asyncio.get_running_loop().time() + seconds
+        while not condition():
+            assert asyncio.get_running_loop().time() < end, "the condition never held"
+            await asyncio.sleep(0.01)
+
+    def write(self, page: int, fill: int) -> list[int]:
+        """Start a page-out and return the list that its error will be put into."""
+        result: list[int] = []
+        self.volume.write(page * PAGE, memoryview(bytes([fill]) * PAGE), result.append)
+        return result
+
+    def read(self, page: int) -> list[int]:
+        """Start a page-in and return the list that the page's first byte will be put into."""
+        result: list[int] = []
+
+        def done(error: int, payload: memoryview | None) -> None:
+            assert error == 0
+            assert payload is not None
+            result.append(payload[0])
+
+        self.volume.read(page * PAGE, PAGE, done)
+        return result

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+import subprocess
+from collections.abc import Awaitable, Callable
+
+from farpage.volume.multipath import NoPath
+from tests.support.simulated_loop import run_simulated
+from tests.unit.volume.model import PAGE, Rig
+
+
+def with_rig(test: Callable[[Rig], Awaitable[None]], paths: int = 2) -> None:
+    """Run a test against an open volume in simulated time."""
+
+    async def main() -> None:
+        rig = Rig(paths)
+        await rig.volume.open(5.0)
+        if paths > 1:
+            await rig.until(lambda: "standby" in rig.states().values())
+        await test(rig)
+        await rig.volume.abandon()
+
+    run_simulated(main)
+
+
+def test_the_first_endpoint_is_active_and_the_other_stands_by() -> None:
+    async def test(rig: Rig) -> None:
+        assert rig.states() == {"vios1": "active", "vios2": "standby"}
+
+    with_rig(test)
+
+
+def test_a_page_reads_back_as_it_was_written() -> None:
+    async def test(rig: Rig) -> None:
+        written = rig.write(3, 7)
+        await rig.until(lambda: written == [0])
+        read = rig.read(3)
+        await rig.until(lambda: read == [7])
+
+    with_rig(test)
+
+
+def test_a_read_in_flight_is_replayed_when_its_server_dies() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].hang()
+        rig.disk.content[5 * PAGE] = 9
+        read = rig.read(5)
+        await asyncio.sleep(0.05)
+        assert read == []
+        rig.vioses["vios1"].kill()
+        await rig.until(lambda: read == [9], 0.1)
+        assert rig.states() == {"vios1": "failed", "vios2": "active"}
+
+    with_rig(test)
+
+
+def test_the_epoch_rises_before_another_path_carries_commands() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].kill()
+        await rig.until(lambda: rig.states()["vios2"] == "active")
+        assert rig.events.epochs == [2]
+        assert rig.vioses["vios2"].opened == [1, 2]
+
+    with_rig(test)
+
+
+def test_a_server_that_hangs_fails_after_the_path_timeout() -> None:
+    async def test(rig: Rig) -> None:
+        loop = asyncio.get_running_loop()
+        rig.vioses["vios1"].hang()
+        began = loop.time()
+        read = rig.read(0)
+        await rig.until(lambda: bool(read))
+        assert 1.0 <= loop.time() - began <= 1.1
+        assert rig.volume.failovers.records[0].to_vios == "vios2"
+
+    with_rig(test)
+
+
+def test_an_unacknowledged_write_is_held_until_the_hung_server_accepts_the_new_epoch() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].hang()
+        written = rig.write(1, 11)
+        await rig.until(lambda: rig.states()["vios2"] == "active")
+        other = rig.write(2, 22)
+        await rig.until(lambda: other == [0])
+        await asyncio.sleep(20)
+        assert written == [], "a late write of the hung server could still overwrite it"
+        assert rig.volume.held_bytes == PAGE
+        rig.vioses["vios1"].resume()
+        await rig.until(lambda: written == [0])
+        assert rig.disk.content[PAGE] == 11
+        assert rig.vioses["vios1"].epoch == 2
+
+    with_rig(test)
+
+
+def test_a_late_write_of_a_hung_server_is_never_the_last_one() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].hang()
+        first = rig.write(1, 1)
+        await rig.until(lambda: rig.states()["vios2"] == "active")
+        rig.vioses["vios1"].resume()
+        await rig.until(lambda: first == [0])
+        second = rig.write(1, 2)
+        await rig.until(lambda: second == [0])
+        await asyncio.sleep(5)
+        assert rig.disk.content[PAGE] == 2
+
+    with_rig(test)
+
+
+def test_an_unacknowledged_write_is_repeated_at_once_when_its_server_process_is_gone() -> None:
+    async def test(rig: Rig) -> None:
+        with subprocess.Popen(["sleep", "60"]) as server:  # noqa: ASYNC220
+            rig.vioses["vios1"].pid = server.pid
+            rig.vioses["vios1"].kill()
+            await rig.until(lambda: rig.states()["vios2"] == "active")
+            rig.vioses["vios1"].up = True
+            await rig.until(lambda: rig.states()["vios1"] == "standby")
+            rig.vioses["vios2"].kill()
+            await rig.until(lambda: rig.states()["vios1"] == "active")
+            rig.vioses["vios2"].up = True
+            await rig.until(lambda: rig.states()["vios2"] == "standby")
+            rig.vioses["vios1"].hang()
+            written = rig.write(1, 5)
+            await asyncio.sleep(0.1)
+            rig.vioses["vios1"].kill()
+            await rig.until(lambda: rig.states()["vios2"] == "active")
+            assert rig.volume.held_bytes == PAGE
+            server.kill()
+            await rig.until(lambda: written == [0])
+
+    with_rig(test)
+
+
+def test_a_returned_server_stands_by_and_takes_over_the_next_time() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].kill()
+        await rig.until(lambda: rig.states()["vios2"] == "active")
+        rig.vioses["vios1"].up = True
+        await rig.until(lambda: rig.states()["vios1"] == "standby")
+        rig.vioses["vios2"].kill()
+        await rig.until(lambda: rig.states() == {"vios1": "active", "vios2": "failed"})
+        assert rig.volume.epoch == 3
+
+    with_rig(test)
+
+
+def test_without_another_path_a_slow_server_is_suspect_and_its_late_answer_counts() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].hang()
+        read = rig.read(0)
+        await rig.until(lambda: rig.states() == {"vios1": "suspect"})
+        rig.vioses["vios1"].resume()
+        await rig.until(lambda: read == [0])
+        assert rig.states() == {"vios1": "active"}
+        assert rig.events.epochs == []
+
+    with_rig(test, paths=1)
+
+
+def test_a_suspect_path_is_left_as_soon_as_another_comes_back() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios2"].kill()
+        rig.vioses["vios1"].hang()
+        read = rig.read(0)
+        await rig.until(lambda: rig.states()["vios1"] == "suspect")
+        rig.vioses["vios2"].up = True
+        await rig.until(lambda: read == [0])
+        assert rig.states()["vios2"] == "active"
+
+    with_rig(test)
+
+
+def test_with_no_path_left_commands_wait_until_one_is_back() -> None:
+    async def test(rig: Rig) -> None:
+        for vios in rig.vioses.values():
+            vios.kill()
+        read, written = rig.read(0), rig.write(1, 4)
+        await asyncio.sleep(300)
+        assert (read, written) == ([], [])
+        assert "no_path" in rig.events.alarms
+        rig.vioses["vios2"].up = True
+        await rig.until(lambda: (read, written) == ([0], [0]))
+
+    with_rig(test)
+
+
+def test_an_idle_path_that_hangs_is_noticed_by_its_probe() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios2"].hang()
+        await rig.until(lambda: rig.states()["vios2"] == "failed", 5.0)
+        assert rig.states()["vios1"] == "active"
+
+    with_rig(test)
+
+
+def test_an_io_error_of_one_server_moves_the_command_to_the_other() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].error = errno.EIO
+        written = rig.write(1, 3)
+        await rig.until(lambda: written == [0])
+        assert rig.states()["vios2"] == "active"
+
+    with_rig(test)
+
+
+def test_an_io_error_on_every_path_is_waited_out_with_one_alarm() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].error = errno.EIO
+        written = rig.write(1, 3)
+        await asyncio.sleep(30)
+        assert written == []
+        assert rig.events.alarms.count("device_error") == 1
+        rig.vioses["vios1"].error = 0
+        await rig.until(lambda: written == [0])
+
+    with_rig(test, paths=1)
+
+
+def test_a_full_device_keeps_the_write_waiting_and_fails_no_path() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].error = errno.ENOSPC
+        written = rig.write(1, 3)
+        await asyncio.sleep(0.2)
+        assert (written, rig.states()["vios1"]) == ([], "active")
+        rig.vioses["vios1"].error = 0
+        await rig.until(lambda: written == [0])
+
+    with_rig(test)
+
+
+def test_abandoning_ends_every_command_with_eshutdown() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].hang()
+        written = rig.write(1, 3)
+        await rig.volume.abandon()
+        assert written == [errno.ESHUTDOWN]
+
+    with_rig(test)
+
+
+def test_opening_without_any_server_says_why() -> None:
+    async def main() -> None:
+        rig = Rig()
+        for vios in rig.vioses.values():
+            vios.kill()
+        try:
+            await rig.volume.open(2.0)
+        except NoPath as error:
+            assert "vios1" in str(error)
+            assert "vios2" in str(error)
+        else:
+            raise AssertionError("it opened")
+
+    run_simulated(main)
+
+
+def test_a_slow_device_does_not_make_both_paths_flap_for_ever() -> None:
+    """Each time-out doubles the patience, so a device slower than the timeout is waited for in the end."""
+
+    async def test(rig: Rig) -> None:
+        loop = asyncio.get_running_loop()
+        for vios in rig.vioses.values():
+            do = vios.do
+            vios.do = lambda work, do=do: loop.call_later(1.5, do, work)  # type: ignore[method-assign, misc, assignment]
+        read = rig.read(0)
+        await rig.until(lambda: bool(read), 60.0)
+
+    with_rig(test)
