@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 FORMAT_VERSION: Literal[1] = 1
 PAGE_BYTES = 4096
 
+NUMBER_MAX = (1 << 53) - 1
+"""Revisions, epochs and sizes stay exact in every JSON reader (RFC 8259, section 6)."""
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 """Name of a client, volume, device, VIOS or hypervisor; fit for a file name and an NBD export name."""
 
@@ -91,7 +94,7 @@ class DeviceRecord(Record):
 
     name: Name
     kind: str
-    size_bytes: int = Field(gt=0)
+    size_bytes: int = Field(gt=0, le=NUMBER_MAX)
     reached_by: tuple[Reach, ...] = Field(min_length=1)
     commands: tuple[PagingCommand, ...]
 
@@ -112,20 +115,20 @@ class VolumeRecord(Record):
     """One client's paging space."""
 
     name: Name
-    size_bytes: int = Field(gt=0, multiple_of=PAGE_BYTES)
+    size_bytes: int = Field(gt=0, le=NUMBER_MAX, multiple_of=PAGE_BYTES)
     replicas: tuple[Replica, ...] = Field(min_length=1)
 
 
 class ClientRecord(Record):
     """One virtual client: what it has, who owns it and since which epoch."""
 
-    memory_bytes: int = Field(gt=0, multiple_of=PAGE_BYTES)
+    memory_bytes: int = Field(gt=0, le=NUMBER_MAX, multiple_of=PAGE_BYTES)
     entitlement_bytes: int = Field(default=0, ge=0)
     weight: int = Field(default=128, ge=0, le=255)
     limit_bytes: int | None = Field(default=None, gt=0)
     """Most memory that the client's pages take; None for no limit but the pool's."""
     hypervisor: Name
-    epoch: int = Field(default=1, ge=1)
+    epoch: int = Field(default=1, ge=1, le=NUMBER_MAX)
     redundancy: Redundancy = Redundancy.PATH
     vios_redundancy: ViosRedundancy = ViosRedundancy.IF_POSSIBLE
     volumes: tuple[VolumeRecord, ...] = Field(min_length=1)
@@ -143,7 +146,7 @@ class Definition(Record):
     """The whole document. Revision 0 is the empty definition that a new VIOS starts with."""
 
     format: Literal[1] = FORMAT_VERSION
-    revision: int = Field(default=0, ge=0)
+    revision: int = Field(default=0, ge=0, le=NUMBER_MAX)
     vioses: dict[Name, ViosRecord] = Field(default_factory=dict)
     devices: dict[DeviceId, DeviceRecord] = Field(default_factory=dict)
     clients: dict[Name, ClientRecord] = Field(default_factory=dict)

@@ -17,9 +17,6 @@ from farpage.definition.rules import check
 HISTORY_MAX = 100
 """So many revisions are kept."""
 
-EPOCH_MAX = (1 << 63) - 1
-"""SQLite's integers are signed."""
-
 
 class DefinitionStore:
     """The current definition and its history. Safe to use from any thread."""
@@ -47,7 +44,7 @@ class DefinitionStore:
 
         :raise RevisionConflict: the current revision is another one.
         :raise InvalidDefinition: the document is not sound, or its revision is not above the current one.
-        :raise StoreDamaged: the database cannot be written; whether it has the document shows at the next start.
+        :raise StoreDamaged: the database cannot be written; what it holds then shows at the next start.
         """
         check(definition)
         with self._lock:
@@ -117,7 +114,7 @@ class EpochStore:
             (highest,) = connection.execute(
                 "INSERT INTO epochs (volume_id, epoch) VALUES (?, ?) "
                 "ON CONFLICT (volume_id) DO UPDATE SET epoch = max(epoch, excluded.epoch) RETURNING epoch",
-                (volume_id, min(epoch, EPOCH_MAX)),
+                (volume_id, epoch),
             ).fetchone()
         return int(highest)
 

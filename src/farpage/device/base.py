@@ -1,16 +1,18 @@
 """The small interface of paging devices.
 
-All methods block except `open_volume`, and are safe to call from any thread.
+The plain methods block and are safe to call from any thread; `run` carries them out for an
+event loop. The coroutines belong to the loop in which the device was opened.
 """
 
 from __future__ import annotations
 
 import abc
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeVar
 
-from farpage.blockio import BlockIO, Feature
+from farpage.blockio import BlockIO, BlockLimits, Feature
 from farpage.errors import InvalidInput
 
 BLOCK_BYTES: Final = 4096
@@ -18,6 +20,8 @@ BLOCK_BYTES: Final = 4096
 
 EPOCH_MAX: Final = (1 << 64) - 1
 """Stands in the header of a deleted volume, so that whoever has it open yet cannot write."""
+
+Result = TypeVar("Result")
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 """The definition's `Name`, fit for a file name."""
@@ -59,6 +63,8 @@ class PagingDevice(abc.ABC):
     """How the storage is read and written, in words for users."""
     features: Feature
     """What its volumes can do."""
+    limits = BlockLimits(minimum=1, preferred=BLOCK_BYTES, maximum=32 << 20)
+    """Block size constraints of its volumes."""
 
     @abc.abstractmethod
     def volumes(self) -> list[VolumeStat]:
@@ -103,6 +109,13 @@ class PagingDevice(abc.ABC):
         From then on writes with an older epoch are refused, through whichever VIOS they come.
 
         :raise VolumeMissing: there is none.
+        """
+
+    @abc.abstractmethod
+    async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a blocking method without blocking the loop: `await device.run(device.volume, name)`.
+
+        Storage that hangs so holds up only those who want something of it.
         """
 
     @abc.abstractmethod

@@ -17,6 +17,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from farpage.blockio import BlockIO, Feature
 from farpage.device.base import (
@@ -41,20 +42,24 @@ UNCOUNTED = frozenset({"lost+found"})
 
 DEFAULT_SIZE_UNIT_BYTES = 1 << 20
 
+Result = TypeVar("Result")
+
 
 class DirectoryDevice(PagingDevice):
     """A labelled directory; `prepare_directory` labels one."""
 
     kind = "dir"
 
-    def __init__(self, spec: DirectorySpec, label: Label) -> None:
+    def __init__(self, spec: DirectorySpec, label: Label, *, text: str | None = None) -> None:
         """Open a labelled directory, in the event loop that will use its volumes.
+
+        `text` is the specification as the user wrote it.
 
         :raise DeviceUnusable: it cannot be written to.
         """
         self._folder = Path(spec.path)
         self.id, self.name, self.size_bytes = label.uuid, label.name, label.size_bytes
-        self.spec = str(spec)
+        self.spec = text or str(spec)
         with self._problems_named():
             for folder in (self._folder / "volumes", self._folder / "headers"):
                 folder.mkdir(mode=0o700, exist_ok=True)
@@ -152,6 +157,10 @@ class DirectoryDevice(PagingDevice):
             if epoch > header.epoch:
                 header.set_epoch(epoch)
             return header.epoch
+
+    async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Run it in one of the device's threads."""
+        return await self._threads.run(work, *arguments)
 
     async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
         """Open the volume's file, with a lock that keeps it from being deleted."""

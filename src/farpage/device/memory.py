@@ -7,6 +7,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from farpage.blockio import (
     Allocation,
@@ -25,6 +26,8 @@ from farpage.device.spec import MemorySpec
 from farpage.kernel.memory import create_memfd, punch_hole, resident_bytes, resident_ranges
 
 EXTENTS_MAX = 1024
+
+Result = TypeVar("Result")
 
 
 class _Stored:
@@ -64,10 +67,11 @@ class MemoryDevice(PagingDevice):
         | Feature.MULTI_CONN
     )
 
-    def __init__(self, spec: MemorySpec, *, name: str | None = None) -> None:
+    def __init__(self, spec: MemorySpec, *, name: str | None = None, text: str | None = None) -> None:
+        """`text` is the specification as the user wrote it."""
         self.id = str(uuid.uuid4())
         self.name = name or "memory"
-        self.spec = str(spec)
+        self.spec = text or str(spec)
         self.size_bytes = spec.size_bytes
         self._stored: dict[str, _Stored] = {}
         self._lock = threading.Lock()
@@ -114,6 +118,10 @@ class MemoryDevice(PagingDevice):
             stored = self._find(name)
             stored.epoch = max(stored.epoch, epoch)
             return stored.epoch
+
+    async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Run it at once: nothing here waits."""
+        return work(*arguments)
 
     async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
         """Open a volume."""

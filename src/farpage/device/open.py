@@ -23,6 +23,6 @@ async def open_device(
     if isinstance(parsed, MemorySpec):
         if size_bytes is not None and size_bytes != parsed.size_bytes:
             raise DeviceUnusable(spec, f"the size given is {size_bytes}", "give the size once")
-        return MemoryDevice(parsed, name=name)
+        return MemoryDevice(parsed, name=name, text=spec)
     label = await asyncio.to_thread(prepare_directory, parsed, name=name, size_bytes=size_bytes, force=force)
-    return DirectoryDevice(parsed, label)
+    return DirectoryDevice(parsed, label, text=spec)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 from farpage.errors import InvalidInput
 
 _SIZE = re.compile(r"(\d{1,19})(?:([KMGTP])(?:i?B)?|B)?", re.IGNORECASE)
-_SIZE_MAX_BYTES = 1 << 62
+_SIZE_MAX_BYTES = (1 << 53) - 1
 
 
 class CacheMode(enum.StrEnum):

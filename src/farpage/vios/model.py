@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.api.model import ErrorAnswer, ErrorBody
-from farpage.definition.model import PAGE_BYTES, DeviceId, Name, PagingCommand
+from farpage.definition.model import NUMBER_MAX, PAGE_BYTES, DeviceId, Name, PagingCommand
 
 __all__ = [
     "DeviceAdd",
@@ -45,6 +45,8 @@ class DeviceInfo(Document):
     name: Name
     kind: str
     spec: str
+    access: str
+    """How the storage is read and written: `direct`, `buffered`, or what it came to."""
     size_bytes: int
     provisioned_bytes: int
     used_bytes: int
@@ -57,7 +59,7 @@ class DeviceAdd(Document):
 
     spec: str
     name: Name | None = None
-    size_bytes: int | None = Field(default=None, gt=0)
+    size_bytes: int | None = Field(default=None, gt=0, le=NUMBER_MAX)
     force: bool = False
 
 
@@ -77,7 +79,7 @@ class VolumeCreate(Document):
 
     name: Name
     device: DeviceId
-    size_bytes: int = Field(gt=0, multiple_of=PAGE_BYTES)
+    size_bytes: int = Field(gt=0, le=NUMBER_MAX, multiple_of=PAGE_BYTES)
 
 
 class VolumeOpen(Document):
@@ -86,4 +88,4 @@ class VolumeOpen(Document):
     The answer comes when no command of an older epoch can reach the device any more.
     """
 
-    epoch: int = Field(ge=1)
+    epoch: int = Field(ge=1, le=NUMBER_MAX)

@@ -1,0 +1,88 @@
+"""The control API of a VIOS: HTTP and JSON on a UNIX socket."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import FastAPI, Path, Query, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from farpage import __version__
+from farpage.api.errors import create_app
+from farpage.definition.document import canonical_json
+from farpage.definition.model import NUMBER_MAX, Definition, Name
+from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeCreate, VolumeInfo, VolumeOpen
+from farpage.vios.service import ViosService
+
+VolumeName = Annotated[Name, Path(description="Name of the volume")]
+Epoch = Annotated[int | None, Query(ge=1, le=NUMBER_MAX, description="Epoch of the owner who deletes it")]
+Revision = Annotated[int, Query(ge=0, le=NUMBER_MAX, description="Revision that is replaced")]
+
+
+def make_app(service: ViosService, registry: CollectorRegistry) -> FastAPI:
+    """Make the application; its requests run in the loop of whoever serves it."""
+    app = create_app(f"farpage VIOS {service.name}", __version__)
+
+    @app.get("/v1/health")
+    async def health() -> Health:
+        """Say how things are."""
+        return service.health()
+
+    @app.get("/v1/devices")
+    async def list_devices() -> tuple[DeviceInfo, ...]:
+        """List the paging devices that this VIOS reaches."""
+        return await service.devices()
+
+    @app.post("/v1/devices")
+    async def add_device(wanted: DeviceAdd) -> DeviceInfo:
+        """Serve a device, now and after a restart; it is labelled when it has no label yet."""
+        return await service.add_device(wanted)
+
+    @app.get("/v1/volumes")
+    async def list_volumes() -> tuple[VolumeInfo, ...]:
+        """List the volumes of these devices."""
+        return await service.list_volumes()
+
+    @app.post("/v1/volumes", status_code=201)
+    async def create_volume(wanted: VolumeCreate) -> VolumeInfo:
+        """Make a volume that reads as zeros."""
+        return await service.create_volume(wanted)
+
+    @app.get("/v1/volumes/{name}")
+    async def show_volume(name: VolumeName) -> VolumeInfo:
+        """Describe a volume."""
+        return await service.volume(name)
+
+    @app.delete("/v1/volumes/{name}", status_code=204)
+    async def delete_volume(name: VolumeName, epoch: Epoch = None) -> None:
+        """Delete a volume: one that nobody uses, or with the owner's epoch or a newer one in any case."""
+        await service.delete_volume(name, epoch)
+
+    @app.post("/v1/volumes/{name}/open")
+    async def open_volume(name: VolumeName, wanted: VolumeOpen) -> VolumeInfo:
+        """Claim a volume; answered when no command of an older epoch can reach the device any more."""
+        return await service.open_volume(name, wanted.epoch)
+
+    @app.get("/v1/definition", response_model=Definition)
+    async def get_definition() -> Response:
+        """Return the definition in its canonical form."""
+        return _document(service.definitions.current())
+
+    @app.put("/v1/definition", response_model=Definition)
+    async def put_definition(definition: Definition, expected_revision: Revision) -> Response:
+        """Replace the definition if its revision is still the one expected."""
+        return _document(await service.put_definition(expected_revision, definition))
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Return the metrics in Prometheus' text format."""
+        # In a thread: a device that hangs must not hold up other requests.
+        text = await asyncio.to_thread(generate_latest, registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _document(definition: Definition) -> Response:
+    return Response(canonical_json(definition), media_type="application/json")

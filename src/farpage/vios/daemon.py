@@ -1,0 +1,163 @@
+"""The VIOS process: brings devices, data plane and control plane together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import structlog
+
+from farpage.address import Address, UnixAddress, parse_address
+from farpage.api.log import configure_logging
+from farpage.api.serve import ControlServer
+from farpage.daemon import prepare_for_paging
+from farpage.definition.database import Database
+from farpage.definition.rules import epochs
+from farpage.definition.store import DefinitionStore, EpochStore
+from farpage.device.errors import DeviceUnusable
+from farpage.errors import FarpageError, InvalidInput
+from farpage.vios.api import make_app
+from farpage.vios.errors import StateInUse
+from farpage.vios.exports import VolumeExports
+from farpage.vios.metrics import registry_of
+from farpage.vios.remembered import RememberedDevices
+from farpage.vios.service import ViosService
+from farpage.vios.settings import ViosSettings
+from farpage.vios.volumes import Volumes
+
+log = structlog.get_logger()
+
+DATABASE_NAME = "vios.db"
+LOCK_NAME = "vios.lock"
+
+DRAIN_SECONDS = 10.0
+"""So long commands in flight may take when the daemon stops; a device that hangs must not keep it."""
+
+
+async def run(settings: ViosSettings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    It is ready when the control socket accepts connections; then a line `ready` is logged.
+
+    :raise InvalidInput: a setting is wrong.
+    :raise StateInUse: another VIOS runs on the state folder.
+    :raise AddressInUse: another process listens at an address.
+    :raise StoreDamaged: the database cannot be used.
+    :raise DeviceUnusable: none of the devices in the settings can be used.
+    """
+    configure_logging(vios=settings.name)
+    data = tuple(parse_address(text, field="data") for text in settings.data)
+    control = parse_address(settings.control, field="control")
+    if not isinstance(control, UnixAddress):
+        raise InvalidInput("control", f"{control} is no UNIX socket", "write unix:PATH")
+    # Sockets, database and volumes are for this user alone.
+    os.umask(0o077)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_state_locked(settings.state_dir))
+        service = await _start(settings, data, stack)
+        prepare_for_paging()
+        registry = registry_of(service.volumes, service.exports, service.definitions)
+        server = ControlServer(make_app(service, registry), control.path)
+        await server.start()
+        stack.push_async_callback(server.stop)
+        log.info(
+            "ready",
+            control=str(control),
+            data=service.health().data,
+            devices=[device.name for device in service.volumes.devices],
+            definition_revision=service.definitions.current().revision,
+        )
+        await stop.wait()
+        log.info("stopping")
+    log.info("stopped")
+
+
+async def _start(settings: ViosSettings, data: tuple[Address, ...], stack: AsyncExitStack) -> ViosService:
+    """Open the database and the devices, and begin to serve NBD; `stack` undoes it in reverse."""
+    database = Database(settings.state_dir / DATABASE_NAME)
+    stack.callback(database.close)
+    definitions = DefinitionStore(database)
+    volumes = Volumes(settings.name, definitions, EpochStore(database))
+    service = ViosService(
+        name=settings.name,
+        loop=asyncio.get_running_loop(),
+        volumes=volumes,
+        exports=VolumeExports(volumes),
+        definitions=definitions,
+        remembered=RememberedDevices(database),
+    )
+    await stack.enter_async_context(_draining(service))
+    await _open_devices(settings, service)
+    service.begin_claims(epochs(definitions.current()))
+    await service.exports.server.start(data)
+    return service
+
+
+@contextlib.asynccontextmanager
+async def _draining(service: ViosService) -> AsyncIterator[None]:
+    """At the end disconnect everybody, finish what is in flight and close the devices."""
+    try:
+        yield
+    finally:
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await service.close()
+                await service.exports.close()
+                for device in service.volumes.devices:
+                    await device.close()
+        except TimeoutError:
+            log.error("not_drained", problem="commands are still in flight at a device; they are given up")
+
+
+async def _open_devices(settings: ViosSettings, service: ViosService) -> None:
+    """Open the devices of the settings, and those that were added.
+
+    One that cannot be used is left out, so that the others are served.
+
+    :raise InvalidInput: a specification in the settings cannot be read.
+    :raise DeviceUnusable: none of those in the settings can be used.
+    """
+    unusable: DeviceUnusable | None = None
+    for spec in settings.devices:
+        try:
+            await service.serve_device(spec)
+        except DeviceUnusable as error:
+            log.error("device_unusable", spec=spec, problem=str(error))
+            unusable = unusable or error
+    if unusable is not None and not service.volumes.devices:
+        raise unusable
+    for device in service.remembered.all():
+        try:
+            await service.serve_device(device.spec, name=device.name, size_bytes=device.size_bytes)
+        except FarpageError as error:
+            log.error("device_unusable", spec=device.spec, problem=str(error))
+
+
+@contextlib.contextmanager
+def _state_locked(folder: Path) -> Iterator[None]:
+    """Keep a second VIOS out of the folder; the lock goes with the process, however that ends."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InvalidInput(
+            "state_dir", f"{folder}: {error.strerror}", "name a folder that you can write to"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StateInUse(str(folder)) from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,94 @@
+"""What `GET /metrics` tells Prometheus, read from the living objects when it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from farpage.definition.store import DefinitionStore
+from farpage.device.errors import DeviceUnusable
+from farpage.vios.exports import VolumeExports
+from farpage.vios.volumes import Volumes
+
+_COUNTERS = {
+    "reads": "Read commands answered",
+    "writes": "Write commands answered",
+    "others": "Zero, trim, flush, cache and block status commands answered",
+    "read_bytes": "Bytes read",
+    "written_bytes": "Bytes written",
+    "errors": "Commands answered with an error",
+}
+
+
+@dataclass(frozen=True)
+class ViosCollector(Collector):
+    """Collects the state of one VIOS; safe to use from any thread."""
+
+    volumes: Volumes
+    exports: VolumeExports
+    definitions: DefinitionStore
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric families."""
+        yield from self._devices()
+        yield from self._commands()
+        yield GaugeMetricFamily(
+            "farpage_vios_definition_revision",
+            "Revision of the definition that is stored",
+            value=self.definitions.current().revision,
+        )
+        yield GaugeMetricFamily(
+            "farpage_vios_open_exports",
+            "Connections that have a volume open",
+            value=self.exports.open_exports,
+        )
+        yield CounterMetricFamily(
+            "farpage_vios_opens_refused", "Opens that were refused", value=self.exports.refused
+        )
+        yield CounterMetricFamily(
+            "farpage_vios_connections_fenced",
+            "Connections cut off by a newer owner",
+            value=self.exports.fenced,
+        )
+
+    def _devices(self) -> Iterator[Metric]:
+        size = GaugeMetricFamily("farpage_device_size_bytes", "Size of the device", labels=["device"])
+        provisioned = GaugeMetricFamily(
+            "farpage_device_provisioned_bytes", "Bytes promised to volumes", labels=["device"]
+        )
+        used = GaugeMetricFamily("farpage_device_used_bytes", "Bytes that volumes occupy", labels=["device"])
+        usable = GaugeMetricFamily("farpage_device_usable", "1 while the device answers", labels=["device"])
+        for device in self.volumes.devices:
+            size.add_metric([device.name], device.size_bytes)
+            try:
+                usage = device.usage()
+            except DeviceUnusable:
+                usable.add_metric([device.name], 0)
+                continue
+            usable.add_metric([device.name], 1)
+            provisioned.add_metric([device.name], usage.provisioned_bytes)
+            used.add_metric([device.name], usage.used_bytes)
+        yield from (size, provisioned, used, usable)
+
+    def _commands(self) -> Iterator[Metric]:
+        counted = sorted(self.exports.counters.copy().items())
+        for attribute, help_text in _COUNTERS.items():
+            family = CounterMetricFamily(f"farpage_volume_{attribute}", help_text, labels=["volume"])
+            for volume, counters in counted:
+                family.add_metric([volume], getattr(counters, attribute))
+            yield family
+        in_flight = GaugeMetricFamily("farpage_volume_in_flight", "Commands in flight", labels=["volume"])
+        for volume, counters in counted:
+            in_flight.add_metric([volume], counters.in_flight)
+        yield in_flight
+
+
+def registry_of(volumes: Volumes, exports: VolumeExports, definitions: DefinitionStore) -> CollectorRegistry:
+    """Return a registry of this VIOS alone."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ViosCollector(volumes, exports, definitions))
+    return registry

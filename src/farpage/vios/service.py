@@ -1,0 +1,225 @@
+"""What the control API does, as calls into the data plane."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import structlog
+
+from farpage import __version__
+from farpage.definition.compare import diff
+from farpage.definition.model import Definition
+from farpage.definition.rules import epochs
+from farpage.definition.store import DefinitionStore
+from farpage.device.base import PagingDevice, Usage
+from farpage.device.errors import VolumeFenced, VolumeMissing
+from farpage.device.open import open_device
+from farpage.errors import FarpageError
+from farpage.vios.exports import VolumeExports
+from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeCreate, VolumeInfo
+from farpage.vios.remembered import RememberedDevice, RememberedDevices
+from farpage.vios.volumes import Located, Volumes, if_it_answers
+
+log = structlog.get_logger()
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class ViosService:
+    """One VIOS, for its API. The coroutines may be awaited in any loop; they do their work in `loop`."""
+
+    name: str
+    loop: asyncio.AbstractEventLoop
+    volumes: Volumes
+    exports: VolumeExports
+    definitions: DefinitionStore
+    remembered: RememberedDevices
+    started_at: float = field(default_factory=time.monotonic)
+    _adding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def _on_data(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+
+    def health(self) -> Health:
+        """Say how things are; needs no answer from the data plane or a device."""
+        return Health(
+            vios=self.name,
+            version=__version__,
+            pid=os.getpid(),
+            uptime_seconds=time.monotonic() - self.started_at,
+            definition_revision=self.definitions.current().revision,
+            data=tuple(map(str, self.exports.server.addresses)),
+            devices=len(self.volumes.devices),
+            open_exports=self.exports.open_exports,
+        )
+
+    # Devices
+
+    async def devices(self) -> tuple[DeviceInfo, ...]:
+        """List the devices that answer."""
+        return await self._on_data(self._devices())
+
+    async def _devices(self) -> tuple[DeviceInfo, ...]:
+        usages = [(device, await if_it_answers(device, device.usage)) for device in self.volumes.devices]
+        return tuple(self._device_info(device, usage) for device, usage in usages if usage is not None)
+
+    def _device_info(self, device: PagingDevice, usage: Usage) -> DeviceInfo:
+        return DeviceInfo(
+            id=device.id,
+            name=device.name,
+            kind=device.kind,
+            spec=device.spec,
+            access=device.access,
+            size_bytes=device.size_bytes,
+            provisioned_bytes=usage.provisioned_bytes,
+            used_bytes=usage.used_bytes,
+            volumes=usage.volumes,
+            commands=self.volumes.commands(device),
+        )
+
+    async def add_device(self, wanted: DeviceAdd) -> DeviceInfo:
+        """Serve a device from now on, also after a restart; one that is served already stays as it is.
+
+        :raise InvalidInput: the specification cannot be read.
+        :raise DeviceUnusable: the storage is not there, in use by something else, or not as asked for.
+        """
+        return await self._on_data(self._add_device(wanted))
+
+    async def _add_device(self, wanted: DeviceAdd) -> DeviceInfo:
+        device = await self.serve_device(
+            wanted.spec, name=wanted.name, size_bytes=wanted.size_bytes, force=wanted.force
+        )
+        await asyncio.to_thread(
+            self.remembered.add, RememberedDevice(wanted.spec, wanted.name, wanted.size_bytes)
+        )
+        return self._device_info(device, await device.run(device.usage))
+
+    async def serve_device(
+        self, spec: str, *, name: str | None = None, size_bytes: int | None = None, force: bool = False
+    ) -> PagingDevice:
+        """Open a device, if it is not open yet; in the data plane's loop."""
+        async with self._adding:
+            for known in self.volumes.devices:
+                if known.spec == spec:
+                    return known
+            device = await open_device(spec, name=name, size_bytes=size_bytes, force=force)
+            for known in self.volumes.devices:
+                if known.id == device.id:
+                    await device.close()
+                    return known
+            self.volumes.add_device(device)
+        log.info(
+            "device_added", device=device.name, id=device.id, spec=spec, access=device.access,
+            size_bytes=device.size_bytes,
+        )  # fmt: skip
+        return device
+
+    # Volumes
+
+    async def list_volumes(self) -> tuple[VolumeInfo, ...]:
+        """List the volumes of the devices that answer."""
+        return await self._on_data(self._list_volumes())
+
+    async def _list_volumes(self) -> tuple[VolumeInfo, ...]:
+        return tuple([await self._volume_info(located) for located in await self.volumes.list()])
+
+    async def _volume_info(self, located: Located) -> VolumeInfo:
+        stat = located.stat
+        return VolumeInfo(
+            name=stat.name,
+            device=located.device.id,
+            size_bytes=stat.size_bytes,
+            used_bytes=stat.used_bytes,
+            epoch=await self.volumes.epoch(located),
+            open_connections=self.exports.connections(stat.id),
+        )
+
+    async def volume(self, name: str) -> VolumeInfo:
+        """Describe a volume.
+
+        :raise VolumeMissing: there is none.
+        """
+        return await self._on_data(self._volume(name))
+
+    async def _volume(self, name: str) -> VolumeInfo:
+        return await self._volume_info(await self.volumes.find(name))
+
+    async def create_volume(self, wanted: VolumeCreate) -> VolumeInfo:
+        """Make a volume.
+
+        :raise DeviceMissing: this VIOS does not reach the device.
+        :raise VolumeExists: the name is taken.
+        :raise CapacityExceeded: it does not fit.
+        """
+        return await self._on_data(self._create_volume(wanted))
+
+    async def _create_volume(self, wanted: VolumeCreate) -> VolumeInfo:
+        located = await self.volumes.create(wanted.name, wanted.device, wanted.size_bytes)
+        return await self._volume_info(located)
+
+    async def open_volume(self, name: str, epoch: int) -> VolumeInfo:
+        """Make `epoch` the owner; on return no command of an older one can reach the device.
+
+        :raise VolumeMissing: there is none.
+        :raise VolumeFenced: a newer epoch owns it.
+        """
+        return await self._on_data(self._open_volume(name, epoch))
+
+    async def _open_volume(self, name: str, epoch: int) -> VolumeInfo:
+        await self.volumes.claim(name, epoch)
+        return await self._volume(name)
+
+    async def delete_volume(self, name: str, epoch: int | None) -> None:
+        """Delete a volume; see `Volumes.delete`."""
+        await self._on_data(self.volumes.delete(name, epoch))
+
+    # Definition
+
+    async def put_definition(self, expected_revision: int, definition: Definition) -> Definition:
+        """Store a definition, and begin to cut off the owners that it takes volumes from.
+
+        It does not wait for their commands: a device that hangs must not keep the definition from
+        being stored. Whoever needs to know that they are gone opens the volume.
+
+        :raise RevisionConflict: another one is stored than expected.
+        :raise InvalidDefinition: it contradicts itself.
+        """
+        before = self.definitions.current()
+        stored = await asyncio.to_thread(self.definitions.compare_and_swap, expected_revision, definition)
+        if before.revision != stored.revision:
+            log.info("definition_stored", revision=stored.revision, changes=diff(before, stored))
+        known = epochs(before)
+        raised = {volume: epoch for volume, epoch in epochs(stored).items() if known.get(volume) != epoch}
+        if raised:
+            self.loop.call_soon_threadsafe(self.begin_claims, raised)
+        return stored
+
+    def begin_claims(self, wanted: dict[str, int]) -> None:
+        """Raise volumes to the epochs of the definition, in the background; in the data plane's loop."""
+        task = self.loop.create_task(self._claim_all(wanted))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _claim_all(self, wanted: dict[str, int]) -> None:
+        for volume, epoch in wanted.items():
+            try:
+                await self.volumes.claim(volume, epoch)
+            except VolumeMissing:
+                continue
+            except VolumeFenced as error:
+                log.warning("definition_is_older", volume=volume, epoch=epoch, current=error.current)
+            except FarpageError as error:
+                log.error("claim_failed", volume=volume, epoch=epoch, problem=str(error))
+
+    async def close(self) -> None:
+        """Stop what is done in the background."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

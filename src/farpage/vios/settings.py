@@ -1,0 +1,25 @@
+"""What a VIOS is started with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from farpage.definition.model import Name
+
+
+class ViosSettings(BaseModel):
+    """Settings of `farpage vios run`; addresses as `farpage.address` spells them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    state_dir: Path
+    """Folder of the database; made if it is not there."""
+    control: str
+    """UNIX socket of the control API."""
+    data: tuple[str, ...] = Field(min_length=1)
+    """NBD addresses, UNIX sockets or TCP ports."""
+    devices: tuple[str, ...] = ()
+    """Specifications of devices to serve, besides those that were added through the API."""
