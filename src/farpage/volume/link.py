@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from farpage.blockio import CONNECTION_LOST
+from farpage.errors import FarpageError
 from farpage.volume.command import Command
 from farpage.volume.connector import Connector, Endpoint, PathConnection
 from farpage.volume.path import PathMachine
@@ -16,6 +17,19 @@ from farpage.volume.server import ServerProcess
 from farpage.volume.state import PathState
 
 PROBE_BYTES = 4096
+
+
+@dataclass(eq=False)
+class VolumeTooSmall(FarpageError):
+    """What a VIOS serves under the volume's name is not the client's volume."""
+
+    code = "volume_too_small"
+    template = "VIOS {vios} serves volume {volume!r} with {found_bytes} bytes instead of {size_bytes}"
+    remedy = "its file was cut off or belongs to another client: see 'farpage definition show'"
+    volume: str
+    vios: str
+    found_bytes: int
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -69,13 +83,21 @@ class PathLink:
         )
 
     async def open(
-        self, volume: str, epoch: int, timeout_seconds: float, on_lost: Callable[[PathLink, Exception], None]
+        self,
+        volume: str,
+        size_bytes: int,
+        epoch: int,
+        timeout_seconds: float,
+        on_lost: Callable[[PathLink, Exception], None],
     ) -> None:
         """Open the volume at this path's VIOS under `epoch`.
 
-        :raise FarpageError: when the server cannot be reached or refuses.
+        :raise FarpageError: when the server cannot be reached, refuses, or has a smaller volume.
         """
         connection = await self._connector(self.endpoint, f"{volume}@{epoch}", timeout_seconds)
+        if connection.size_bytes < size_bytes:
+            connection.abort()
+            raise VolumeTooSmall(volume, self.endpoint.vios, connection.size_bytes, size_bytes)
         self.connection = connection
         self.epoch = epoch
 

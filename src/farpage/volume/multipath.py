@@ -441,7 +441,7 @@ class MultipathVolume:
         self.push()
 
     async def _open(self, path: PathLink) -> None:
-        await path.open(self.name, self.epoch, self._path_timeout, self._lost)
+        await path.open(self.name, self._size_bytes, self.epoch, self._path_timeout, self._lost)
         for held in list(path.held):
             if held.epoch < path.epoch:
                 self._release(path, held)
