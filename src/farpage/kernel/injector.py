@@ -62,20 +62,21 @@ class _StopTimer:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-class _Memory:
+class ProcessMemory:
     """Reads of the target's memory, which stops nothing."""
 
     def __init__(self, pid: int) -> None:
         self._descriptor = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, address: int, length: int) -> bytes:
+        """Return up to `length` bytes, none where nothing is mapped."""
         try:
             return os.pread(self._descriptor, length, address)
         except OSError:
             return b""
 
 
-def _find_instruction(pid: int, memory: _Memory) -> int:
+def find_instruction(pid: int, memory: ProcessMemory) -> int:
     """Return the address of a system call instruction; the bytes are enough, whatever they belong to."""
     executable = [mapping for mapping in read_maps(pid) if "x" in mapping.permissions]
     for mapping in sorted(executable, key=lambda mapping: mapping.path != "[vdso]"):
@@ -116,8 +117,8 @@ def _preference(pid: int, thread: int) -> tuple[int, bool]:
 
 def _inject(pid: int, number: int, arguments: Sequence[int]) -> Outcome:
     _check_architecture(pid)
-    memory = _Memory(pid)
-    instruction = _find_instruction(pid, memory)
+    memory = ProcessMemory(pid)
+    instruction = find_instruction(pid, memory)
     filtered = read_status(pid).seccomp_filtered
     timer = _StopTimer()
     threads = sorted(read_threads(pid), key=lambda thread: _preference(pid, thread))

@@ -183,14 +183,14 @@ def _wait(thread: int) -> tuple[int, int]:
     return status >> 16, os.WSTOPSIG(status)
 
 
-def _get_registers(thread: int) -> ctypes.Array[ctypes.c_uint64]:
+def _get_registers(thread: int) -> architecture.RegisterArray:
     registers = architecture.Registers()
     vector = _IoVector(ctypes.addressof(registers), ctypes.sizeof(registers))
     _request(_GETREGSET, thread, _NT_PRSTATUS, ctypes.addressof(vector))
     return registers
 
 
-def _set_registers(thread: int, registers: ctypes.Array[ctypes.c_uint64]) -> None:
+def _set_registers(thread: int, registers: architecture.RegisterArray) -> None:
     vector = _IoVector(ctypes.addressof(registers), ctypes.sizeof(registers))
     _request(_SETREGSET, thread, _NT_PRSTATUS, ctypes.addressof(vector))
 

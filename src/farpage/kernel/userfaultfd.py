@@ -236,16 +236,18 @@ class Userfaultfd:
             if missing:
                 raise _lacks(missing, "it was set up without them", "start the client anew")
             return state.features
-        # A refusal changes nothing, and says nothing about which feature was at fault. So ask for
-        # all, then without each optional one, and tell the missing required ones by asking singly.
+        # Old kernels refuse a request with an unknown feature, which changes nothing; new ones ignore
+        # the unknown. So ask for less and less, and look at what was granted.
         wanted = required | optional
         for dropped in (Feature(0), *sorted(optional, reverse=True)):
             wanted &= ~dropped
             if self._ask(wanted):
-                return wanted
-        probes = {feature: _offers(feature) for feature in required}
-        missing = Feature(sum(feature for feature, offered in probes.items() if not offered))
-        raise _lacks(missing or required, "this kernel does not offer them", "use Linux 6.1 or newer")
+                break
+        # In integers, since the complement of a flag knows named bits alone.
+        missing = Feature(int(required) & ~int(self.state.features))
+        if missing:
+            raise _lacks(missing, "this kernel does not offer them", "use Linux 6.1 or newer")
+        return self.state.features
 
     def _ask(self, features: Feature) -> bool:
         _pack_triple(self._triple, 0, UFFD_API, features, 0)
@@ -369,11 +371,6 @@ class Userfaultfd:
 def _lacks(features: Feature, cause: str, hint: str) -> Unsupported:
     names = ", ".join(feature.name or hex(feature) for feature in features)
     return Unsupported(f"userfaultfd with {names}", cause, hint)
-
-
-def _offers(feature: Feature) -> bool:
-    with Userfaultfd.create() as probe:
-        return probe._ask(feature)
 
 
 def _create_descriptor(flags: int) -> int:
