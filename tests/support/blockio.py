@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 
 from farpage.blockio import Allocation, BlockLimits, Done, Extent, ExtentsDone, Feature, ReadDone
 
@@ -45,7 +45,7 @@ class MemoryIO:
         self.hold = False
         self.held: list[Callable[[], None]] = []
         self.errors: dict[str, int] = {}
-        self.log: list[tuple[object, ...]] = []
+        self.log: MutableSequence[tuple[object, ...]] = []
         self.closed = False
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -107,7 +108,7 @@ async def _handshake(address: Address, export: str, timeout_seconds: float) -> A
     except EOFError as error:
         raise ServerUnreachable(export, where, "it closed the connection during the handshake") from error
     except OSError as error:
-        raise ServerUnreachable(export, where, error.strerror or str(error)) from error
+        raise ServerUnreachable(export, where, _reason(error)) from error
     except _OptionRefused as error:
         message = error.message or "it gives no reason"
         raise ServerRefused(export, where, message, error.reply) from error
@@ -116,6 +117,13 @@ async def _handshake(address: Address, export: str, timeout_seconds: float) -> A
     finally:
         if handshake is not None:
             handshake.close()
+
+
+def _reason(error: OSError) -> str:
+    """Return the kernel's words: asyncio puts its own into the exception of a failed connect."""
+    if isinstance(error, socket.gaierror) or not error.errno:
+        return error.strerror or str(error)
+    return os.strerror(error.errno)
 
 
 async def _connected_socket(address: Address) -> socket.socket:
