@@ -369,8 +369,10 @@ class Userfaultfd:
 
 
 def _lacks(features: Feature, cause: str, hint: str) -> Unsupported:
-    names = ", ".join(feature.name or hex(feature) for feature in features)
-    return Unsupported(f"userfaultfd with {names}", cause, hint)
+    named = [feature for feature in Feature if feature in features]
+    unnamed = int(features) & ~sum(named)
+    names = [str(feature.name) for feature in named] + ([hex(unnamed)] if unnamed else [])
+    return Unsupported(f"userfaultfd with {', '.join(names)}", cause, hint)
 
 
 def _create_descriptor(flags: int) -> int:
