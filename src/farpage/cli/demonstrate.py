@@ -40,7 +40,10 @@ def run_demo(
     _check_sizes(memory_bytes, fill_bytes, limit_bytes)
     with _state_folder(state) as folder, _view(as_json) as view:
         settings = DemoSettings(folder, make_guest, memory_bytes, fill_bytes, limit_bytes)
-        result = asyncio.run(_run(settings, view))
+        try:
+            result = asyncio.run(_run(settings, view))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
     if as_json:
         print_json(result)
     else:

@@ -1,0 +1,175 @@
+"""The commands against real daemons."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from farpage.definition.model import Definition
+from farpage.errors import ExitStatus
+from farpage.hypervisor.model import ClientInfo, HypervisorInfo, PathInfo, PoolInfo, ViosStatus
+from tests.support.running_set import Answer, Farpage, RunningSet
+
+
+def test_up_describes_the_set_that_it_started(running_set: RunningSet) -> None:
+    assert json.loads((running_set.state / "set.json").read_text()) == running_set.document
+    assert set(running_set.document["vioses"]) == {"vios1", "vios2"}
+
+
+def test_the_daemons_are_shown(farpage: Farpage) -> None:
+    assert [ViosStatus.model_validate(one).reachable for one in farpage("vios", "list", "--json").json] == [
+        True,
+        True,
+    ]
+    info = HypervisorInfo.model_validate(farpage("hypervisor", "show", "--json").json)
+    assert len(info.workers) == 1
+    assert farpage("vios", "show", "vios2", "--json").json["health"]["vios"] == "vios2"
+    for command in (["vios", "list"], ["hypervisor", "show"], ["vios", "show", "vios1"]):
+        answer = farpage(*command)
+        assert (answer.status, answer.err) == (0, "")
+        assert str(info.pid) in answer.out or "vios1" in answer.out
+
+
+def test_the_common_device_is_reached_by_both(farpage: Farpage) -> None:
+    reached = farpage("device", "list", "--json").json
+    assert [one["vios"] for one in reached] == ["vios1", "vios2"]
+    assert reached[0]["devices"][0]["id"] == reached[1]["devices"][0]["id"]
+    assert "vios1, vios2" in farpage("device", "list").out
+    alone = farpage("device", "list", "--vios", "vios2", "--json").json
+    assert [one["vios"] for one in alone] == ["vios2"]
+
+
+def test_a_client_is_made_listed_and_deleted(farpage: Farpage) -> None:
+    made = ClientInfo.model_validate(
+        farpage("client", "create", "web1", "--memory", "8M", "--limit", "2M", "--json").json
+    )
+    assert (made.memory_bytes, made.limit_bytes, made.redundancy) == (8 << 20, 2 << 20, "path")
+    assert [one["name"] for one in farpage("client", "list", "--json").json] == ["web1"]
+    assert "8 MiB" in farpage("client", "list").out
+    assert "entitlement" in farpage("client", "show", "web1").out
+    definitions = [
+        Definition.model_validate(farpage("definition", "show", *options, "--json").json)
+        for options in ([], ["--vios", "vios1"], ["--vios", "vios2"])
+    ]
+    assert definitions[0] == definitions[1] == definitions[2]
+    assert "web1" in definitions[0].clients
+    assert "web1" in farpage("definition", "show").out
+    deleted = farpage("client", "delete", "web1")
+    assert (deleted.status, deleted.out) == (0, "client web1 deleted\n")
+    assert farpage("client", "list", "--json").json == []
+
+
+def test_a_running_process_is_attached_limited_and_detached(
+    farpage: Farpage, memory_process: subprocess.Popen[str]
+) -> None:
+    attached = farpage("client", "attach", "job", "--pid", str(memory_process.pid), "--limit", "4M", "--json")
+    assert attached.status == 0, attached.err
+    assert ClientInfo.model_validate(attached.json).pid == memory_process.pid
+    paths = [
+        PathInfo.model_validate(one) for one in farpage("path", "list", "--client", "job", "--json").json
+    ]
+    assert sorted(path.state for path in paths) == ["active", "standby"]
+    assert "active" in farpage("path", "list").out
+    assert wrong_pages(memory_process) == 0
+    pool = PoolInfo.model_validate(farpage("pool", "set", "--client", "job", "--limit", "8M", "--json").json)
+    assert [member.limit_bytes for member in pool.members] == [8 << 20]
+    assert "job" in farpage("pool", "show").out
+    shown = ClientInfo.model_validate(farpage("client", "show", "job", "--json").json)
+    assert shown.counters.page_in_pages > 0
+    refused = farpage("client", "delete", "job")
+    assert refused.status == ExitStatus.CONFLICT
+    assert "detach" in refused.err
+    detached = farpage("client", "detach", "job")
+    assert (detached.status, detached.err) == (0, "")
+    assert wrong_pages(memory_process) == 0
+
+
+def wrong_pages(process: subprocess.Popen[str]) -> int:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("check\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+def test_a_device_is_added_to_every_vios(farpage: Farpage, running_set: RunningSet) -> None:
+    folder = running_set.state / "more"
+    folder.mkdir()
+    added = farpage("device", "add", f"dir:{folder}", "--name", "more", "--size", "1G", "--json")
+    assert added.status == 0, added.err
+    assert [one["devices"][0]["size_bytes"] for one in added.json] == [1 << 30, 1 << 30]
+    definition = Definition.model_validate(farpage("definition", "show", "--json").json)
+    found = [device for device in definition.devices.values() if device.name == "more"]
+    assert [device.is_common for device in found] == [True]
+
+
+def test_no_alarm_is_no_output_but_the_header(farpage: Farpage) -> None:
+    assert farpage("alarm", "list", "--json").status == 0
+    assert farpage("alarm", "list").out.startswith("AT")
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "word"),
+    [
+        (["client", "show", "nobody"], ExitStatus.NOT_FOUND, "nobody"),
+        (["client", "delete", "nobody"], ExitStatus.NOT_FOUND, "nobody"),
+        (["client", "detach", "nobody"], ExitStatus.NOT_FOUND, "nobody"),
+        (["client", "show", "no/body"], ExitStatus.USAGE, "name"),
+        (["client", "create", "Big Name", "--memory", "8M"], ExitStatus.USAGE, "name"),
+        (["client", "create", "odd", "--memory", "5000"], ExitStatus.USAGE, "memory_bytes"),
+        (["client", "create", "huge", "--memory", "900T"], ExitStatus.CONFLICT, "device"),
+        (["client", "create", "x", "--memory", "8M", "--weight", "256"], ExitStatus.USAGE, "weight"),
+        (["client", "create", "x", "--memory", "8M", "--redundancy", "raid"], ExitStatus.USAGE, "redundancy"),
+        (["client", "attach", "x", "--pid", "0"], ExitStatus.USAGE, "pid"),
+        (["client", "attach", "x", "--pid", "4194303"], ExitStatus.NOT_FOUND, "4194303"),
+        (["vios", "show", "vios9"], ExitStatus.NOT_FOUND, "vios9"),
+        (["definition", "show", "--vios", "vios9"], ExitStatus.NOT_FOUND, "vios9"),
+        (["device", "list", "--vios", "vios9"], ExitStatus.NOT_FOUND, "vios9"),
+        (["device", "add", "tape:1", "--vios", "vios9"], ExitStatus.NOT_FOUND, "vios9"),
+        (["device", "add", "tape:1"], ExitStatus.USAGE, "tape:1"),
+        (["device", "add", "dir:/does/not/exist"], ExitStatus.CONFLICT, "/does/not/exist"),
+        (["pool", "set"], ExitStatus.USAGE, "--size"),
+        (["pool", "set", "--client", "web1"], ExitStatus.USAGE, "--limit"),
+        (["pool", "set", "--client", "nobody", "--limit", "8M"], ExitStatus.NOT_FOUND, "nobody"),
+        (["path", "list", "--client", "nobody"], ExitStatus.NOT_FOUND, "nobody"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_done_says_so_and_changes_nothing(
+    farpage: Farpage, command: list[str], status: ExitStatus, word: str
+) -> None:
+    before = farpage("definition", "show", "--json").out
+    assert_refused(farpage(*command), status, word)
+    assert farpage("definition", "show", "--json").out == before
+
+
+def assert_refused(answer: Answer, status: ExitStatus, word: str) -> None:
+    assert answer.status == status, answer.err
+    assert answer.out == ""
+    first, *rest = answer.err.splitlines()
+    assert first.startswith("farpage: ")
+    assert word in answer.err
+    assert rest, "there is no remedy"
+    assert "Traceback" not in answer.err
+
+
+def test_an_old_revision_of_a_dead_vios_is_reported_not_hidden(farpage: Farpage, tmp_path: Path) -> None:
+    (tmp_path / "set.json").write_text(
+        json.dumps(
+            {
+                "format": 1,
+                "hypervisor": {"name": "h", "control": f"unix:{tmp_path}/h", "attach": f"unix:{tmp_path}/a"},
+                "vioses": {"gone": {"control": f"unix:{tmp_path}/c", "data": [f"unix:{tmp_path}/d"]}},
+            }
+        )
+    )
+    answer = farpage("device", "list", "--state", str(tmp_path), "--json")
+    assert answer.status == 0
+    assert "does not answer" in answer.json[0]["problem"]
+    assert (
+        farpage("device", "list", "--vios", "gone", "--state", str(tmp_path)).status == ExitStatus.UNREACHABLE
+    )
+    assert farpage("client", "list", "--state", str(tmp_path)).status == ExitStatus.UNREACHABLE
