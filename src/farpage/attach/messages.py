@@ -61,7 +61,7 @@ class AttachReply(Message):
 class CloseRequest(Message):
     """The region is no longer used; its contents may be discarded."""
 
-    request: Literal["close"] = "close"
+    request: Literal["close"]
 
 
 class CloseReply(Message):

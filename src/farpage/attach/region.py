@@ -267,7 +267,7 @@ def _attach(connection: socket.socket, path: str, request: AttachRequest, uffd: 
 def _confirm_close(connection: socket.socket, path: str) -> None:
     """Ask to be detached and wait until it is so; a hypervisor that is gone fills no pages either."""
     try:
-        connection.sendall(encode(CloseRequest()))
+        connection.sendall(encode(CloseRequest(request="close")))
         reply = _receive(connection, CloseReply)
     except (ConnectionError, EOFError):
         return
