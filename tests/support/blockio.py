@@ -151,7 +151,7 @@ class MemoryIO:
             at = offset
             while at < offset + length:
                 stop = min(at - at % EXTENT_BYTES + EXTENT_BYTES, offset + length)
-                zero = not any(self.content[at:stop])
+                zero = self.content[at:stop] == bytes(stop - at)
                 found.append(
                     Extent(stop - at, Allocation.HOLE | Allocation.ZERO if zero else Allocation.DATA)
                 )

@@ -7,12 +7,17 @@ from collections.abc import Callable
 
 from farpage.blockio import BlockIO, Extent, read_bytes, wait_done
 
-__all__ = ["condition", "extents_of", "read_bytes", "wait_done", "write_bytes"]
+__all__ = ["condition", "extents_of", "read_bytes", "wait_done", "write_bytes", "zero_bytes"]
 
 
 async def write_bytes(io: BlockIO, offset: int, data: bytes, *, fua: bool = False) -> int:
     """Write and return the error."""
     return await wait_done(lambda done: io.write(offset, memoryview(data), done, fua=fua))
+
+
+async def zero_bytes(io: BlockIO, offset: int, length: int) -> int:
+    """Zero and return the error."""
+    return await wait_done(lambda done: io.zero(offset, length, done))
 
 
 async def extents_of(io: BlockIO, offset: int, length: int) -> list[Extent]:

@@ -33,6 +33,10 @@ async def entered(serving_: Serving, *, structured: bool = False) -> RawClient:
     return client
 
 
+def files_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
 async def test_an_unknown_export_is_refused_with_the_providers_words() -> None:
     async with serving({"v": MemoryIO(SIZE)}) as serving_:
         client = await RawClient.connect(serving_.unix_path)
@@ -425,7 +429,7 @@ async def test_a_socket_file_that_nobody_listens_on_is_replaced(tmp_path: Path) 
     connection = await Connection.open(UnixAddress(path), "v")
     await connection.close()
     await server.close()
-    assert list(tmp_path.iterdir()) == []
+    assert files_in(tmp_path) == []
 
 
 async def test_an_address_in_use_is_refused_and_nothing_is_left_listening(tmp_path: Path) -> None:
@@ -435,5 +439,5 @@ async def test_an_address_in_use_is_refused_and_nothing_is_left_listening(tmp_pa
     with pytest.raises(ListenFailed, match="used: another server listens there"):
         await second.start([other, used])
     assert second.addresses == ()
-    assert [path.name for path in tmp_path.iterdir()] == ["used"]
+    assert files_in(tmp_path) == ["used"]
     await first.close()
