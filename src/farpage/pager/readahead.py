@@ -12,8 +12,9 @@ STREAMS: Final = 8
 
 @dataclass
 class _Stream:
-    """A run of faults: the next one is expected at `next_page`, after a window of `window` pages."""
+    """A rising run of faults: the last one, and the page behind the window that it was given."""
 
+    last_page: int
     next_page: int
     window: int
 
@@ -29,14 +30,16 @@ class ReadAhead:
         """Return how many pages from `page` on to bring in, at least one, and remember it."""
         streams = self._streams
         for stream in streams:
-            # A little beyond counts too: pages in between were in memory already.
-            if 0 <= page - stream.next_page <= stream.window:
+            # Before the window's end it counts too, when less than the window was brought in; and a
+            # little beyond it, when pages in between were in memory already.
+            if stream.last_page < page <= stream.next_page + stream.window:
                 stream.window = min(stream.window * 2, self._largest)
+                stream.last_page = page
                 stream.next_page = page + stream.window
                 streams.remove(stream)
                 streams.append(stream)
                 return stream.window
         if len(streams) >= STREAMS:
             del streams[0]
-        streams.append(_Stream(page + 1, 1))
+        streams.append(_Stream(page, page + 1, 1))
         return 1

@@ -40,6 +40,15 @@ def test_a_stream_goes_on_over_pages_that_were_in_memory() -> None:
     assert ahead.window(127 + 10) == LARGEST_WINDOW_PAGES
 
 
+def test_a_window_that_was_cut_short_does_not_end_the_stream() -> None:
+    ahead = ReadAhead()
+    page = 0
+    for _ in range(20):
+        window = ahead.window(page)
+        page += min(window, 3)
+    assert window == LARGEST_WINDOW_PAGES
+
+
 def test_random_faults_read_hardly_anything_in_vain() -> None:
     ahead = ReadAhead()
     rng = random.Random(1)
