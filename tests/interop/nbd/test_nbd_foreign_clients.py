@@ -184,6 +184,7 @@ async def test_fio_verifies_random_writes_over_four_connections(server: Serving)
         f"--offset_increment={SIZE // 4}",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--group_reporting",
         "--output-format=json",
     )
