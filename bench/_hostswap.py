@@ -1,0 +1,161 @@
+"""The host's own swap as a contender: a swap file, a memory cgroup with a limit, and vm.page-cluster.
+
+Every piece is a context manager that puts things back as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from farpage.errors import Unsupported
+
+PAGE_CLUSTER: Final = Path("/proc/sys/vm/page-cluster")
+TOOLS: Final = ("mkswap", "swapon", "swapoff")
+HIGHEST_PRIORITY: Final = 32767
+"""Of swap areas; this one is filled before any that the host has already."""
+_CHUNK_BYTES: Final = 1 << 20
+_PREFIX: Final = "farpage-bench-"
+
+
+def why_unavailable() -> str:
+    """Return why host swap cannot be measured here; empty when it can."""
+    if os.geteuid() != 0:
+        return "swapon(2) and memory limits need root"
+    missing = [tool for tool in TOOLS if _tool(tool) is None]
+    if missing:
+        return f"{', '.join(missing)} not found; install util-linux and mount"
+    if not PAGE_CLUSTER.exists():
+        return "this kernel has no swap"
+    try:
+        _find_memory_controller()
+    except Unsupported as problem:
+        return str(problem)
+    return ""
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def _run(name: str, *arguments: str) -> None:
+    """Run a tool to its end, out of reach of a Ctrl-C, which would leave a swap area half switched.
+
+    :raise Unsupported: it fails.
+    """
+    tool = _tool(name) or name
+    done = subprocess.run(
+        [tool, *arguments], capture_output=True, text=True, check=False, start_new_session=True
+    )
+    if done.returncode:
+        cause = done.stderr.strip() or f"{name} exits with status {done.returncode}"
+        raise Unsupported(
+            "host swap", cause, "use a --dir on ext4 or xfs on a disk, and a host that may swap"
+        )
+
+
+@contextlib.contextmanager
+def swap_file(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """Make a swap file of which every block is allocated and written; remove it afterwards."""
+    path = folder / "swap"
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            for _ in range(size_bytes // _CHUNK_BYTES):
+                file.write(bytes(_CHUNK_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        _run("mkswap", str(path))
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def swapping_on(path: Path) -> Iterator[None]:
+    """Let the host swap to the file; returns after everything in it was taken back."""
+    try:
+        _run("swapon", "--priority", str(HIGHEST_PRIORITY), str(path))
+        yield
+    finally:
+        if _is_swap(path):
+            _run("swapoff", str(path))
+
+
+def _is_swap(path: Path) -> bool:
+    lines = Path("/proc/swaps").read_text().splitlines()[1:]
+    return any(line.split()[0] == str(path) for line in lines)
+
+
+@contextlib.contextmanager
+def page_cluster(exponent: int) -> Iterator[None]:
+    """Have the host read 2**exponent pages at a swap-in."""
+    before = PAGE_CLUSTER.read_text()
+    try:
+        PAGE_CLUSTER.write_text(str(exponent))
+        yield
+    finally:
+        PAGE_CLUSTER.write_text(before)
+
+
+@dataclass(frozen=True)
+class MemoryCgroup:
+    """A cgroup whose processes are limited in memory, but not in swap."""
+
+    folder: Path
+
+    def add(self, pid: int) -> None:
+        """Put a process in; memory that it has already stays charged where it is."""
+        (self.folder / "cgroup.procs").write_text(str(pid))
+
+
+@contextlib.contextmanager
+def memory_cgroup(limit_bytes: int) -> Iterator[MemoryCgroup]:
+    """Make a cgroup with a limit; its processes have to be gone at the end.
+
+    :raise Unsupported: there is no memory controller that can be used.
+    """
+    parent, limit_file = _find_memory_controller()
+    _remove_left_over(parent)
+    folder = parent / f"{_PREFIX}{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    try:
+        (folder / limit_file).write_text(str(limit_bytes))
+        yield MemoryCgroup(folder)
+    finally:
+        folder.rmdir()
+
+
+def _find_memory_controller() -> tuple[Path, str]:
+    """Return where memory cgroups are made and the name of their limit's file: cgroup v1 or v2."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, mounted, kind, options = line.split()[:4]
+        if kind == "cgroup" and "memory" in options.split(","):
+            return Path(mounted), "memory.limit_in_bytes"
+        if kind == "cgroup2" and "memory" in (Path(mounted) / "cgroup.subtree_control").read_text().split():
+            return Path(mounted), "memory.max"
+    raise Unsupported(
+        "the memory cgroup controller", "it is mounted neither as v1 nor enabled in v2", "mount it"
+    )
+
+
+def _remove_left_over(parent: Path) -> None:
+    """Remove cgroups of earlier runs that were killed."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        if not Path("/proc", folder.name.removeprefix(_PREFIX)).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def pages_swapped_in() -> int:
+    """Return the host's count of pages read from swap, those that were read ahead included."""
+    for line in Path("/proc/vmstat").read_text().splitlines():
+        name, value = line.split()
+        if name == "pswpin":
+            return int(value)
+    return 0

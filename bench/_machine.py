@@ -1,0 +1,34 @@
+"""Where a benchmark ran, in words."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def describe_machine() -> str:
+    """Return processor, memory and kernel."""
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{model}, {os.cpu_count()} CPUs, {memory_bytes >> 20} MiB, Linux {os.uname().release}"
+
+
+def describe_placement() -> str:
+    """Return the CPUs that this process and its children may use, and how busy the machine is."""
+    cpus = ", ".join(str(number) for number in sorted(os.sched_getaffinity(0)))
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return f"CPUs {cpus} (load averages {load})"
+
+
+def describe_disk(folder: Path) -> str:
+    """Return the device and the file system that a folder is on."""
+    device, kind, longest = "unknown", "unknown", -1
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        source, mounted, file_system = line.split()[:3]
+        if folder.is_relative_to(mounted) and len(mounted) >= longest:
+            device, kind, longest = source, file_system, len(mounted)
+    return f"{device} ({kind})"

@@ -1,0 +1,152 @@
+"""The contenders of `bench.paging`: each pages one toucher's memory under one limit on one disk."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bench._hostswap import (
+    MemoryCgroup,
+    memory_cgroup,
+    page_cluster,
+    pages_swapped_in,
+    swapping_on,
+)
+from bench._toucher import MemoryKind, Phase, PhaseReport, Toucher, WrongPages
+from farpage.embedded.set import EmbeddedSet, SetSettings
+from farpage.hypervisor.model import ClientAttach
+
+CLIENT: Final = "touched"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contender is given alike; `folder` is on the disk that they share."""
+
+    folder: Path
+    program: Path
+    memory_bytes: int
+    limit_bytes: int
+    seconds: float
+    phases: tuple[Phase, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One phase of one contender; `page_ins` are pages brought in, those of read-ahead included."""
+
+    phase: Phase
+    report: PhaseReport
+    page_ins: int
+
+
+class Pager(ABC):
+    """A contender: `ready`, then a toucher is started and given to `take`, and ended before `ready` ends."""
+
+    name: str
+    kind: MemoryKind
+
+    @abstractmethod
+    def ready(self, work: Work) -> AbstractAsyncContextManager[None]:
+        """Set everything up that pages, and take it down again."""
+
+    @abstractmethod
+    async def take(self, toucher: Toucher, work: Work) -> None:
+        """Page this toucher from now on."""
+
+    @abstractmethod
+    async def page_ins(self) -> int:
+        """Return a count of pages brought in; only differences mean something."""
+
+
+class HostSwap(Pager):
+    """The host's swap file `path`, with a page cluster of 2**exponent pages."""
+
+    kind = MemoryKind.ANONYMOUS
+
+    def __init__(self, path: Path, cluster_exponent: int) -> None:
+        self.name = f"swap-{cluster_exponent}"
+        self._path = path
+        self._cluster_exponent = cluster_exponent
+        self._cgroup: MemoryCgroup | None = None
+
+    @asynccontextmanager
+    async def ready(self, work: Work) -> AsyncIterator[None]:
+        """Switch the swap file on, and make a cgroup with the limit."""
+        with ExitStack() as undo:
+            undo.enter_context(page_cluster(self._cluster_exponent))
+            undo.enter_context(swapping_on(self._path))
+            self._cgroup = undo.enter_context(memory_cgroup(work.limit_bytes))
+            yield
+
+    async def take(self, toucher: Toucher, work: Work) -> None:
+        """Put the toucher into the cgroup."""
+        assert self._cgroup is not None
+        self._cgroup.add(toucher.pid)
+
+    async def page_ins(self) -> int:
+        """Return what the kernel counts for the whole host."""
+        return pages_swapped_in()
+
+
+class Farpage(Pager):
+    """A set of two VIOSes with a common device in a folder; the toucher is attached while it runs."""
+
+    name = "farpage"
+    kind = MemoryKind.SHARED
+    access = ""
+    """How the device's storage is read and written, as the VIOSes say."""
+
+    def __init__(self) -> None:
+        self._set: EmbeddedSet | None = None
+
+    @asynccontextmanager
+    async def ready(self, work: Work) -> AsyncIterator[None]:
+        """Start the set."""
+        folder = work.folder / "set"
+        embedded = EmbeddedSet(SetSettings(state_dir=folder))
+        try:
+            await embedded.start()
+            self._set = embedded
+            vios = next(iter(embedded.vioses.values()))
+            self.access = ", ".join(device.access for device in await vios.devices())
+            yield
+        finally:
+            self._set = None
+            await embedded.stop()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def take(self, toucher: Toucher, work: Work) -> None:
+        """Attach the toucher, as `farpage client attach --pid` does."""
+        assert self._set is not None
+        await self._set.hypervisor.attach(CLIENT, ClientAttach(pid=toucher.pid, limit_bytes=work.limit_bytes))
+
+    async def page_ins(self) -> int:
+        """Return what the client's worker counts."""
+        assert self._set is not None
+        return (await self._set.hypervisor.client(CLIENT)).counters.page_in_pages
+
+
+async def measure(pager: Pager, work: Work, seed: int) -> list[Measured]:
+    """Run all phases once under one contender.
+
+    :raise WrongPages: it gave back something else than was written.
+    """
+    measured = []
+    async with (
+        pager.ready(work),
+        await Toucher.start(work.program, pager.kind, work.memory_bytes, seed, work.folder) as toucher,
+    ):
+        await pager.take(toucher, work)
+        for phase in work.phases:
+            before = await pager.page_ins()
+            report = await toucher.run(phase, work.seconds)
+            if report.wrong_pages:
+                raise WrongPages(pager.name, report.wrong_pages, phase.name)
+            measured.append(Measured(phase, report, await pager.page_ins() - before))
+    return measured

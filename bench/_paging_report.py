@@ -1,0 +1,153 @@
+"""What `bench.paging` found, as a document and as text. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from bench._pagers import Measured
+from bench._rounds import Spread, ratio
+from bench._toucher import Phase
+
+Figure = Callable[[Measured], float]
+
+FIGURES: dict[str, Figure] = {
+    "touches_per_second": lambda measured: measured.report.touches_per_second,
+    "waits_per_second": lambda measured: measured.report.waited.count / measured.report.seconds,
+    "wait_p50_us": lambda measured: measured.report.waited.p50_us,
+    "wait_p99_us": lambda measured: measured.report.waited.p99_us,
+    "touch_p99_us": lambda measured: measured.report.all.p99_us,
+    "pages_in_per_second": lambda measured: measured.page_ins / measured.report.seconds,
+}
+SHOWN = {
+    "touches_per_second": "touches/s",
+    "waits_per_second": "waits/s",
+    "wait_p50_us": "wait p50 us",
+    "wait_p99_us": "wait p99 us",
+}
+"""The figures that tables show, and their headings; the document has all."""
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PhaseResult(_Document):
+    """One contender in one phase; `figures` by the names of `FIGURES`."""
+
+    phase: str
+    threads: int
+    write_percent: int
+    contender: str
+    figures: dict[str, Spread]
+
+
+class PhaseRatio(_Document):
+    """farpage's figures divided by a peer's, round by round; None where the peer's is 0."""
+
+    phase: str
+    threads: int
+    against: str
+    ratios: dict[str, Spread | None]
+
+
+class PagingResult(_Document):
+    """Everything that a run found."""
+
+    machine: str
+    placement: str
+    disk: str
+    access: str
+    memory_bytes: int
+    limit_bytes: int
+    seconds: float
+    rounds: int
+    skipped: dict[str, str]
+    """Contenders that could not take part, and why."""
+    results: tuple[PhaseResult, ...]
+    ratios: tuple[PhaseRatio, ...]
+
+
+Rounds = dict[str, list[list[Measured]]]
+"""By contender, what each round measured, phase by phase."""
+
+
+def _values(rounds: Sequence[Sequence[Measured]], index: int, figure: Figure) -> list[float]:
+    return [figure(measured[index]) for measured in rounds]
+
+
+def results(rounds: Rounds, phases: Sequence[Phase]) -> tuple[PhaseResult, ...]:
+    """Summarize every contender in every phase."""
+    return tuple(
+        PhaseResult(
+            phase=phase.name,
+            threads=phase.threads,
+            write_percent=phase.write_percent,
+            contender=contender,
+            figures={name: Spread.of(_values(measured, index, figure)) for name, figure in FIGURES.items()},
+        )
+        for index, phase in enumerate(phases)
+        for contender, measured in rounds.items()
+    )
+
+
+def ratios(rounds: Rounds, phases: Sequence[Phase], ours: str) -> tuple[PhaseRatio, ...]:
+    """Compare one contender with each of the others in every phase."""
+    return tuple(
+        PhaseRatio(
+            phase=phase.name,
+            threads=phase.threads,
+            against=peer,
+            ratios={
+                name: ratio(_values(rounds[ours], index, figure), _values(measured, index, figure))
+                for name, figure in FIGURES.items()
+            },
+        )
+        for index, phase in enumerate(phases)
+        for peer, measured in rounds.items()
+        if peer != ours
+    )
+
+
+def as_text(result: PagingResult) -> str:
+    """Return the tables."""
+    lines = [
+        f"machine    {result.machine}",
+        f"placement  {result.placement}",
+        f"disk       {result.disk}; farpage's device is read and written: {result.access}",
+        f"memory     {result.memory_bytes >> 20} MiB, {result.limit_bytes >> 20} MiB of it resident at most",
+        f"rounds     {result.rounds}, contenders in turn; median (lowest-highest)",
+        "",
+        "A wait is a touch of a page that was not in memory. touches/s includes the check of every page.",
+        *(f"{name} did not take part: {why}" for name, why in result.skipped.items()),
+    ]
+    for key in dict.fromkeys((row.phase, row.threads) for row in result.results):
+        lines += ["", f"{key[0]}, {key[1]} thread{'s' if key[1] > 1 else ''}"]
+        lines.append(_row("", list(SHOWN.values())))
+        lines += [
+            _row(row.contender, [_amount(row.figures[name]) for name in SHOWN])
+            for row in result.results
+            if (row.phase, row.threads) == key
+        ]
+        lines += [
+            _row(
+                f"farpage / {row.against}",
+                [_ratio(row.ratios[name]) for name in SHOWN],
+            )
+            for row in result.ratios
+            if (row.phase, row.threads) == key
+        ]
+    return "\n".join(lines)
+
+
+def _amount(spread: Spread) -> str:
+    return spread.text(0 if spread.median >= 100 else 1)
+
+
+def _ratio(spread: Spread | None) -> str:
+    return "-" if spread is None else spread.text(2)
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f"  {name:<17}" + "".join(f"{cell:>23}" for cell in cells)

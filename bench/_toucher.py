@@ -1,0 +1,211 @@
+"""Builds `touch.c` and drives it: the process whose memory the contenders page."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from farpage.errors import FarpageError, Unsupported
+
+SOURCE = Path(__file__).with_name("touch.c")
+FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread")
+SWEEP_SECONDS = 300.0
+"""A sequential phase ends after one sweep; this only ends one that makes no progress."""
+END_SECONDS = 10.0
+
+
+class MemoryKind(enum.StrEnum):
+    """What kind of memory is touched, as `touch.c` calls it."""
+
+    ANONYMOUS = "anonymous"
+    SHARED = "shared"
+
+
+class Pattern(enum.StrEnum):
+    """In which order pages are touched, as `touch.c` calls it."""
+
+    POPULATE = "populate"
+    SEQUENTIAL = "sequential"
+    RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One thing to measure; `write_percent` of the touches store, the others load."""
+
+    pattern: Pattern
+    write_percent: int = 0
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+        if self.pattern is Pattern.POPULATE:
+            return "populate"
+        return (
+            f"{self.pattern} {self.write_percent}% writes" if self.write_percent else f"{self.pattern} reads"
+        )
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Times(_Answer):
+    """Latencies of some touches; all are 0 where `count` is."""
+
+    count: int
+    mean_us: float = 0.0
+    p50_us: float = 0.0
+    p99_us: float = 0.0
+    p999_us: float = 0.0
+    longest_us: float = 0.0
+
+
+class PhaseReport(_Answer):
+    """What `touch.c` measured in one phase; `waited` are touches of pages that were not in memory."""
+
+    phase: str
+    write_percent: int
+    threads: int
+    seconds: float
+    wrong_pages: int
+    major_faults: int
+    waited: Times
+    present: Times
+    all: Times
+
+    @property
+    def touches_per_second(self) -> float:
+        """Rate of all touches, of those that waited and the others."""
+        return self.all.count / self.seconds
+
+
+class _Ready(_Answer):
+    pid: int
+    pages: int
+
+
+@dataclass(eq=False)
+class ToucherFailed(FarpageError):
+    """The touching process ended before it answered."""
+
+    code = "toucher_failed"
+    template = "the touching process ended with status {status}: {last_words}"
+    remedy = "a status of -9 under a memory limit is the kernel's: try a larger --limit"
+    status: int
+    last_words: str
+
+
+@dataclass(eq=False)
+class WrongPages(FarpageError):
+    """A contender gave back something else than was written."""
+
+    code = "wrong_pages"
+    template = "{contender}: {pages} pages held something else than was written to them ({phase})"
+    remedy = "no figure of this run counts; report it as a bug"
+    contender: str
+    pages: int
+    phase: str
+
+
+def build(folder: Path) -> Path:
+    """Compile `touch.c` into `folder` and return the program.
+
+    :raise Unsupported: there is no C compiler, or it refuses.
+    """
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise Unsupported("a C compiler", "neither cc nor gcc is in PATH", "install gcc and libc6-dev")
+    program = folder / "touch"
+    done = subprocess.run(
+        [compiler, *FLAGS, "-o", str(program), str(SOURCE)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        first = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
+        raise Unsupported("the touching process", f"{compiler} fails: {first}", "install libc6-dev")
+    return program
+
+
+class Toucher:
+    """A running `touch.c`; an asynchronous context manager that ends it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    @classmethod
+    async def start(cls, program: Path, kind: MemoryKind, memory_bytes: int, seed: int, folder: Path) -> Self:
+        """Start it and wait until its memory is mapped; equal seeds touch equal pages.
+
+        :raise ToucherFailed: it has not come up.
+        """
+        log = folder / "touch.log"
+        # A session of its own: Ctrl-C ends it through this process's clean-up, in order.
+        with log.open("wb") as errors:
+            process = await asyncio.create_subprocess_exec(
+                *(str(program), kind.value, str(memory_bytes >> 20), str(seed)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+            )
+        toucher = cls(process, log)
+        try:
+            _Ready.model_validate_json(await toucher._answer())
+        except BaseException:
+            await toucher.stop()
+            raise
+        return toucher
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    async def run(self, phase: Phase, seconds: float) -> PhaseReport:
+        """Run one phase; random ones for `seconds`, others once through the memory.
+
+        :raise ToucherFailed: it ended meanwhile.
+        """
+        command = "populate"
+        if phase.pattern is not Pattern.POPULATE:
+            limit = seconds if phase.pattern is Pattern.RANDOM else SWEEP_SECONDS
+            command = f"run {phase.pattern} {phase.write_percent} {phase.threads} {limit}"
+        assert self._process.stdin is not None
+        with contextlib.suppress(ConnectionError):
+            self._process.stdin.write(f"{command}\n".encode())
+            await self._process.stdin.drain()
+        return PhaseReport.model_validate_json(await self._answer())
+
+    async def stop(self) -> None:
+        """End it; safe to call twice."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await asyncio.wait_for(self._process.wait(), END_SECONDS)
+
+    async def _answer(self) -> bytes:
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:
+            status = await self._process.wait()
+            last_words = self._log.read_text(errors="replace").strip().splitlines()
+            raise ToucherFailed(status, last_words[-1] if last_words else "it said nothing")
+        return line

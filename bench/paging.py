@@ -1,0 +1,206 @@
+"""farpage beside the host's own swap, on the same disk and under the same limit.
+
+    python -m bench.paging [--rounds 5] [--seconds 2] [--memory 512M] [--limit 128M] [--dir DIR] [--json]
+
+Every contender pages the memory of the same program, `touch.c`, which checks every page it touches:
+
+- `farpage`: a set as `farpage up` starts it, two VIOSes on a common `dir:` device; the program is attached
+  while it runs, as `farpage client attach --pid` does it;
+- `swap-3`, `swap-0`: a swap file and a memory cgroup, with vm.page-cluster 3 (the kernel's default) and 0.
+
+The exit status is 0, 1 when a page came back wrong, or 6 when host swap could not take part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import _hostswap
+from bench._machine import describe_disk, describe_machine, describe_placement
+from bench._pagers import Farpage, HostSwap, Pager, Work, measure
+from bench._paging_report import PagingResult, Rounds, as_text, ratios, results
+from bench._rounds import turns
+from bench._toucher import Pattern, Phase, build
+from farpage.cli.report import report
+from farpage.cli.sizes import parse_size
+from farpage.errors import ExitStatus, FarpageError, InvalidInput, Unsupported
+
+PHASES = (
+    Phase(Pattern.POPULATE, write_percent=100),
+    *(
+        Phase(pattern, write_percent, threads)
+        for threads in (1, 4)
+        for pattern, write_percent in (
+            (Pattern.SEQUENTIAL, 0),
+            (Pattern.RANDOM, 0),
+            (Pattern.RANDOM, 50),
+        )
+    ),
+)
+CLUSTERS = (3, 0)
+SWAP_SHARE = 1.25
+"""Size of the swap file as a share of the memory; the kernel keeps slots of pages that are back in memory."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for on the command line."""
+
+    memory_bytes: int
+    limit_bytes: int
+    rounds: int
+    seconds: float
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise InvalidInput("--dir", f"{self.folder} is not a folder", "name one on the disk to measure")
+        if self.rounds < 1:
+            raise InvalidInput("--rounds", f"{self.rounds} is not a count", "five make a steady median")
+        if not 0.05 <= self.seconds <= 60:
+            raise InvalidInput("--seconds", f"{self.seconds} is not from 0.05 to 60", "two are plenty")
+        if self.memory_bytes % (1 << 20) or self.limit_bytes % (1 << 20):
+            raise InvalidInput("--memory, --limit", "not whole mebibytes", "write for example 512M")
+        if not 16 << 20 <= self.limit_bytes < self.memory_bytes:
+            raise InvalidInput(
+                "--limit", "it is not from 16M to below the memory", "a quarter of it is usual"
+            )
+        free_bytes = shutil.disk_usage(self.folder).free
+        needed_bytes = int(self.memory_bytes * (1 + SWAP_SHARE)) + (64 << 20)
+        if free_bytes < needed_bytes:
+            raise InvalidInput(
+                "--dir",
+                f"{self.folder} has {free_bytes >> 20} MiB free and {needed_bytes >> 20} MiB are needed",
+                "name another folder or use less --memory",
+            )
+
+
+async def run(settings: Settings) -> PagingResult:
+    """Measure; whatever was set up is gone on return, also when it is cancelled.
+
+    :raise FarpageError: a contender cannot be run, or gave back wrong pages.
+    """
+    with ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="fpbench-", dir=settings.folder)))
+        work = Work(
+            folder=folder,
+            program=build(folder),
+            memory_bytes=settings.memory_bytes,
+            limit_bytes=settings.limit_bytes,
+            seconds=settings.seconds,
+            phases=PHASES,
+        )
+        farpage = Farpage()
+        contenders: list[Pager] = [farpage]
+        skipped = {}
+        try:
+            contenders += _host_swap(undo, work)
+        except Unsupported as problem:
+            skipped["host swap"] = str(problem)
+            _tell(f"host swap does not take part: {problem}")
+        rounds: Rounds = {pager.name: [] for pager in contenders}
+        for number in range(settings.rounds):
+            for pager in turns(contenders, number):
+                _tell(f"round {number + 1} of {settings.rounds}: {pager.name}")
+                rounds[pager.name].append(await measure(pager, work, seed=number + 1))
+        return PagingResult(
+            machine=describe_machine(),
+            placement=f"nothing is pinned: touching threads, workers and VIOSes share {describe_placement()}",
+            disk=describe_disk(folder),
+            access=farpage.access,
+            memory_bytes=settings.memory_bytes,
+            limit_bytes=settings.limit_bytes,
+            seconds=settings.seconds,
+            rounds=settings.rounds,
+            skipped=skipped,
+            results=results(rounds, PHASES),
+            ratios=ratios(rounds, PHASES, farpage.name),
+        )
+
+
+def _host_swap(undo: ExitStack, work: Work) -> list[Pager]:
+    """Make the swap file, and try once whether it and the limit can be used.
+
+    :raise Unsupported: they cannot.
+    """
+    if why := _hostswap.why_unavailable():
+        raise Unsupported("host swap", why, "the figures are farpage's alone")
+    path = undo.enter_context(_hostswap.swap_file(work.folder, int(work.memory_bytes * SWAP_SHARE)))
+    with _hostswap.swapping_on(path), _hostswap.memory_cgroup(work.limit_bytes):
+        pass
+    return [HostSwap(path, exponent) for exponent in CLUSTERS]
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _cancelled_by_signals(task: asyncio.Task[PagingResult]) -> Iterator[None]:
+    """Have the first signal end the task in order; more of them must not interrupt its clean-up."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def cancel() -> None:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+        _tell("interrupted; cleaning up")
+        task.cancel()
+
+    for number in numbers:
+        loop.add_signal_handler(number, cancel)
+    yield
+
+
+async def _main(settings: Settings, *, as_json: bool) -> ExitStatus:
+    task = asyncio.get_running_loop().create_task(run(settings))
+    with _cancelled_by_signals(task):
+        result = await task
+    print(result.model_dump_json(indent=2) if as_json else as_text(result))
+    return ExitStatus.UNSUPPORTED if result.skipped else ExitStatus.OK
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.paging",
+        description="Page a program's memory with farpage and with host swap, in turn, and print ratios.",
+    )
+    parser.add_argument(
+        "--memory", default="512M", metavar="SIZE", help="memory that is touched (%(default)s)"
+    )
+    parser.add_argument("--limit", default="128M", metavar="SIZE", help="most of it resident (%(default)s)")
+    parser.add_argument("--rounds", default=5, type=int, help="times that everybody has a turn (%(default)s)")
+    parser.add_argument("--seconds", default=2.0, type=float, help="length of a random phase (%(default)s)")
+    parser.add_argument(
+        "--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk to page to (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    options = parser.parse_args()
+    try:
+        settings = Settings(
+            memory_bytes=parse_size(options.memory, field="--memory"),
+            limit_bytes=parse_size(options.limit, field="--limit"),
+            rounds=options.rounds,
+            seconds=options.seconds,
+            folder=options.dir,
+        )
+        return int(asyncio.run(_main(settings, as_json=options.json)))
+    except asyncio.CancelledError:
+        return report(KeyboardInterrupt())
+    except FarpageError as problem:
+        return report(problem)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
