@@ -13,7 +13,9 @@ from farpage.definition.errors import StoreDamaged
 SCHEMA_VERSION = 1
 
 SCHEMA = """
-CREATE TABLE definitions (revision INTEGER PRIMARY KEY, document TEXT NOT NULL, stored_at TEXT NOT NULL);
+CREATE TABLE definitions (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, document TEXT NOT NULL, stored_at TEXT NOT NULL
+);
 CREATE TABLE epochs (volume_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE devices (
     spec TEXT PRIMARY KEY, name TEXT, size_bytes INTEGER, added_at TEXT NOT NULL

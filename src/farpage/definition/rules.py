@@ -121,9 +121,6 @@ def _volume_problems(
     current = [replica.device for replica in volume.replicas if replica.state is not ReplicaState.RETIRED]
     if client.redundancy is Redundancy.MIRROR and len(current) < 2:
         yield f"{where}.replicas: redundancy 'mirror' needs two"
-    reached = {reach.vios for device in current for reach in definition.devices[device].reached_by}
-    if client.vios_redundancy is ViosRedundancy.REQUIRED and len(reached) < 2:
-        yield f"{where}.replicas: two VIOS must reach it, and {', '.join(sorted(reached)) or 'none'} does"
 
 
 def _grant_problems(definition: Definition) -> Iterator[str]:
@@ -132,16 +129,39 @@ def _grant_problems(definition: Definition) -> Iterator[str]:
         yield f"grants: volume {volume!r} is not in the definition"
 
 
+def unmet_wishes(definition: Definition) -> tuple[str, ...]:
+    """Say which clients have less redundancy than they want, because a VIOS lost a device meanwhile.
+
+    That is no contradiction: a definition must be able to say what is.
+    """
+    unmet: list[str] = []
+    for name, client in definition.clients.items():
+        if client.vios_redundancy is ViosRedundancy.NONE or client.redundancy is Redundancy.NONE:
+            continue
+        reached = sorted({path.vios for path in paths(definition, name)})
+        if len(reached) < 2:
+            wish = "requires" if client.vios_redundancy is ViosRedundancy.REQUIRED else "wants"
+            unmet.append(f"client {name} {wish} two VIOS and is reached by {', '.join(reached) or 'none'}")
+    return tuple(unmet)
+
+
 # Changes
 
 
 def next_revision(definition: Definition, **changes: Any) -> Definition:
     """Return the document with some fields replaced and the next revision, or itself if nothing differs.
 
+    The revision stays at or above every epoch, jumping if it must. So a client that is made anew under
+    an old name begins, at the revision, above every epoch that the old one can have had.
+
     :raise InvalidDefinition: the result is not sound.
     """
-    changed = definition.model_copy(update={**changes, "revision": definition.revision + 1})
-    return definition if same_content(changed, definition) else check(changed)
+    changed = definition.model_copy(update=changes)
+    if same_content(changed, definition):
+        return definition
+    highest_epoch = max((client.epoch for client in changed.clients.values()), default=0)
+    revision = max(definition.revision + 1, highest_epoch)
+    return check(changed.model_copy(update={"revision": revision}))
 
 
 def register_vios(
@@ -235,7 +255,7 @@ def add_client(
     vios_redundancy: ViosRedundancy = ViosRedundancy.IF_POSSIBLE,
     provisioned_bytes: Mapping[str, int] | None = None,
 ) -> Definition:
-    """Enter a client with one volume, named as it, on the device that fits best, at epoch 1.
+    """Enter a client with one volume, named as it, on the device that fits best.
 
     `provisioned_bytes` says by device identifier what the VIOS report as given away.
 
@@ -260,6 +280,7 @@ def add_client(
         weight=weight,
         limit_bytes=limit_bytes,
         hypervisor=hypervisor,
+        epoch=definition.revision + 1,
         redundancy=redundancy,
         vios_redundancy=vios_redundancy,
         volumes=(volume,),

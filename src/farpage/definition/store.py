@@ -8,6 +8,7 @@ import threading
 
 from pydantic import ValidationError
 
+from farpage.definition.compare import is_newer
 from farpage.definition.database import Database
 from farpage.definition.document import canonical_json
 from farpage.definition.errors import InvalidDefinition, RevisionConflict, StoreDamaged
@@ -40,10 +41,11 @@ class DefinitionStore:
         """Store `definition` durably if the current revision is `expected_revision`; return what is current.
 
         A document that is current already is accepted again, because the sender of a request whose
-        answer was lost must be able to repeat it.
+        answer was lost must be able to repeat it. A later owner's document is accepted even with a lower
+        revision than one which a hypervisor that was cut off has left here.
 
         :raise RevisionConflict: the current revision is another one.
-        :raise InvalidDefinition: the document is not sound, or its revision is not above the current one.
+        :raise InvalidDefinition: the document is not sound, or not newer than the current one.
         :raise StoreDamaged: the database cannot be written; what it holds then shows at the next start.
         """
         check(definition)
@@ -52,19 +54,19 @@ class DefinitionStore:
                 return definition
             if expected_revision != self._current.revision:
                 raise RevisionConflict(expected_revision, self._current.revision)
-            if definition.revision <= expected_revision:
+            if not is_newer(definition, self._current):
                 raise InvalidDefinition(
-                    definition.revision, f"revision: it must be above the current one, {expected_revision}"
+                    definition.revision,
+                    f"revision: it must be above {expected_revision}, and no client's epoch may fall",
                 )
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             with self._database.transaction() as connection:
                 connection.execute(
-                    "INSERT INTO definitions (revision, document, stored_at) VALUES (?, ?, ?)",
-                    (definition.revision, canonical_json(definition), now),
+                    "INSERT INTO definitions (document, stored_at) VALUES (?, ?)",
+                    (canonical_json(definition), now),
                 )
                 connection.execute(
-                    "DELETE FROM definitions WHERE revision NOT IN "
-                    "(SELECT revision FROM definitions ORDER BY revision DESC LIMIT ?)",
+                    "DELETE FROM definitions WHERE number <= (SELECT max(number) FROM definitions) - ?",
                     (HISTORY_MAX,),
                 )
             self._current = definition
@@ -76,11 +78,11 @@ class DefinitionStore:
         :raise StoreDamaged: one of them cannot be read.
         """
         with self._database.transaction() as connection:
-            rows = connection.execute("SELECT document FROM definitions ORDER BY revision DESC").fetchall()
+            rows = connection.execute("SELECT document FROM definitions ORDER BY number DESC").fetchall()
         return [self._parse(row[0]) for row in rows]
 
     def _read(self, connection: sqlite3.Connection) -> Definition:
-        row = connection.execute("SELECT document FROM definitions ORDER BY revision DESC LIMIT 1").fetchone()
+        row = connection.execute("SELECT document FROM definitions ORDER BY number DESC LIMIT 1").fetchone()
         return Definition() if row is None else self._parse(row[0])
 
     def _parse(self, document: str) -> Definition:

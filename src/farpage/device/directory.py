@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import re
+import stat
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,7 +138,7 @@ class DirectoryDevice(PagingDevice):
         """Remove the file; whoever has it open yet finds itself superseded."""
         with self._problems_named(), self._locked(), self._header(name) as header:
             path = self._file(name)
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 if not force:
                     try:
@@ -186,7 +187,7 @@ class DirectoryDevice(PagingDevice):
     def _open_files(self, name: str, epoch: int | None) -> tuple[int, int, Callable[[], bool] | None]:
         with self._problems_named():
             header = self._header(name)
-            flags = os.O_RDONLY if epoch is None else os.O_RDWR
+            flags = (os.O_RDONLY if epoch is None else os.O_RDWR) | os.O_NOFOLLOW
             if self._access is Access.DIRECT:
                 flags |= os.O_DIRECT
             try:
@@ -222,7 +223,7 @@ class DirectoryDevice(PagingDevice):
 
     def _header(self, name: str) -> Header:
         """Open a volume's header; a file that was put there by hand gets one now."""
-        if NAME.fullmatch(name) is None or not self._file(name).is_file():
+        if NAME.fullmatch(name) is None or not _is_plain_file(self._file(name)):
             raise self._missing(name)
         path = self._header_path(name)
         with contextlib.suppress(FileNotFoundError):
@@ -244,6 +245,14 @@ class DirectoryDevice(PagingDevice):
             yield
         except (OSError, ValueError) as error:
             raise unusable(self.spec, error) from error
+
+
+def _is_plain_file(path: Path) -> bool:
+    """Tell a file from what must not be opened as a volume: a link out of the directory, a FIFO, a folder."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def unusable(spec: str, error: OSError | ValueError) -> DeviceUnusable:

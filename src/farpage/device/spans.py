@@ -8,24 +8,29 @@ exclusive in its span of blocks; ordinary changes share theirs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    token: int
-    start: int
-    end: int
-    exclusive: bool
-    run: Callable[[int], None]
+class _Change:
+    """One change, waiting or under way."""
+
+    __slots__ = ("blockers", "end", "exclusive", "run", "start", "waiting")
+
+    def __init__(self, start: int, end: int, exclusive: bool, run: Callable[[int], None]) -> None:
+        self.start = start
+        self.end = end
+        self.exclusive = exclusive
+        self.run = run
+        self.blockers = 0
+        """How many earlier changes must end first."""
+        self.waiting: list[int] = []
+        """Later changes that this one blocks."""
 
 
 class SpanGate:
     """Lets changes begin in their order of arrival where they conflict, at once where they do not."""
 
     def __init__(self) -> None:
-        self._active: dict[int, tuple[int, int, bool]] = {}
-        self._waiting: list[_Waiting] = []
+        self._changes: dict[int, _Change] = {}
         self._exclusive = 0
         self._next_token = 0
 
@@ -33,38 +38,26 @@ class SpanGate:
         """Call `run(token)` when nothing conflicting is under way; that may be at once."""
         token = self._next_token
         self._next_token += 1
+        change = _Change(start, end, exclusive, run)
         if exclusive:
             self._exclusive += 1
         # Without an exclusive change anywhere nothing can conflict: the case of every paging client.
-        if self._exclusive and self._conflicts(start, end, exclusive, self._waiting):
-            self._waiting.append(_Waiting(token, start, end, exclusive, run))
-            return
-        self._active[token] = (start, end, exclusive)
-        run(token)
+        if self._exclusive:
+            for other in self._changes.values():
+                if start < other.end and other.start < end and (exclusive or other.exclusive):
+                    other.waiting.append(token)
+                    change.blockers += 1
+        self._changes[token] = change
+        if not change.blockers:
+            run(token)
 
     def leave(self, token: int) -> None:
-        """End the change that was begun with `token`, and begin those that waited for it."""
-        _start, _end, exclusive = self._active.pop(token)
-        if exclusive:
+        """End the change that was begun with `token`, and begin those that waited for it alone."""
+        ended = self._changes.pop(token)
+        if ended.exclusive:
             self._exclusive -= 1
-        if not self._waiting:
-            return
-        ready: list[_Waiting] = []
-        still: list[_Waiting] = []
-        for entry in self._waiting:
-            if self._conflicts(entry.start, entry.end, entry.exclusive, still):
-                still.append(entry)
-            else:
-                self._active[entry.token] = (entry.start, entry.end, entry.exclusive)
-                ready.append(entry)
-        self._waiting = still
-        for entry in ready:
-            entry.run(entry.token)
-
-    def _conflicts(self, start: int, end: int, exclusive: bool, ahead: list[_Waiting]) -> bool:
-        for other_start, other_end, other_exclusive in self._active.values():
-            if start < other_end and other_start < end and (exclusive or other_exclusive):
-                return True
-        return any(
-            start < other.end and other.start < end and (exclusive or other.exclusive) for other in ahead
-        )
+        for waiting in ended.waiting:
+            change = self._changes[waiting]
+            change.blockers -= 1
+            if not change.blockers:
+                change.run(waiting)

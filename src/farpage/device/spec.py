@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from farpage.errors import InvalidInput
 
-_SIZE = re.compile(r"(\d{1,19})(?:([KMGTP])(?:i?B)?|B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,19})(?:([KMGTP])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _SIZE_MAX_BYTES = (1 << 53) - 1
 
 

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farpage.device.spec import CacheMode, DirectorySpec, MemorySpec, parse_size, parse_spec
+from farpage.errors import InvalidInput
+
+
+def test_a_directory_may_have_a_size_and_a_cache_mode() -> None:
+    assert parse_spec("dir:/srv/a?size=10G&cache=buffered") == DirectorySpec(
+        "/srv/a", 10 << 30, CacheMode.BUFFERED
+    )
+    assert parse_spec("dir:/srv/a") == DirectorySpec("/srv/a", None, CacheMode.DIRECT)
+
+
+def test_memory_has_a_size() -> None:
+    assert parse_spec("memory:64M") == MemorySpec(64 << 20)
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("4096", 4096), ("1k", 1024), ("512M", 512 << 20), ("10GiB", 10 << 30), ("2TB", 2 << 40), ("7B", 7)],
+)
+def test_sizes_have_binary_units(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5G", "G", "10 G", "99999999999P", "1e9", "٣"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("/srv/a", "device"),
+        ("block:/dev/sda", "device"),
+        ("dir:", "device.path"),
+        ("dir:relative", "device.path"),
+        ("dir:/a%00b", "device.path"),
+        ("dir:/a?size=big", "device.size"),
+        ("dir:/a?cache=none", "device.cache"),
+        ("dir:/a?colour=red", "device.colour"),
+        ("memory:", "device.size"),
+    ],
+)
+def test_a_wrong_specification_names_the_field_and_a_remedy(text: str, field: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_spec(text)
+    assert caught.value.field == field
+    assert caught.value.advice
+
+
+@given(
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30),
+    st.none() | st.integers(1, 1 << 50),
+    st.sampled_from(CacheMode),
+)
+def test_a_specification_survives_being_written(path: str, size_bytes: int | None, cache: CacheMode) -> None:
+    spec = DirectorySpec("/" + path.strip("/"), size_bytes, cache)
+    assert parse_spec(str(spec)) == spec
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    with contextlib.suppress(InvalidInput):
+        parse_spec(text)
