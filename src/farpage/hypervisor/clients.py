@@ -28,6 +28,7 @@ from farpage.hypervisor.errors import (
     ClientNotAttached,
     DetachByOwner,
     MemoryTooLarge,
+    NoDirectAccess,
 )
 from farpage.hypervisor.model import Attachment, ClientAttach, ClientCreate
 from farpage.hypervisor.pool import MemoryPool
@@ -38,6 +39,7 @@ from farpage.kernel.memory import create_memfd
 from farpage.pager.messages import Attach, ClientReport, Detach, EndpointSpec, Nothing, Query, SetLimit
 from farpage.pager.table import ENTRY_BYTES
 from farpage.vios.model import VolumeCreate
+from farpage.volume.resolve import Direct, NoAccess, ThroughSecond, resolve
 
 log = structlog.get_logger()
 
@@ -287,7 +289,11 @@ class Clients:
 
     def _endpoints(self, client: str, record: ClientRecord) -> tuple[EndpointSpec, ...]:
         """List the ways to the volume; clients begin with different VIOS, to share them."""
-        paths = rules.paths(self._keeper.current, client)
+        device = record.volumes[0].replicas[0].device
+        access = resolve(self._keeper.current, client, device, self._vioses.keys())
+        if not isinstance(access, Direct):
+            raise NoDirectAccess(client, self._device_name(device), _why(access))
+        paths = access.paths
         turn = len(self.attached) % len(paths)
         ordered = [*paths[turn:], *paths[:turn]]
         if record.redundancy is Redundancy.NONE:
@@ -408,3 +414,9 @@ class Clients:
                 continue
             if attached.memory.kind is ClientKind.PROCESS:
                 await asyncio.to_thread(close_process, attached.memory)
+
+
+def _why(access: ThroughSecond | NoAccess) -> str:
+    if isinstance(access, NoAccess):
+        return "; ".join(access.reasons)
+    return f"only device {access.second_device} with the same volume can be reached"

@@ -65,3 +65,16 @@ class DetachByOwner(FarpageError):
     exit_status = ExitStatus.CONFLICT
     client: str
     pid: int
+
+
+@dataclass(eq=False)
+class NoDirectAccess(FarpageError):
+    """No VIOS that this hypervisor reaches serves the device with the client's volume."""
+
+    code = "no_direct_access"
+    template = "client {client!r} has no direct access to device {device}: {why}"
+    remedy = "start the hypervisor with a VIOS that reaches the device ('farpage device list')"
+    exit_status = ExitStatus.UNREACHABLE
+    client: str
+    device: str
+    why: str
