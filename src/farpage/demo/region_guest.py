@@ -1,7 +1,7 @@
 """The demo's guest without a VM: a process that fills a `farpage.Region` and checks it in passes.
 
 It prints one line of JSON for each thing done: first a `FillReport`, then a `PassReport` for every pass.
-Three passes of four go through the pages in order, the fourth in random order.
+Three passes of four go through the pages in order, the fourth through runs of pages in random order.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 import numpy as np
@@ -20,6 +21,9 @@ from farpage.cli.report import report
 from farpage.demo.reports import FillReport, PassReport
 from farpage.demo.stamps import PAGE_BYTES, WORDS_PER_PAGE, Words, is_rewritten, is_stamp, write_stamp
 from farpage.embedded.parent import follow_parent
+
+RUN_PAGES = 16
+"""Pages in a row in a pass that is in random order otherwise."""
 
 
 class Verifier:
@@ -49,11 +53,10 @@ class Verifier:
         """Make one pass; None when stopped."""
         self._passes += 1
         pages = len(self._versions)
-        order = range(pages) if self._passes % 4 else self._random.permutation(pages).tolist()
         scratch = np.empty(WORDS_PER_PAGE, dtype=np.uint64)
         wrong, longest_gap_ns = 0, 0
         start = last = time.monotonic_ns()
-        for number in order:
+        for number in self._order():
             if self._stopped:
                 return None
             page = self._page(number)
@@ -71,6 +74,14 @@ class Verifier:
             seconds=(last - start) / 1e9,
             longest_gap_ms=longest_gap_ns / 1e6,
         )
+
+    def _order(self) -> Iterator[int]:
+        pages = len(self._versions)
+        if self._passes % 4:
+            yield from range(pages)
+            return
+        for start in self._random.permutation(np.arange(0, pages, RUN_PAGES)).tolist():
+            yield from range(start, min(start + RUN_PAGES, pages))
 
     def _page(self, number: int) -> Words:
         return self._words[number * WORDS_PER_PAGE : (number + 1) * WORDS_PER_PAGE]
