@@ -39,8 +39,15 @@ def print_json(document: BaseModel | Sequence[BaseModel]) -> None:
 def print_text(*parts: RenderableType) -> None:
     """Print words and tables, one after the other."""
     out = console()
-    for part in parts:
-        out.print(part)
+    if out.is_terminal:
+        for part in parts:
+            out.print(part)
+        return
+    with out.capture() as captured:
+        for part in parts:
+            out.print(part)
+    # Columns are padded to their width; a program's input need not be.
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:

@@ -79,29 +79,11 @@ class Scenario:
     stage: Stage = Stage.FILLING
     killed: str | None = None
     hung: str | None = None
-    _mark: int = 0
-    """Passes completed when the stage began."""
-    _marks: dict[Action, int] = field(default_factory=dict)
+    _began: dict[Stage, int] = field(default_factory=dict)
+    """Passes completed when each stage began."""
 
     def next_action(self, seen: Observation) -> Action | None:
         """Return what to do now, or None to wait."""
-        action = self._decide(seen)
-        if action is not None:
-            self._marks[action] = seen.passes
-        return action
-
-    def passes(self, completed: int) -> Passes:
-        """Sort the guest's passes by when they were made."""
-        limited = self._marks.get(Action.LIMIT, completed)
-        killed = self._marks.get(Action.KILL, completed)
-        continued = self._marks.get(Action.CONTINUE, completed)
-        return Passes(
-            before=max(0, killed - limited - 1),
-            during=continued - killed,
-            after=max(0, completed - continued - 1),
-        )
-
-    def _decide(self, seen: Observation) -> Action | None:
         action: Action | None = None
         match self.stage:
             case Stage.FILLING if seen.filled and seen.passes:
@@ -124,17 +106,28 @@ class Scenario:
                 action = self._act(Action.FINISH, Stage.DONE, seen)
         return action
 
+    def passes(self, completed: int) -> Passes:
+        """Sort the guest's passes by when they were made."""
+        limited = self._began.get(Stage.BEFORE, completed)
+        killed = self._began.get(Stage.KILLED, completed)
+        continued = self._began.get(Stage.AFTER, completed)
+        return Passes(
+            before=max(0, killed - limited - 1),
+            during=continued - killed,
+            after=max(0, completed - continued - 1),
+        )
+
     def _act(self, action: Action, then: Stage, seen: Observation) -> Action:
         self._enter(then, seen)
         return action
 
     def _enter(self, stage: Stage, seen: Observation) -> None:
         self.stage = stage
-        self._mark = seen.passes
+        self._began[stage] = seen.passes
 
     def _made(self, seen: Observation, count: int) -> bool:
         # The pass that was under way when the stage began does not count.
-        return seen.passes - self._mark - 1 >= count
+        return seen.passes - self._began.get(self.stage, 0) - 1 >= count
 
     @staticmethod
     def _has_standby(seen: Observation) -> bool:

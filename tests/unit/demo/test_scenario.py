@@ -49,7 +49,7 @@ def test_the_whole_script() -> None:
         assert scenario.next_action(seen) is expected, f"step {step}"
     assert (scenario.killed, scenario.hung) == ("vios1", "vios2")
     assert scenario.stage is Stage.DONE
-    assert scenario.passes(15) == Passes(before=2, during=7, after=3)
+    assert scenario.passes(15) == Passes(before=1, during=7, after=3)
 
 
 def test_no_fault_comes_while_no_path_could_take_over() -> None:
