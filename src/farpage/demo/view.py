@@ -22,6 +22,7 @@ from farpage.hypervisor.model import ClientInfo
 
 EVENT_LINES = 14
 REFRESHES_PER_SECOND = 8
+NAME_COLUMNS = 12
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _title(seen: Snapshot) -> Text:
 
 def _state(seen: Snapshot) -> Table:
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(style="bold", no_wrap=True, min_width=NAME_COLUMNS)
     grid.add_column(no_wrap=True)
     wrong = Text(f"{seen.pages_wrong} wrong", style="bold red" if seen.pages_wrong else "green")
     grid.add_row(

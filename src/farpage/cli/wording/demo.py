@@ -50,7 +50,7 @@ def details(result: DemoResult) -> Iterator[RenderableType]:
 def _failover(failover: Failover) -> str:
     text = (
         f"noticed after {failover.detected_ms:.0f} ms, longest stall {failover.longest_stall_ms:.0f} ms, "
-        f"{failover.replayed_commands} commands replayed"
+        f"{failover.replayed_commands} replayed commands"
     )
     if failover.guest_longest_gap_ms is not None:
         text += f"; the guest itself saw {failover.guest_longest_gap_ms:.0f} ms between two accesses"
