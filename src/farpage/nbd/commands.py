@@ -17,6 +17,8 @@ from farpage.nbd.export import Export
 
 SPARSE_READ_MIN_BYTES: Final = 32 << 10
 """Reads from this length on are answered with hole chunks where the export knows its holes."""
+INLINE_MAX_BYTES: Final = 256 << 10
+"""READs up to this length may be answered without becoming commands."""
 EXTENTS_MAX: Final = 4096
 """Extents in one BLOCK_STATUS reply."""
 _PIECES_MAX: Final = 64
@@ -62,15 +64,17 @@ class Commands:
         on_idle: Callable[[], None],
     ) -> None:
         """Prepare. `on_idle` is called whenever the last command in flight has finished."""
-        self.fenced = False
-        """Once true, every command is answered ESHUTDOWN before it reaches the BlockIO."""
+        self._fenced = False
         self.in_flight = 0
         self.in_flight_bytes = 0
         """Lengths of the READs and WRITEs in flight."""
         self.limits: BlockLimits = codec.advertised_limits(export.io.limits)
         features = export.io.features
-        self.sparse = structured_replies and Feature.EXTENTS in features
-        """Whether long READs are answered with hole chunks."""
+        self.misaligned = self.limits.minimum - 1
+        """Bits that no offset and no length may have."""
+        self._sparse = structured_replies and Feature.EXTENTS in features
+        self.inline_max_bytes = self._longest_inline()
+        """READs without flags up to this length may be answered without becoming commands."""
         self._export = export
         self._io = export.io
         self._size_bytes = export.io.size_bytes
@@ -82,9 +86,19 @@ class Commands:
             features, read_only=export.io.read_only, structured=structured_replies, block_status=block_status
         )
 
+    def fence(self) -> None:
+        """From now on answer every command with ESHUTDOWN before it reaches the BlockIO."""
+        self._fenced = True
+        self.inline_max_bytes = self._longest_inline()
+
+    def _longest_inline(self) -> int:
+        if self._fenced:
+            return 0
+        return min(SPARSE_READ_MIN_BYTES - 1 if self._sparse else INLINE_MAX_BYTES, self.limits.maximum)
+
     def check(self, request: Request) -> int:
         """Return the NBD error that a request earns before it is tried, or 0 ("Error values")."""
-        if self.fenced:
+        if self._fenced:
             return p.NBD_ESHUTDOWN
         command, length = request.command, request.length
         changes = command in _CHANGING
@@ -98,7 +112,7 @@ class Commands:
             pass
         elif command == p.NBD_CMD_FLUSH:
             error = p.NBD_EINVAL if request.offset or length else 0
-        elif length == 0 or (request.offset | length) & (self.limits.minimum - 1):
+        elif length == 0 or (request.offset | length) & self.misaligned:
             pass
         elif request.offset + length > self._size_bytes:
             error = p.NBD_ENOSPC if changes and command != p.NBD_CMD_TRIM else p.NBD_EINVAL
@@ -121,7 +135,7 @@ class Commands:
 
     def write(self, request: Request, data: memoryview, on_finished: Callable[[], None]) -> None:
         """Start a WRITE that `check` passed; `data` must stay until `on_finished` is called."""
-        if self.fenced:  # meanwhile
+        if self._fenced:  # meanwhile
             on_finished()
             self.refuse(request, p.NBD_ESHUTDOWN)
             return
@@ -143,7 +157,7 @@ class Commands:
     def _read(self, request: Request) -> None:
         self._enter(request.length)
         unfragmented = request.flags & p.NBD_CMD_FLAG_DF
-        if self.sparse and request.length >= SPARSE_READ_MIN_BYTES and not unfragmented:
+        if self._sparse and request.length >= SPARSE_READ_MIN_BYTES and not unfragmented:
             self._read_sparse(request)
         else:
             self._read_whole(request)
@@ -172,7 +186,8 @@ class Commands:
 
         def mapped(error: int, extents: list[Extent] | None) -> None:
             if returned:
-                self.sparse = False  # the map is not at hand here: asking costs more than it saves
+                self._sparse = False  # the map is not at hand here: asking costs more than it saves
+                self.inline_max_bytes = self._longest_inline()
             pieces = [] if error or extents is None else codec.merge_extents(extents, length, _PIECES_MAX)
             if any(piece.allocation & Allocation.ZERO for piece in pieces):
                 covered = sum(piece.length for piece in pieces)

@@ -148,9 +148,9 @@ class ReplyStream:
         self._end += length
         self._parse()
         left = self._end - self._start
-        if self._start:
+        if left and self._start:
             self._buffer[:left] = self._buffer[self._start : self._end]
-            self._start, self._end = 0, left
+        self._start, self._end = 0, left
 
     def _parse(self) -> None:
         buffer, view, in_flight = self._buffer, self._view, self.in_flight

@@ -21,7 +21,7 @@ from typing import Final
 from farpage.nbd import codec
 from farpage.nbd import protocol as p
 from farpage.nbd.buffers import AlignedPool
-from farpage.nbd.commands import SPARSE_READ_MIN_BYTES, Commands, Request
+from farpage.nbd.commands import Commands, Request
 from farpage.nbd.export import Export
 from farpage.nbd.outgoing import AREA_BYTES, Outgoing
 
@@ -34,8 +34,14 @@ DISCARDED_PAYLOAD_MAX_BYTES: Final = 64 << 20
 LINGER_SECONDS: Final = 10.0
 """How long a connection that ends may take to finish its commands' replies."""
 
+_RECEIVES_MAX: Final = 8
+"""Receives in one turn of the loop, so that a busy client does not keep the others waiting."""
 _REQUEST_BYTES: Final = codec.REQUEST.size
-_INLINE_MAX_BYTES: Final = AREA_BYTES // 2
+_DATA_HEADER_BYTES: Final = codec.DATA_CHUNK.size
+_SIMPLE_HEADER_BYTES: Final = codec.SIMPLE_REPLY.size
+_unpack_request = codec.REQUEST.unpack_from
+_pack_data = codec.DATA_CHUNK.pack_into
+_pack_simple = codec.SIMPLE_REPLY.pack_into
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +75,8 @@ class Transmission:
         self._loop = loop
         self._socket = sock
         self._export = export
+        self._read_now = export.io.read_now
+        self._size_bytes = export.io.size_bytes
         self._pool = pool
         self._structured = structured_replies
         self._on_ended = on_ended
@@ -118,7 +126,7 @@ class Transmission:
 
     def fence(self) -> None:
         """Answer every further command with ESHUTDOWN."""
-        self._commands.fenced = True
+        self._commands.fence()
 
     async def wait_idle(self) -> None:
         """Return when no command is in flight."""
@@ -186,27 +194,38 @@ class Transmission:
             self._reading = False
 
     def _on_readable(self) -> None:
+        for _ in range(_RECEIVES_MAX):
+            received = self._receive()
+            # A client that has several requests under way has probably sent more meanwhile: asking costs
+            # less than a turn of the loop. One that sends a request at a time has not.
+            if received < 2 * _REQUEST_BYTES or not self._reading:
+                return
+
+    def _receive(self) -> int:
+        """Receive once and carry out what came; return the bytes received."""
         try:
             if self._sink is None:
                 received = self._socket.recv_into(self._input_view[self._input_end :])
             else:
                 received = self._socket.recvmsg_into((self._sink, self._input_view))[0]
         except (BlockingIOError, InterruptedError):
-            return
+            return 0
         except OSError:
             self._close()
-            return
+            return 0
         if not received:
             self._drain()
-            return
+            return 0
+        of_input = received
         if self._sink is not None:
             if received < len(self._sink):
                 self._sink = self._sink[received:]
-                return
-            received -= len(self._sink)
+                return received
+            of_input -= len(self._sink)
             self._sink = self._sink_buffer = None
-        self._input_end += received
+        self._input_end += of_input
         self._parse()
+        return received
 
     def _parse(self) -> None:
         """Carry out the requests in the receive buffer, as far as the limits allow."""
@@ -218,12 +237,12 @@ class Transmission:
                 filled, self._sink_filled = self._sink_filled, None
                 filled()
             if self._parse_requests():
-                # At most a part of a header is left.
                 left = self._input_end - self._input_start
-                if self._input_start:
+                if left and self._input_start:  # a part of a header
                     self._input[:left] = self._input[self._input_start : self._input_end]
-                    self._input_start, self._input_end = 0, left
-                self._resume_reading()
+                self._input_start, self._input_end = 0, left
+                if not self._reading:
+                    self._resume_reading()
             else:
                 self._stop_reading()
         except Exception:
@@ -239,21 +258,16 @@ class Transmission:
             return True
         if self._saturated():
             return False
-        unpack = codec.REQUEST.unpack_from
-        read_now = self._export.io.read_now
         commands, output = self._commands, self._output
         buffer, view, area = self._input, output.view, output.area
-        size_bytes, misaligned = self._export.io.size_bytes, commands.limits.minimum - 1
-        structured = self._structured
-        header_bytes = codec.DATA_CHUNK.size if structured else codec.SIMPLE_REPLY.size
-        pack_data, pack_simple = codec.DATA_CHUNK.pack_into, codec.SIMPLE_REPLY.pack_into
-        inline_max = SPARSE_READ_MIN_BYTES - 1 if commands.sparse else _INLINE_MAX_BYTES
-        inline_max = 0 if commands.fenced else min(inline_max, commands.limits.maximum)
+        read_now, size_bytes, structured = self._read_now, self._size_bytes, self._structured
+        header_bytes = _DATA_HEADER_BYTES if structured else _SIMPLE_HEADER_BYTES
+        misaligned, inline_max = commands.misaligned, commands.inline_max_bytes
         position = self._input_start
         reads = read_bytes = 0
         going = True
         while going and self._input_end - position >= _REQUEST_BYTES:
-            magic, flags, command, cookie, offset, length = unpack(buffer, position)
+            magic, flags, command, cookie, offset, length = _unpack_request(buffer, position)
             if (
                 command == 0  # NBD_CMD_READ
                 and not flags
@@ -270,9 +284,9 @@ class Transmission:
                     continue
                 if read_now(offset, view[start:stop]):
                     if structured:
-                        pack_data(area, at, p.NBD_STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset)
+                        _pack_data(area, at, p.NBD_STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset)
                     else:
-                        pack_simple(area, at, p.NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
+                        _pack_simple(area, at, p.NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
                     output.end = stop
                     reads += 1
                     read_bytes += length
@@ -291,10 +305,11 @@ class Transmission:
         return going or self._sink is not None or self._discard_bytes > 0
 
     def _saturated(self) -> bool:
+        commands = self._commands
         return (
-            self._commands.in_flight >= COMMANDS_IN_FLIGHT_MAX
-            or self._commands.in_flight_bytes >= PAYLOAD_IN_FLIGHT_MAX_BYTES
-            or self._output.queued_bytes > 0
+            self._output.queued_bytes > 0
+            or commands.in_flight >= COMMANDS_IN_FLIGHT_MAX
+            or commands.in_flight_bytes >= PAYLOAD_IN_FLIGHT_MAX_BYTES
         )
 
     def _begin(self, request: Request) -> bool:
