@@ -409,9 +409,11 @@ class Connection:
         if self._ended:
             return
         self._end()
-        if self.on_lost is not None:
-            self.on_lost(ConnectionEnded(self.export_name, str(self.address), reason))
-        self._stream.fail_all()
+        try:
+            if self.on_lost is not None:
+                self.on_lost(ConnectionEnded(self.export_name, str(self.address), reason))
+        finally:
+            self._stream.fail_all()
 
     def _end(self) -> None:
         self._ended = True

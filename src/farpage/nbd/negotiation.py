@@ -92,10 +92,13 @@ class Negotiation:
     structured_replies: bool
     context_export: str | None
     """Export for which base:allocation was selected last."""
+    block_status: bool
+    """Whether that is the export that was entered."""
 
     def __init__(self) -> None:
         self.structured_replies = False
         self.context_export = None
+        self.block_status = False
         self._state = _State.CLIENT_FLAGS
         self._buffer = bytearray()
         self._no_zeroes = False
@@ -167,6 +170,7 @@ class Negotiation:
     def entered(self, step: Enter, info: ExportInfo) -> bytes:
         """Return the answer to `Enter` that begins the transmission phase."""
         self._state = _State.ENDED
+        self.block_status = self.context_export == step.name
         if step.option == p.NBD_OPT_GO:
             return self._information(step.option, info) + codec.encode_option_reply(
                 step.option, p.NBD_REP_ACK

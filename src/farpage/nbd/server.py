@@ -90,28 +90,31 @@ class ServerConnection:
         """Run the handshake and begin the transmission; never raises."""
         try:
             negotiation = await self._negotiate()
+            if negotiation is not None and not self._hung_up:
+                self._begin_transmission(negotiation)
+                return
         except (OSError, TimeoutError) as error:
             log.debug("client %s: the handshake ended: %s", self.peer.address, error or "it took too long")
-            negotiation = None
         except Exception:
             log.exception("client %s: the handshake failed in an unforeseen way", self.peer.address)
-            negotiation = None
-        if negotiation is None or self.export is None or self._hung_up:
-            self._socket.close()
-            self._ended()
-            return
-        self._transmission = Transmission(
+        self._socket.close()
+        self._ended()
+
+    def _begin_transmission(self, negotiation: n.Negotiation) -> None:
+        assert self.export is not None
+        transmission = Transmission(
             asyncio.get_running_loop(),
             self._socket,
             self.export,
             self._server.pool,
             structured_replies=negotiation.structured_replies,
-            block_status=negotiation.context_export == self.export.name,
+            block_status=negotiation.block_status,
             on_ended=self._ended,
         )
         if self._fenced:
-            self._transmission.fence()
-        self._transmission.start(negotiation.leftover)
+            transmission.fence()
+        self._transmission = transmission
+        transmission.start(negotiation.leftover)
 
     def _ended(self) -> None:
         export = self.export

@@ -277,3 +277,25 @@ async def test_unknown_errors_of_a_server_are_einval() -> None:
             await read_bytes(connection, 0, 8)
         assert caught.value.errno == errno.EINVAL
         connection.abort()
+
+
+async def test_a_loss_handler_that_raises_does_not_keep_commands_waiting() -> None:
+    volume = MemoryIO(1 << 20)
+    volume.hold = True
+    async with serving({"v": volume}) as serving_:
+        connection = await Connection.open(serving_.address, "v")
+
+        def fail(error: Exception) -> None:
+            raise RuntimeError("a bug")
+
+        reported: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+        connection.on_lost = fail
+        finished: list[int] = []
+        connection.write(0, memoryview(b"x"), finished.append)
+        connection.push()
+        await condition(lambda: len(volume.held) == 1)
+        serving_.server.connections[0].disconnect()
+        await condition(lambda: finished == [CONNECTION_LOST])
+        assert len(reported) == 1
+        volume.release_all()

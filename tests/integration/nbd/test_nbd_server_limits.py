@@ -441,3 +441,18 @@ async def test_an_address_in_use_is_refused_and_nothing_is_left_listening(tmp_pa
     assert second.addresses == ()
     assert files_in(tmp_path) == ["used"]
     await first.close()
+
+
+async def test_an_export_whose_limits_the_wire_cannot_say_is_given_back() -> None:
+    async with serving({"v": MemoryIO(SIZE, limits=BlockLimits(minimum=3))}) as serving_:
+        for option, data in (
+            (p.NBD_OPT_GO, codec.encode_info_request(codec.InfoRequest("v", ()))),
+            (p.NBD_OPT_EXPORT_NAME, b"v"),
+        ):
+            client = await RawClient.connect(serving_.unix_path)
+            await client.greet()
+            client.send(codec.encode_option(option, data))
+            await client.reader.read()
+            await client.close()
+        await condition(lambda: serving_.provider.closed == ["v", "v"])
+        assert serving_.server.connections == ()
