@@ -132,6 +132,8 @@ class QemuGuest:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 limit=_LINE_LIMIT_BYTES,
+                # Ctrl-C in a terminal is for the program that runs the guest.
+                start_new_session=True,
             )
         self._reading = asyncio.get_running_loop().create_task(self._read_console(self._process))
 
