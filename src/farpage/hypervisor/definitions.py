@@ -101,24 +101,33 @@ class DefinitionKeeper:
         raise DefinitionContended(ATTEMPTS)
 
     async def _store(self, changed: Definition) -> bool:
-        """Store a successor of `current`; False when some VIOS has a newer one than we know."""
-        expected = self.current.revision
+        """Store a successor of `current` in every VIOS that answers; False when one has a newer document.
+
+        A VIOS that did not answer when it was last asked is left out: it is repaired when it is back.
+        """
+        asked = [vios for vios in self._vioses.values() if vios.reachable]
+        outcomes = await asyncio.gather(
+            *(vios.put_definition(self.current.revision, changed) for vios in asked), return_exceptions=True
+        )
         taken: list[str] = []
-        problems: list[str] = []
-        for vios in self._vioses.values():
-            try:
-                await vios.put_definition(expected, changed)
-            except RemoteError as error:
-                if error.http_status == CONFLICT and not taken and (await self._revision(vios)) > expected:
-                    return False
-                problems.append(f"{vios.name}: {error.cause}")
-            except FarpageError as error:
-                problems.append(f"{vios.name}: {error.cause}")
-            else:
+        refused: list[Vios] = []
+        problems = [f"{vios.name}: {vios.problem}" for vios in self._vioses.values() if not vios.reachable]
+        for vios, outcome in zip(asked, outcomes, strict=True):
+            if outcome is None:
                 taken.append(vios.name)
+                continue
+            if not isinstance(outcome, FarpageError):
+                raise outcome
+            problems.append(f"{vios.name}: {outcome.cause}")
+            if isinstance(outcome, RemoteError) and outcome.http_status == CONFLICT:
+                refused.append(vios)
         if not taken:
+            if refused:
+                return False
             raise NoVios("; ".join(problems))
         self.current = changed
+        for vios in refused:
+            await self._repair(vios, await self._revision(vios))
         for problem in problems:
             log.warning("definition_not_stored", problem=problem, revision=changed.revision)
         return True

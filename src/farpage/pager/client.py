@@ -38,6 +38,8 @@ class PagedClient:
         self.faults = Faults(self.space)
         self.eviction = Eviction(self.space, self.faults.admit)
         self.faults.on_pressure = self.eviction.wake
+        # Pages held back from a failed server leave room for others to be written over the next path.
+        volume.on_active = self.eviction.wake
         self._loop = asyncio.get_running_loop()
 
     def start(self) -> None:

@@ -27,8 +27,6 @@ from farpage.pager.table import (
 )
 
 SLICE_PAGES: Final = BUFFER_BYTES // PAGE_BYTES
-IN_FLIGHT_PAGES: Final = 2048
-"""Most pages on their way to the volume, not counting those held until a failed server is fenced."""
 RETRY_SECONDS: Final = 0.001
 
 
@@ -72,7 +70,8 @@ class Eviction:
         self._scheduled = None
         space = self._space
         counts = space.table.counts
-        budget = IN_FLIGHT_PAGES + space.volume.held_bytes // PAGE_BYTES - counts[WRITING] - counts[REWRITTEN]
+        held = space.volume.held_bytes // PAGE_BYTES
+        budget = space.limit.in_flight + held - counts[WRITING] - counts[REWRITTEN]
         victims = space.replacement.victims(max(min(self._excess(), SLICE_PAGES, budget), 0))
         if not victims:
             return

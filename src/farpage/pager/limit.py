@@ -24,6 +24,14 @@ class Limit:
         return min(max(self.pages // 16, 32), 1024)
 
     @property
+    def in_flight(self) -> int:
+        """Most pages on their way to the volume, not counting those held back from a failed server.
+
+        Held pages take memory until that server is fenced, so they must stay a small share of the limit.
+        """
+        return min(max(self.pages // 8, 64), 2048)
+
+    @property
     def most(self) -> int:
         """No fault is answered above this."""
         return self.pages + self.pages // 64

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -81,6 +82,8 @@ class MultipathVolume:
         self.name = name
         self.epoch = epoch
         self.failovers = FailoverLog()
+        self.on_active: Callable[[], None] = lambda: None
+        """Called when a path has taken over: what was held up can go on."""
         self._loop = loop
         self._size_bytes = size_bytes
         self._events = events
@@ -439,6 +442,7 @@ class MultipathVolume:
                 record.active_at_seconds = now
         self._drain_waiting()
         self.push()
+        self.on_active()
 
     async def _open(self, path: PathLink) -> None:
         await path.open(self.name, self._size_bytes, self.epoch, self._path_timeout, self._lost)

@@ -17,3 +17,9 @@ def test_the_marks_are_in_order_and_never_five_per_cent_over(pages: int) -> None
 def test_page_outs_begin_before_the_limit_is_reached(mebibytes: int) -> None:
     limit = Limit(mebibytes * 256)
     assert limit.pages - limit.high >= 16
+
+
+@given(st.integers(SMALLEST_LIMIT_PAGES, 1 << 28))
+def test_pages_held_back_from_a_failed_server_never_fill_the_limit(pages: int) -> None:
+    limit = Limit(pages)
+    assert 2 * limit.in_flight < limit.low

@@ -1,0 +1,134 @@
+"""A running set with one client whose region is paged: what the fault tests work on."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from farpage.definition.model import Definition
+from farpage.embedded.set import EmbeddedSet
+from farpage.hypervisor.model import ClientInfo, PathInfo, PoolSet
+
+CLIENT = Path(__file__).with_name("region_client.py")
+DEADLINE_SECONDS = 60.0
+
+
+@dataclass
+class RegionProcess:
+    """The client's process; a command is sent, and its answer can be awaited later."""
+
+    process: asyncio.subprocess.Process
+
+    @classmethod
+    async def start(cls, state: Path, pages: int, limit_bytes: int) -> RegionProcess:
+        """Start the process and wait until its region is attached."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(CLIENT),
+            str(state),
+            str(pages),
+            str(limit_bytes),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        client = cls(process)
+        assert await client.answer() == "ready"
+        return client
+
+    def send(self, command: str) -> None:
+        """Send a command without waiting for its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command}\n".encode())
+
+    async def answer(self) -> str:
+        """Wait for the next answer."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            return (await self.process.stdout.readline()).decode().strip()
+
+    async def do(self, command: str) -> str:
+        """Send a command and wait for its answer."""
+        self.send(command)
+        return await self.answer()
+
+    async def stop(self) -> None:
+        """End the process, however it stands."""
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+
+class PagedSet:
+    """A set and its client."""
+
+    def __init__(self, embedded: EmbeddedSet, client: RegionProcess, pages: int) -> None:
+        self.embedded = embedded
+        self.client = client
+        self.pages = pages
+
+    async def info(self) -> ClientInfo:
+        """Ask the hypervisor for the client."""
+        return await self.embedded.hypervisor.client("client")
+
+    async def until(self, condition: Callable[[ClientInfo], bool], what: str) -> ClientInfo:
+        """Wait until the client, as its hypervisor describes it, fulfils a condition."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + DEADLINE_SECONDS
+        while True:
+            info = await self.info()
+            if condition(info):
+                return info
+            assert loop.time() < deadline, f"never {what}: {info}"
+            await asyncio.sleep(0.02)
+
+    async def active(self) -> str:
+        """Return the VIOS of the active path."""
+        info = await self.until(lambda info: path_in(info, "active") is not None, "any path active")
+        path = path_in(info, "active")
+        assert path is not None
+        return path.vios
+
+    async def until_state(self, vios: str, state: str) -> ClientInfo:
+        """Wait until the path over a VIOS is in a state."""
+        return await self.until(
+            lambda info: any(path.vios == vios and path.state == state for path in info.paths),
+            f"{state} over {vios}",
+        )
+
+    async def until_stored(self, definition: Definition) -> None:
+        """Wait until every VIOS stores a definition."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            for vios in self.embedded.vioses.values():
+                while await vios.definition() != definition:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+
+    def signal(self, vios: str, number: signal.Signals) -> None:
+        """Send a signal to a VIOS; one that dies of it stays dead until it is started."""
+        self.embedded.supervise_vios(vios, supervised=False)
+        self.embedded.kill_vios(vios, number)
+
+    async def restart(self, vios: str) -> None:
+        """Start a VIOS that was killed."""
+        await self.embedded.vios_exited(vios)
+        await self.embedded.start_vios(vios)
+
+    async def set_limit(self, limit_bytes: int) -> None:
+        """Change the client's limit."""
+        await self.embedded.hypervisor.set_pool(PoolSet(client="client", limit_bytes=limit_bytes))
+
+    async def write_all(self) -> None:
+        """Give every page a new version."""
+        assert await self.client.do(f"write 0 {self.pages}") == "done"
+
+    async def verify_all(self) -> None:
+        """Compare every byte."""
+        assert await self.client.do(f"verify 0 {self.pages}") == "wrong 0"
+
+
+def path_in(info: ClientInfo, state: str) -> PathInfo | None:
+    """Return the first path in a state."""
+    return next((path for path in info.paths if path.state == state), None)

@@ -1,0 +1,80 @@
+"""A process whose region is paged, and that does with its pages what a test tells it, checking every byte.
+
+Run as `python region_client.py STATE PAGES LIMIT_BYTES`. It answers each command, one a line, with a line:
+
+    write FIRST COUNT     give the pages a new version of their content        -> done
+    verify FIRST COUNT    compare every byte with what was written last         -> wrong N
+    close                 let the region go                                     -> done
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from farpage.attach.region import Region
+
+WORDS = 512
+CHUNK_PAGES = 64
+
+
+class Pages:
+    """Pages with known content: each word is derived from its page, the page's version and its place."""
+
+    def __init__(self, region: Region, pages: int) -> None:
+        self._content = np.frombuffer(region, np.uint64).reshape(pages, WORDS)
+        self._versions = np.zeros(pages, np.uint64)
+        self._words = np.arange(1, WORDS + 1, dtype=np.uint64)
+
+    def _expected(self, first: int, last: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+        numbers = np.arange(first + 1, last + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        seeds = (numbers ^ (self._versions[first:last] * np.uint64(0xC2B2AE3D27D4EB4F)))[:, None]
+        return np.where(self._versions[first:last, None] == 0, np.uint64(0), seeds * self._words)
+
+    def write(self, first: int, count: int) -> str:
+        """Write the next version of pages."""
+        for start in range(first, first + count, CHUNK_PAGES):
+            end = min(start + CHUNK_PAGES, first + count)
+            self._versions[start:end] += np.uint64(1)
+            self._content[start:end] = self._expected(start, end)
+        return "done"
+
+    def verify(self, first: int, count: int) -> str:
+        """Count the pages with any wrong byte; pages never written must be zero."""
+        wrong = 0
+        for start in range(first, first + count, CHUNK_PAGES):
+            end = min(start + CHUNK_PAGES, first + count)
+            wrong += int((self._content[start:end] != self._expected(start, end)).any(axis=1).sum())
+        return f"wrong {wrong}"
+
+    def release(self) -> None:
+        """Give up the view of the region, so that it can be closed."""
+        del self._content
+
+
+def main() -> None:
+    """Do what standard input says."""
+    state, pages, limit_bytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    region = Region(pages * 4096, name="client", limit_bytes=limit_bytes, state=state)
+    content = Pages(region, pages)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        word, *numbers = line.split()
+        match word, [int(number) for number in numbers]:
+            case "write", [first, count]:
+                answer = content.write(first, count)
+            case "verify", [first, count]:
+                answer = content.verify(first, count)
+            case "close", []:
+                content.release()
+                region.close()
+                answer = "done"
+            case _:
+                answer = f"unknown command {line!r}"
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()
