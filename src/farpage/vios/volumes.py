@@ -204,6 +204,8 @@ class Volumes:
         device, volume_id = located.device, located.stat.id
         if PagingCommand.OPEN not in self.commands(device):
             raise CommandRefused(name, device.name, PagingCommand.OPEN)
+        # Refused at once, however long the claim of a newer owner still waits for what it cuts off.
+        self._refuse_older(name, volume_id, epoch)
         async with self._claiming(volume_id):
             highest = await self.epoch(located)
             if epoch < highest:

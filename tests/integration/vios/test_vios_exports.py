@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from farpage.blockio import Feature, read_bytes
+from farpage.definition.model import Definition, PagingCommand, ViosRecord
+from farpage.definition.rules import FoundDevice, next_revision, register_vios
+from farpage.nbd.client import list_exports
+from farpage.nbd.errors import ServerRefused
+from tests.support.vios import ViosProcess, vios_processes
+from tests.support.volumes import extents, flush, trim, write, zero
+
+
+async def test_an_owner_reads_what_it_wrote(vios: ViosProcess) -> None:
+    await vios.create("rw")
+    connection = await vios.connect("rw@1")
+    content = os.urandom(100_000)
+    assert await write(connection, 5000, content, fua=True) == 0
+    assert await read_bytes(connection, 5000, 100_000) == content
+    assert await zero(connection, 5000, 4096) == 0
+    assert await trim(connection, 65536, 16384) == 0
+    assert await flush(connection) == 0
+    assert (await extents(connection, 0, 1 << 20))[0] == 0
+    assert await read_bytes(connection, 5000, 4096) == bytes(4096)
+    await connection.close()
+
+
+async def test_several_connections_of_one_owner_share_the_volume(vios: ViosProcess) -> None:
+    await vios.create("shared")
+    one, other = await vios.connect("shared@1"), await vios.connect("shared@1")
+    assert Feature.MULTI_CONN in one.features
+    assert await write(one, 0, b"a" * 4096) == 0
+    assert await flush(one) == 0
+    assert await read_bytes(other, 0, 4096) == b"a" * 4096
+    assert (await vios.volume("shared")).open_connections == 2
+    await one.close()
+    await other.close()
+
+
+async def test_without_an_epoch_it_is_a_read_only_view_of_what_is_there(vios: ViosProcess) -> None:
+    await vios.create("viewed")
+    owner, view = await vios.connect("viewed@1"), await vios.connect("viewed")
+    assert view.read_only
+    assert await write(owner, 0, b"a" * 4096) == 0
+    assert await read_bytes(view, 0, 4096) == b"a" * 4096
+    assert await write(view, 0, b"b" * 4096) == errno.EPERM
+    # A reader does not own anything, so a newer owner leaves it alone.
+    await vios.claim("viewed", 2)
+    assert await read_bytes(view, 0, 4096) == b"a" * 4096
+    await owner.close()
+    await view.close()
+
+
+async def test_an_older_epoch_is_refused_naming_both(vios: ViosProcess) -> None:
+    await vios.create("older")
+    newer = await vios.connect("older@7")
+    with pytest.raises(ServerRefused, match="epoch 6 is older than epoch 7"):
+        await vios.connect("older@6")
+    assert await write(newer, 0, b"a" * 4096) == 0
+    await newer.close()
+
+
+async def test_a_second_writer_with_a_newer_epoch_cuts_the_first_off(vios: ViosProcess) -> None:
+    await vios.create("second")
+    first = await vios.connect("second@1")
+    assert await write(first, 0, b"a" * 4096) == 0
+    second = await vios.connect("second@2")
+    assert await write(first, 0, b"b" * 4096) != 0
+    assert await read_bytes(second, 0, 4096) == b"a" * 4096
+    await first.close()
+    await second.close()
+
+
+@pytest.mark.parametrize("export", ["ghost@1", "ghost", "", "@", "a@b@c", "x" * 200, "../disk@1", "served@0"])
+async def test_unknown_and_malformed_exports_are_refused_while_others_are_served(
+    vios: ViosProcess, export: str
+) -> None:
+    name = f"served-{abs(hash(export))}"
+    await vios.create(name)
+    served = await vios.connect(f"{name}@1")
+    with pytest.raises(ServerRefused):
+        await vios.connect(export)
+    assert await write(served, 0, b"a" * 4096) == 0
+    await served.close()
+
+
+async def test_listing_shows_the_volumes(vios: ViosProcess) -> None:
+    await vios.create("listed")
+    assert ("listed", "on device disk") in await list_exports(vios.data)
+
+
+async def test_commands_that_the_definition_takes_away_are_not_offered(folder: Path) -> None:
+    with vios_processes(folder, "one", devices=[f"dir:{folder}/disk?size=16M"]) as (vios,):
+        device = await vios.device()
+        await vios.create("limited")
+        fewer = (PagingCommand.OPEN, PagingCommand.PAGE_IN, PagingCommand.PAGE_OUT, PagingCommand.CLOSE)
+        found = FoundDevice(device.id, "disk", "dir", device.spec, device.size_bytes, fewer)
+        record = ViosRecord(control=vios.control, data=(str(vios.data),))
+        definition = register_vios(Definition(), "one", record, [found])
+        async with vios.client() as client:
+            params = {"expected_revision": 0}
+            await client.put("/v1/definition", definition, Definition, params=params)
+        assert (await vios.device()).commands == fewer
+        connection = await vios.connect("limited@1")
+        assert not connection.features & (Feature.TRIM | Feature.ZERO | Feature.FLUSH)
+        assert await write(connection, 0, b"a" * 4096) == 0
+        assert await trim(connection, 0, 4096) == errno.ENOTSUP
+        assert await zero(connection, 0, 4096) == errno.ENOTSUP
+        assert await read_bytes(connection, 0, 4096) == b"a" * 4096
+        await connection.close()
+        closed = next_revision(
+            definition,
+            devices={device.id: definition.devices[device.id].model_copy(update={"commands": fewer[1:]})},
+        )
+        async with vios.client() as client:
+            params = {"expected_revision": definition.revision}
+            await client.put("/v1/definition", closed, Definition, params=params)
+        with pytest.raises(ServerRefused, match="not configured"):
+            await vios.connect("limited@1")
+
+
+async def test_a_volume_that_the_other_vios_made_is_found_without_a_restart(
+    pair: tuple[ViosProcess, ViosProcess],
+) -> None:
+    one, two = pair
+    assert (await one.device()).id == (await two.device()).id
+    await one.create("common")
+    through_two = await two.connect("common@1")
+    assert await write(through_two, 0, b"a" * 4096) == 0
+    through_one = await one.connect("common@1")
+    assert await read_bytes(through_one, 0, 4096) == b"a" * 4096
+    await through_one.close()
+    await through_two.close()
+
+
+async def test_an_epoch_raised_through_one_vios_holds_for_the_other(
+    pair: tuple[ViosProcess, ViosProcess],
+) -> None:
+    one, two = pair
+    await one.create("vm1")
+    old = await one.connect("vm1@1")
+    assert await write(old, 0, b"a" * 4096) == 0
+    await two.claim("vm1", 2)
+    assert await write(old, 0, b"b" * 4096) == errno.ESHUTDOWN
+    with pytest.raises(ServerRefused, match="epoch 1 is older than epoch 2"):
+        await one.connect("vm1@1")
+    assert (await one.volume("vm1")).epoch == 2
+    await old.close()
+
+
+async def test_two_vios_that_provision_at_once_stay_within_the_capacity(
+    pair: tuple[ViosProcess, ViosProcess],
+) -> None:
+    free_bytes = (await pair[0].device()).size_bytes - (await pair[0].device()).provisioned_bytes
+    made = await asyncio.gather(
+        *(
+            vios.create(f"{vios.name}-{number}", free_bytes // 5 // 4096 * 4096)
+            for vios in pair
+            for number in range(5)
+        ),
+        return_exceptions=True,
+    )
+    assert sum(not isinstance(answer, BaseException) for answer in made) == 5
+    device = await pair[1].device()
+    assert device.provisioned_bytes <= device.size_bytes

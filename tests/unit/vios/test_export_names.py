@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farpage.errors import InvalidInput
+from farpage.vios.names import ExportName, parse_export_name
+
+
+def test_an_owner_names_volume_and_epoch() -> None:
+    assert parse_export_name("vm1@7") == ExportName("vm1", 7)
+
+
+def test_without_an_epoch_it_is_a_read_only_view() -> None:
+    assert parse_export_name("vm1") == ExportName("vm1", None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "@1", "vm1@", "vm1@0", "vm1@01", "vm1@-1", "vm1@1.0", "vm1@1@2", "vm1@x", "VM1@1", "../vm1@1",
+        "vm1/../vm2", "vm1 @1", "vm1@1\n", "vm1\0@1", "vm1@9007199254740992", "vm1@" + "9" * 4000,
+        "vm1@٣", "a" * 64 + "@1",
+    ],
+)  # fmt: skip
+def test_what_is_no_export_name_is_refused_with_a_remedy(text: str) -> None:
+    with pytest.raises(InvalidInput, match="VOLUME@EPOCH"):
+        parse_export_name(text)
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_parsed_to_what_writes_it_or_refused(text: str) -> None:
+    with contextlib.suppress(InvalidInput):
+        assert str(parse_export_name(text)) == text
