@@ -63,8 +63,8 @@ class PagingResult(_Document):
     limit_bytes: int
     seconds: float
     rounds: int
-    skipped: dict[str, str]
-    """Contenders that could not take part, and why."""
+    without_swap: str
+    """Why host swap could not take part; empty when it did."""
     results: tuple[PhaseResult, ...]
     ratios: tuple[PhaseRatio, ...]
 
@@ -120,7 +120,7 @@ def as_text(result: PagingResult) -> str:
         f"rounds     {result.rounds}, contenders in turn; median (lowest-highest)",
         "",
         "A wait is a touch of a page that was not in memory. touches/s includes the check of every page.",
-        *(f"{name} did not take part: {why}" for name, why in result.skipped.items()),
+        *([result.without_swap] if result.without_swap else []),
     ]
     for key in dict.fromkeys((row.phase, row.threads) for row in result.results):
         lines += ["", f"{key[0]}, {key[1]} thread{'s' if key[1] > 1 else ''}"]

@@ -101,12 +101,12 @@ async def run(settings: Settings) -> PagingResult:
         )
         farpage = Farpage()
         contenders: list[Pager] = [farpage]
-        skipped = {}
+        without_swap = ""
         try:
             contenders += _host_swap(undo, work)
         except Unsupported as problem:
-            skipped["host swap"] = str(problem)
-            _tell(f"host swap does not take part: {problem}")
+            without_swap = str(problem)
+            _tell(without_swap)
         rounds: Rounds = {pager.name: [] for pager in contenders}
         for number in range(settings.rounds):
             for pager in turns(contenders, number):
@@ -121,7 +121,7 @@ async def run(settings: Settings) -> PagingResult:
             limit_bytes=settings.limit_bytes,
             seconds=settings.seconds,
             rounds=settings.rounds,
-            skipped=skipped,
+            without_swap=without_swap,
             results=results(rounds, PHASES),
             ratios=ratios(rounds, PHASES, farpage.name),
         )
@@ -167,7 +167,7 @@ async def _main(settings: Settings, *, as_json: bool) -> ExitStatus:
     with _cancelled_by_signals(task):
         result = await task
     print(result.model_dump_json(indent=2) if as_json else as_text(result))
-    return ExitStatus.UNSUPPORTED if result.skipped else ExitStatus.OK
+    return ExitStatus.UNSUPPORTED if result.without_swap else ExitStatus.OK
 
 
 def main() -> int:
