@@ -22,7 +22,7 @@ from farpage.demo.reports import FillReport, PassReport
 from farpage.demo.stamps import PAGE_BYTES, WORDS_PER_PAGE, Words, is_rewritten, is_stamp, write_stamp
 from farpage.embedded.parent import follow_parent
 
-RUN_PAGES = 16
+RUN_PAGES = 64
 """Pages in a row in a pass that is in random order otherwise."""
 
 

@@ -21,7 +21,7 @@ from farpage.demo.scenario import Stage
 from farpage.hypervisor.model import ClientInfo
 
 EVENT_LINES = 14
-REFRESHES_PER_SECOND = 8
+REFRESHES_PER_SECOND = 4
 NAME_COLUMNS = 12
 
 
