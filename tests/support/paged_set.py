@@ -103,8 +103,14 @@ class PagedSet:
         """Wait until every VIOS stores a definition."""
         async with asyncio.timeout(DEADLINE_SECONDS):
             for vios in self.embedded.vioses.values():
-                while await vios.definition() != definition:  # noqa: ASYNC110
+                while await vios.definition() != definition:
                     await asyncio.sleep(0.02)
+
+    async def until_alarm(self, kind: str) -> None:
+        """Wait until the hypervisor has raised an alarm."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while kind not in [alarm.kind for alarm in await self.embedded.hypervisor.alarms()]:
+                await asyncio.sleep(0.02)
 
     def signal(self, vios: str, number: signal.Signals) -> None:
         """Send a signal to a VIOS; one that dies of it stays dead until it is started."""

@@ -120,7 +120,8 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
     operations = _Operations(hypervisor)
 
     async def on_loop(work: Coroutine[Any, Any, Result]) -> Result:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+        # Shielded: an operation goes on to its end also when the requester does not wait for it.
+        return await asyncio.shield(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop)))
 
     async def call(function: Callable[[], Result]) -> Result:
         async def work() -> Result:

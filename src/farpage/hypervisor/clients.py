@@ -36,6 +36,7 @@ from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.memory import create_memfd
+from farpage.pager.channel import PeerGone
 from farpage.pager.messages import Attach, ClientReport, Detach, EndpointSpec, Nothing, Query, SetLimit
 from farpage.pager.table import ENTRY_BYTES
 from farpage.vios.model import VolumeCreate
@@ -193,7 +194,10 @@ class Clients:
             memory = await asyncio.to_thread(open_process, wanted.pid, wanted.memory)
             try:
                 await self._attach(client, memory, wanted.limit_bytes, Redundancy.PATH, ephemeral=False)
-            except BaseException:
+            except PeerGone:
+                # The worker may have paged something out: without the userfaultfd that would read as zeros.
+                raise
+            except FarpageError:
                 await asyncio.to_thread(close_process, memory)
                 raise
 
@@ -234,7 +238,9 @@ class Clients:
             )
         try:
             await self._attach_existing(client, memory, limit_bytes, ephemeral=created and ephemeral)
-        except BaseException:
+        except PeerGone:
+            raise
+        except FarpageError:
             if created:
                 await self._delete(client)
             raise
@@ -255,6 +261,8 @@ class Clients:
             client=client,
             volume=record.volumes[0].name,
             epoch=epoch,
+            kind=memory.kind,
+            pid=memory.pid,
             pages=pages,
             start_address=memory.start_address,
             memfd_offset_bytes=memory.memfd_offset_bytes,
@@ -270,7 +278,7 @@ class Clients:
         descriptors = [memory.uffd.fileno(), memory.memfd, table, memory.pidfd]
         try:
             await worker.channel.call("attach", order, Nothing, descriptors)
-        except BaseException:
+        except FarpageError:
             self._forget(client)
             raise
 

@@ -75,7 +75,10 @@ class PagedClient:
         while counts[READING] or counts[WRITING] or counts[REWRITTEN] or counts[ON_DEVICE]:
             await self._settle()
             await self._bring_in_all()
-        self.space.memory.unregister()
+        try:
+            self.space.memory.unregister()
+        except OSError as error:
+            raise ClientGone("the client exited while it was detached") from error
         self.abandon()
         await self.space.volume.close()
 

@@ -55,9 +55,12 @@ class Eviction:
             self._scheduled = None
 
     def _excess(self) -> int:
-        """Pages that should leave, beyond those that are leaving; between the marks, only once begun."""
+        """Pages that should leave, beyond those that are leaving; between the marks, only once begun.
+
+        Those held back from a failed server leave when that is fenced, whenever that is.
+        """
         space = self._space
-        staying = space.taken - space.table.counts[WRITING]
+        staying = space.taken - max(space.table.counts[WRITING] - self._held_pages, 0)
         if staying > space.limit.high:
             self._running = True
         excess = staying - space.limit.low
@@ -65,13 +68,16 @@ class Eviction:
             self._running = False
         return excess if self._running else 0
 
+    @property
+    def _held_pages(self) -> int:
+        return self._space.volume.held_bytes // PAGE_BYTES
+
     @ends_with_client
     def _slice(self) -> None:
         self._scheduled = None
         space = self._space
         counts = space.table.counts
-        held = space.volume.held_bytes // PAGE_BYTES
-        budget = space.limit.in_flight + held - counts[WRITING] - counts[REWRITTEN]
+        budget = space.limit.in_flight + self._held_pages - counts[WRITING] - counts[REWRITTEN]
         victims = space.replacement.victims(max(min(self._excess(), SLICE_PAGES, budget), 0))
         if not victims:
             return

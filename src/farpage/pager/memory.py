@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from farpage.attach.memory import ClientMemory
 from farpage.kernel.memory import punch_hole, resident_ranges
-from farpage.kernel.userfaultfd import Userfaultfd
 from farpage.pager.table import PAGE_BYTES
 
 
@@ -21,14 +21,13 @@ class ClientGone(Exception):
 class PagedMemory:
     """Registered memory of `pages` pages. Every method raises ClientGone when the client has exited."""
 
-    def __init__(
-        self, uffd: Userfaultfd, memfd: int, start_address: int, pages: int, memfd_offset_bytes: int
-    ) -> None:
-        self._uffd: Final = uffd
-        self._memfd: Final = memfd
-        self._start: Final = start_address
-        self._offset: Final = memfd_offset_bytes
-        self.pages: Final = pages
+    def __init__(self, client: ClientMemory) -> None:
+        self._client: Final = client
+        self._uffd: Final = client.uffd
+        self._memfd: Final = client.memfd
+        self._start: Final = client.start_address
+        self._offset: Final = client.memfd_offset_bytes
+        self.pages: Final = client.length_bytes // PAGE_BYTES
 
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when there are faults."""
@@ -135,6 +134,12 @@ class PagedMemory:
         return os.fstat(self._memfd).st_blocks * 512
 
     def unregister(self) -> None:
-        """Stop reporting faults. Missing pages read as zeros from now on."""
-        self._settled(self._uffd.write_protect(self._start, self.pages * PAGE_BYTES, False))
-        self._uffd.unregister(self._start, self.pages * PAGE_BYTES)
+        """Stop reporting faults. Missing pages read as zeros from now on.
+
+        :raise OSError: when the client is gone.
+        """
+        self._client.unregister()
+
+    def close(self) -> None:
+        """Close this process's descriptors of the client."""
+        self._client.close_descriptors()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from farpage.attach.memory import ClientKind
 from farpage.volume.state import PathState
 
 
@@ -27,6 +28,8 @@ class Attach(Message):
     client: str
     volume: str
     epoch: int
+    kind: ClientKind
+    pid: int
     pages: int = Field(gt=0)
     start_address: int
     memfd_offset_bytes: int

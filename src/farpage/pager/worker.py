@@ -19,8 +19,9 @@ import structlog
 from pydantic import BaseModel
 
 from farpage.address import parse_address
+from farpage.attach.memory import ClientMemory
 from farpage.errors import ExitStatus, FarpageError
-from farpage.kernel.userfaultfd import Mode, Userfaultfd
+from farpage.kernel.userfaultfd import Userfaultfd
 from farpage.pager.buffers import BufferPool
 from farpage.pager.channel import Channel
 from farpage.pager.client import PagedClient
@@ -45,20 +46,6 @@ from farpage.volume.connector import Endpoint, connect_nbd
 from farpage.volume.multipath import MultipathVolume
 
 log = structlog.get_logger()
-
-REGISTER_MODE = Mode.MISSING | Mode.WP | Mode.MINOR
-
-
-@dataclass(eq=False)
-class RegistrationFailed(FarpageError):
-    """The kernel does not let the memory be paged."""
-
-    code = "registration_failed"
-    template = "the memory of client {client!r} cannot be paged: {cause_text}"
-    remedy = "check that no other program (a migration, another pager) has a userfaultfd on it"
-    exit_status = ExitStatus.CONFLICT
-    client: str
-    cause_text: str
 
 
 @dataclass(eq=False)
@@ -100,12 +87,10 @@ class _Events:
 
 @dataclass
 class _Attached:
-    """A client and the descriptors that are this worker's."""
+    """A client and what of it is this worker's own."""
 
     paged: PagedClient
-    uffd: Userfaultfd
-    descriptors: list[int]
-    table_map: mmap.mmap
+    memory: PagedMemory
     pidfd: int
 
 
@@ -139,32 +124,33 @@ class Worker:
         return self._clients[client]
 
     async def _attach(self, order: Attach, descriptors: list[int]) -> Nothing:
-        uffd_number, memfd, table_fd, pidfd = descriptors
-        uffd = Userfaultfd(uffd_number)
-        events = _Events(self._channel, order.client)
-        volume = MultipathVolume(
-            order.volume,
-            order.pages * PAGE_BYTES,
-            order.epoch,
-            [_endpoint(spec) for spec in order.endpoints],
-            connector=connect_nbd,
-            events=events,
-            path_timeout_seconds=order.path_timeout_seconds,
+        uffd, memfd, table, pidfd = descriptors
+        # The map keeps the table's file alive.
+        table_map = mmap.mmap(table, order.pages * ENTRY_BYTES)
+        os.close(table)
+        client = ClientMemory(
+            kind=order.kind,
+            pid=order.pid,
+            pidfd=pidfd,
+            uffd=Userfaultfd(uffd),
+            memfd=memfd,
+            start_address=order.start_address,
+            length_bytes=order.pages * PAGE_BYTES,
+            memfd_offset_bytes=order.memfd_offset_bytes,
+            remote_uffd=None,
         )
+        events = _Events(self._channel, order.client)
         try:
-            await volume.open(order.open_timeout_seconds)
+            volume = await self._open_volume(order, events)
             try:
-                self._register(order, uffd)
+                client.register()
             except FarpageError:
                 await volume.abandon()
                 raise
         except FarpageError:
-            uffd.close()
-            for descriptor in (memfd, table_fd, pidfd):
-                os.close(descriptor)
+            client.close_descriptors()
             raise
-        table_map = mmap.mmap(table_fd, order.pages * ENTRY_BYTES)
-        memory = PagedMemory(uffd, memfd, order.start_address, order.pages, order.memfd_offset_bytes)
+        memory = PagedMemory(client)
         gone = partial(self._client_gone, order.client)
         paged = PagedClient(
             memory,
@@ -175,33 +161,40 @@ class Worker:
             alarm=events.alarm,
             on_gone=gone,
         )
-        self._clients[order.client] = _Attached(paged, uffd, [memfd, table_fd], table_map, pidfd)
+        self._clients[order.client] = _Attached(paged, memory, pidfd)
         self._loop.add_reader(pidfd, gone)
         paged.start()
         return Nothing()
 
     @staticmethod
-    def _register(order: Attach, uffd: Userfaultfd) -> None:
-        try:
-            uffd.register(order.start_address, order.pages * PAGE_BYTES, REGISTER_MODE)
-        except OSError as error:
-            raise RegistrationFailed(order.client, str(error)) from error
+    async def _open_volume(order: Attach, events: _Events) -> MultipathVolume:
+        volume = MultipathVolume(
+            order.volume,
+            order.pages * PAGE_BYTES,
+            order.epoch,
+            [_endpoint(spec) for spec in order.endpoints],
+            connector=connect_nbd,
+            events=events,
+            path_timeout_seconds=order.path_timeout_seconds,
+        )
+        await volume.open(order.open_timeout_seconds)
+        return volume
 
     async def _detach(self, order: Detach) -> Nothing:
         attached = self._attached(order.client)
         if order.discard:
             self._forget(order.client)
             with suppress(ClientGone, OSError):
-                attached.paged.space.memory.unregister()
+                attached.memory.unregister()
             await attached.paged.space.volume.abandon()
-            self._close(attached)
+            attached.memory.close()
             return Nothing()
         try:
             await attached.paged.detach()
         except ClientGone:
             raise ClientExited(order.client) from None
         self._forget(order.client)
-        self._close(attached)
+        attached.memory.close()
         return Nothing()
 
     def _forget(self, client: str) -> None:
@@ -209,12 +202,6 @@ class Worker:
         if attached:
             attached.paged.abandon()
             self._loop.remove_reader(attached.pidfd)
-
-    @staticmethod
-    def _close(attached: _Attached) -> None:
-        attached.uffd.close()
-        for descriptor in (*attached.descriptors, attached.pidfd):
-            os.close(descriptor)
 
     def _client_gone(self, client: str) -> None:
         """Let go of a client whose process has exited."""
@@ -228,7 +215,7 @@ class Worker:
 
     async def _bury(self, client: str, attached: _Attached) -> None:
         await attached.paged.space.volume.abandon()
-        self._close(attached)
+        attached.memory.close()
         self._channel.tell("client_gone", ClientLost(client=client))
 
     def _report(self, client: str) -> ClientReport:

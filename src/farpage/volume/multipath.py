@@ -84,6 +84,8 @@ class MultipathVolume:
         self.failovers = FailoverLog()
         self.on_active: Callable[[], None] = lambda: None
         """Called when a path has taken over: what was held up can go on."""
+        self.held_bytes = 0
+        """Bytes of writes that wait until a failed server is fenced."""
         self._loop = loop
         self._size_bytes = size_bytes
         self._events = events
@@ -133,13 +135,6 @@ class MultipathVolume:
     def status(self) -> list[PathStatus]:
         """Every path, in the order of preference."""
         return [path.status() for path in self._paths]
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of writes that wait until a failed server is fenced."""
-        return sum(
-            command.length_bytes for path in self._paths for held in path.held for command in held.commands
-        )
 
     # Opening and closing
 
@@ -372,7 +367,9 @@ class MultipathVolume:
         reads = [command for command in commands if not command.mutates]
         writes = [command for command in commands if command.mutates]
         self._waiting.extendleft(reversed(reads))
-        if not path.hold(writes, self._release):
+        if path.hold(writes, self._release):
+            self.held_bytes += sum(command.length_bytes for command in writes)
+        else:
             self._waiting.extend(writes)
         path.disconnect()
         path.failed.set()
@@ -395,6 +392,7 @@ class MultipathVolume:
         """Replay held writes: the server that had them is fenced."""
         if held in path.held:
             path.forget(held)
+            self.held_bytes -= sum(command.length_bytes for command in held.commands)
             self._waiting.extend(held.commands)
             self._drain_waiting()
 
