@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from farpage.definition.errors import StoreDamaged
+from farpage.definition.errors import StoreDamaged, StoreFailed
 
 SCHEMA_VERSION = 1
 
@@ -29,7 +29,8 @@ class Database:
     def __init__(self, path: Path | str) -> None:
         """Open or create it.
 
-        :raise StoreDamaged: it cannot be read, or a newer farpage has written it.
+        :raise StoreDamaged: its content cannot be read, or a newer farpage has written it.
+        :raise StoreFailed: its file cannot be opened.
         """
         self.path = str(path)
         self._lock = threading.Lock()
@@ -60,7 +61,8 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run statements as one durable change; an exception undoes them all.
 
-        :raise StoreDamaged: SQLite cannot carry them out.
+        :raise StoreDamaged: the content cannot be read.
+        :raise StoreFailed: the file cannot be read or written.
         """
         with self._lock, self._damage_named():
             if self._connection is None:
@@ -78,6 +80,8 @@ class Database:
     def _damage_named(self) -> Iterator[None]:
         try:
             yield
+        except sqlite3.OperationalError as error:
+            raise StoreFailed(self.path, str(error)) from error
         except sqlite3.Error as error:
             raise StoreDamaged(self.path, str(error)) from error
 

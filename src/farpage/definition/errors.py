@@ -81,6 +81,17 @@ class DeviceMismatch(FarpageError):
 
 
 @dataclass(eq=False)
+class StoreFailed(FarpageError):
+    """The database's file cannot be opened, read or written."""
+
+    code = "store_failed"
+    template = "the definition's store {path} failed: {problem}"
+    remedy = "check that the folder exists and can be written, and that its file system has room"
+    path: str
+    problem: str
+
+
+@dataclass(eq=False)
 class StoreDamaged(FarpageError):
     """The database cannot be read."""
 

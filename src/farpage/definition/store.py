@@ -46,7 +46,7 @@ class DefinitionStore:
 
         :raise RevisionConflict: the current revision is another one.
         :raise InvalidDefinition: the document is not sound, or not newer than the current one.
-        :raise StoreDamaged: the database cannot be written; what it holds then shows at the next start.
+        :raise StoreFailed: the database cannot be written; what it holds then shows at the next start.
         """
         check(definition)
         with self._lock:
@@ -96,34 +96,39 @@ class EpochStore:
     """The highest epoch seen of each volume, by the volume's identifier. Safe to use from any thread."""
 
     def __init__(self, database: Database) -> None:
+        """Read what is stored.
+
+        :raise StoreFailed: the database cannot be read.
+        """
         self._database = database
+        with database.transaction() as connection:
+            self._highest: dict[str, int] = dict(connection.execute("SELECT volume_id, epoch FROM epochs"))
 
     def highest(self, volume_id: str) -> int:
-        """Return the highest epoch seen; 0 for none.
-
-        :raise StoreDamaged: the database cannot be read.
-        """
-        with self._database.transaction() as connection:
-            row = connection.execute("SELECT epoch FROM epochs WHERE volume_id = ?", (volume_id,)).fetchone()
-        return 0 if row is None else int(row[0])
+        """Return the highest epoch seen, 0 for none; from memory."""
+        return self._highest.get(volume_id, 0)
 
     def raise_to(self, volume_id: str, epoch: int) -> int:
         """Record durably that `epoch` was seen; return the highest, which may be above it.
 
-        :raise StoreDamaged: the database cannot be written.
+        :raise StoreFailed: the database cannot be written.
         """
+        if epoch <= self.highest(volume_id):
+            return self.highest(volume_id)
         with self._database.transaction() as connection:
             (highest,) = connection.execute(
                 "INSERT INTO epochs (volume_id, epoch) VALUES (?, ?) "
                 "ON CONFLICT (volume_id) DO UPDATE SET epoch = max(epoch, excluded.epoch) RETURNING epoch",
                 (volume_id, epoch),
             ).fetchone()
-        return int(highest)
+        self._highest[volume_id] = max(int(highest), self.highest(volume_id))
+        return self._highest[volume_id]
 
     def forget(self, volume_id: str) -> None:
         """Drop the record of a volume that was deleted.
 
-        :raise StoreDamaged: the database cannot be written.
+        :raise StoreFailed: the database cannot be written.
         """
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM epochs WHERE volume_id = ?", (volume_id,))
+        self._highest.pop(volume_id, None)

@@ -74,6 +74,13 @@ class PagingDevice(abc.ABC):
         """
 
     @abc.abstractmethod
+    def names(self) -> list[str]:
+        """List the names of the volumes, sorted; quickly enough for an event loop.
+
+        :raise DeviceUnusable: the storage does not answer as it should.
+        """
+
+    @abc.abstractmethod
     def volume(self, name: str) -> VolumeStat:
         """Look a volume up.
 

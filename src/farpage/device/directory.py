@@ -4,17 +4,19 @@
     PATH/volumes/NAME     the volumes
     PATH/headers/NAME     their identities and epochs
 
-Several VIOS may share the directory. Changes are made under a lock (flock(2)) on it.
+Several VIOS may share the directory. Volumes are made and deleted under a lock (flock(2)) on it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
 import re
 import stat
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +44,9 @@ UNCOUNTED = frozenset({"lost+found"})
 """Not a sign that a directory is in use: every new ext file system has it."""
 
 DEFAULT_SIZE_UNIT_BYTES = 1 << 20
+
+LOCK_SECONDS = 5.0
+LOCK_RETRY_SECONDS = 0.002
 
 Result = TypeVar("Result")
 
@@ -84,6 +89,11 @@ class DirectoryDevice(PagingDevice):
                 with contextlib.suppress(VolumeMissing):
                     found.append(self.volume(name))
         return found
+
+    def names(self) -> list[str]:
+        """List the names of the volumes, from the directory alone."""
+        with self._problems_named():
+            return self._names()
 
     def volume(self, name: str) -> VolumeStat:
         """Look at the volume's file and header."""
@@ -145,7 +155,7 @@ class DirectoryDevice(PagingDevice):
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError as error:
                         raise VolumeInUse(name, self.name, ", maybe through another VIOS") from error
-                header.set_epoch(EPOCH_MAX)
+                header.raise_epoch(EPOCH_MAX)
                 path.unlink()
                 sync_folder(path.parent)
                 self._header_path(name).unlink(missing_ok=True)
@@ -154,10 +164,8 @@ class DirectoryDevice(PagingDevice):
 
     def raise_epoch(self, name: str, epoch: int) -> int:
         """Record the epoch in the volume's header, which every VIOS looks at before it writes."""
-        with self._problems_named(), self._locked(), self._header(name) as header:
-            if epoch > header.epoch:
-                header.set_epoch(epoch)
-            return header.epoch
+        with self._problems_named(), self._header(name) as header:
+            return header.raise_epoch(epoch)
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run it in one of the device's threads."""
@@ -264,10 +272,23 @@ def unusable(spec: str, error: OSError | ValueError) -> DeviceUnusable:
 
 @contextlib.contextmanager
 def folder_locked(folder: Path) -> Iterator[None]:
-    """Hold the directory's lock; other threads and processes wait."""
+    """Hold the directory's lock; other threads and processes wait.
+
+    :raise OSError: ETIMEDOUT when another holds it too long: a VIOS that was stopped keeps its lock.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + LOCK_SECONDS
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError(
+                        errno.ETIMEDOUT, "its lock is held by another process, which may hang", str(folder)
+                    ) from None
+                time.sleep(LOCK_RETRY_SECONDS)
         yield
     finally:
         os.close(descriptor)
@@ -348,5 +369,5 @@ def _room(folder: Path) -> int:
     status = os.statvfs(folder)
     size_bytes = status.f_bavail * status.f_frsize // DEFAULT_SIZE_UNIT_BYTES * DEFAULT_SIZE_UNIT_BYTES
     if size_bytes == 0:
-        raise OSError(28, "the file system is full", str(folder))
+        raise OSError(errno.ENOSPC, "the file system is full", str(folder))
     return size_bytes

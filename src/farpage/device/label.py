@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import struct
 import uuid
@@ -12,13 +13,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from farpage.device.base import EPOCH_MAX
-
 LABEL_NAME = "label.json"
 
-_HEADER = struct.Struct("<8s16sQ")
+_HEADER = struct.Struct("<8s16s")
 _MAGIC = b"farpage\x01"
-_EPOCH_OFFSET = 24
+_RECORD_BYTES = 8
+_READ_BYTES = 512 * _RECORD_BYTES
 
 
 class Label(BaseModel):
@@ -86,10 +86,12 @@ def sync_folder(folder: Path) -> None:
 
 
 class Header:
-    """A volume's identity and epoch, in a small file that every VIOS looks at before it changes the volume.
+    """A volume's identity and epochs, in a small file that every VIOS looks at before it changes the volume.
 
-    The file: magic, UUID, epoch (little-endian, 64 bits). It is read anew each time and not mapped:
-    a mapping would end the process with SIGBUS if somebody cut the file.
+    The file: magic, UUID, then one record (little-endian, 64 bits) for each time that an epoch was
+    raised; the highest counts. Records are only ever appended, which the kernel does one at a time, so no
+    lock is needed: a VIOS that is stopped in the middle holds nobody up. The file is read and not
+    mapped: a mapping would end the process with SIGBUS if somebody cut the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,19 +101,22 @@ class Header:
         :raise ValueError: it is damaged.
         """
         self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         content = os.pread(self._descriptor, _HEADER.size, 0)
-        if len(content) != _HEADER.size or not content.startswith(_MAGIC):
+        size_bytes = os.fstat(self._descriptor).st_size
+        if not content.startswith(_MAGIC) or size_bytes % _RECORD_BYTES or len(content) != _HEADER.size:
             self.close()
             raise ValueError(f"{path} is not a volume's header")
-        _magic, identity, _epoch = _HEADER.unpack(content)
+        _magic, identity = _HEADER.unpack(content)
         self.id = str(uuid.UUID(bytes=identity))
+        self._known = (_HEADER.size, 0)
+        """Where the records end that were read, and their highest."""
 
     @staticmethod
     def create(path: Path) -> None:
         """Write the header of a new volume durably; one that is there already stays."""
         temporary = path.with_name(f".{path.name}.{uuid.uuid4()}")
-        replace_durably(temporary, _HEADER.pack(_MAGIC, uuid.uuid4().bytes, 0))
+        replace_durably(temporary, _HEADER.pack(_MAGIC, uuid.uuid4().bytes))
         try:
             # Unlike a rename this never takes another process's new header away.
             with contextlib.suppress(FileExistsError):
@@ -122,14 +127,28 @@ class Header:
 
     @property
     def epoch(self) -> int:
-        """The highest epoch that any process has recorded; the highest possible if it cannot be read."""
-        content = os.pread(self._descriptor, 8, _EPOCH_OFFSET)
-        return int.from_bytes(content, "little") if len(content) == 8 else EPOCH_MAX
+        """The highest epoch that any process has recorded, 0 for none. Safe to ask from any thread."""
+        end, highest = self._known
+        while records := os.pread(self._descriptor, _READ_BYTES, end):
+            whole = len(records) // _RECORD_BYTES * _RECORD_BYTES
+            if whole == 0:
+                break
+            highest = max(highest, *struct.unpack(f"<{whole // _RECORD_BYTES}Q", records[:whole]))
+            end += whole
+        # One assignment, so that position and highest always belong together, whichever thread is last.
+        self._known = (end, highest)
+        return highest
 
-    def set_epoch(self, epoch: int) -> None:
-        """Record an epoch durably; the caller holds the device's lock and never lowers it."""
-        os.pwrite(self._descriptor, epoch.to_bytes(8, "little"), _EPOCH_OFFSET)
-        os.fdatasync(self._descriptor)
+    def raise_epoch(self, epoch: int) -> int:
+        """Record an epoch durably if it is the highest; return the highest.
+
+        :raise OSError: it could not be recorded.
+        """
+        if epoch > self.epoch:
+            if os.write(self._descriptor, epoch.to_bytes(_RECORD_BYTES, "little")) != _RECORD_BYTES:
+                raise OSError(errno.ENOSPC, "the epoch was recorded in part")
+            os.fdatasync(self._descriptor)
+        return self.epoch
 
     def close(self) -> None:
         """Close the file."""

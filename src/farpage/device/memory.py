@@ -81,6 +81,11 @@ class MemoryDevice(PagingDevice):
         with self._lock:
             return [self._stored[name].stat() for name in sorted(self._stored)]
 
+    def names(self) -> list[str]:
+        """List the names of the volumes."""
+        with self._lock:
+            return sorted(self._stored)
+
     def volume(self, name: str) -> VolumeStat:
         """Look a volume up."""
         with self._lock:

@@ -87,9 +87,10 @@ class IoThreads:
             except Exception:
                 log.exception("io_thread_failed", work=getattr(work, "__qualname__", repr(work)))
                 error = errno.EIO
+            # Before `done` runs: the caller may then release its buffer, which no view of may be left.
+            del job, work, arguments
             self._complete(done, error)
-            # What a waiting thread refers to stays alive: a buffer must be free to go back to its pool.
-            del job, done, work, arguments
+            del done
         self._complete(self._thread_ended, 0)
 
     def _complete(self, done: Callable[[int], None], error: int) -> None:

@@ -80,7 +80,7 @@ class VolumeExports:
         try:
             wanted = parse_export_name(name)
             located = await self._volumes.find(wanted.volume)
-            epoch = await self._volumes.epoch(located)
+            epoch = self._volumes.epoch(located)
             if wanted.epoch is not None and wanted.epoch < epoch:
                 raise VolumeFenced(wanted.volume, wanted.epoch, epoch)
         except FarpageError as error:
@@ -99,7 +99,7 @@ class VolumeExports:
         found: list[tuple[str, str]] = []
         for device in self._volumes.devices:
             try:
-                found += [(stat.name, f"on device {device.name}") for stat in device.volumes()]
+                found += [(name, f"on device {device.name}") for name in device.names()]
             except DeviceUnusable as error:
                 log.error("device_unusable", device=device.name, problem=error.cause)
         return sorted(found)

@@ -26,7 +26,7 @@ class RememberedDevices:
     def all(self) -> list[RememberedDevice]:
         """Return them in the order of their specifications.
 
-        :raise StoreDamaged: the database cannot be read.
+        :raise StoreFailed: the database cannot be read.
         """
         with self._database.transaction() as connection:
             rows = connection.execute("SELECT spec, name, size_bytes FROM devices ORDER BY spec").fetchall()
@@ -35,7 +35,7 @@ class RememberedDevices:
     def add(self, device: RememberedDevice) -> None:
         """Remember one durably, in place of one of the same specification.
 
-        :raise StoreDamaged: the database cannot be written.
+        :raise StoreFailed: the database cannot be written.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with self._database.transaction() as connection:

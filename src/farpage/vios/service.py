@@ -128,16 +128,16 @@ class ViosService:
         return await self._on_data(self._list_volumes())
 
     async def _list_volumes(self) -> tuple[VolumeInfo, ...]:
-        return tuple([await self._volume_info(located) for located in await self.volumes.list()])
+        return tuple(map(self._volume_info, await self.volumes.list()))
 
-    async def _volume_info(self, located: Located) -> VolumeInfo:
+    def _volume_info(self, located: Located) -> VolumeInfo:
         stat = located.stat
         return VolumeInfo(
             name=stat.name,
             device=located.device.id,
             size_bytes=stat.size_bytes,
             used_bytes=stat.used_bytes,
-            epoch=await self.volumes.epoch(located),
+            epoch=self.volumes.epoch(located),
             open_connections=self.exports.connections(stat.id),
         )
 
@@ -149,7 +149,7 @@ class ViosService:
         return await self._on_data(self._volume(name))
 
     async def _volume(self, name: str) -> VolumeInfo:
-        return await self._volume_info(await self.volumes.find(name))
+        return self._volume_info(await self.volumes.find(name))
 
     async def create_volume(self, wanted: VolumeCreate) -> VolumeInfo:
         """Make a volume.
@@ -162,7 +162,7 @@ class ViosService:
 
     async def _create_volume(self, wanted: VolumeCreate) -> VolumeInfo:
         located = await self.volumes.create(wanted.name, wanted.device, wanted.size_bytes)
-        return await self._volume_info(located)
+        return self._volume_info(located)
 
     async def open_volume(self, name: str, epoch: int) -> VolumeInfo:
         """Make `epoch` the owner; on return no command of an older one can reach the device.

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import structlog
 
 from farpage.blockio import BlockIO
+from farpage.definition.errors import StoreFailed
 from farpage.definition.model import Definition, PagingCommand
 from farpage.definition.rules import epochs
 from farpage.definition.store import DefinitionStore, EpochStore
@@ -179,11 +180,15 @@ class Volumes:
 
     # Ownership
 
-    async def epoch(self, located: Located) -> int:
+    def epoch(self, located: Located) -> int:
         """Return the highest epoch of the volume that the device, the database or the definition knows."""
         stat = located.stat
-        stored = await located.device.run(self._epochs.highest, stat.id)
-        return max(stat.epoch, stored, self._highest.get(stat.id, 0), self._defined_epoch(stat.name))
+        return max(
+            stat.epoch,
+            self._epochs.highest(stat.id),
+            self._highest.get(stat.id, 0),
+            self._defined_epoch(stat.name),
+        )
 
     def _defined_epoch(self, name: str) -> int:
         definition = self._definitions.current()
@@ -207,13 +212,12 @@ class Volumes:
         # Refused at once, however long the claim of a newer owner still waits for what it cuts off.
         self._refuse_older(name, volume_id, epoch)
         async with self._claiming(volume_id):
-            highest = await self.epoch(located)
+            highest = self.epoch(located)
             if epoch < highest:
                 raise VolumeFenced(name, epoch, highest)
             if epoch > located.stat.epoch:
                 highest = max(highest, await device.run(device.raise_epoch, name, epoch))
-            if await device.run(self._epochs.highest, volume_id) < epoch:
-                await device.run(self._epochs.raise_to, volume_id, epoch)
+            await device.run(self._store_epoch, volume_id, epoch)
             # From here on, with no wait in between, nobody older gets in; those inside are cut off below.
             self._highest[volume_id] = max(self._highest.get(volume_id, 0), highest, epoch)
             self._refuse_older(name, volume_id, epoch)
@@ -241,6 +245,13 @@ class Volumes:
             await volume.close()
             raise
         return located, ConvertedVolume(volume, commands)
+
+    def _store_epoch(self, volume_id: str, epoch: int) -> None:
+        try:
+            self._epochs.raise_to(volume_id, epoch)
+        except StoreFailed as error:
+            # The device has the epoch too; a full disk must not keep a client from its other path.
+            log.error("epoch_not_stored", volume_id=volume_id, epoch=epoch, problem=error.cause)
 
     def _refuse_older(self, name: str, volume_id: str, epoch: int) -> None:
         highest = self._highest.get(volume_id, 0)

@@ -12,7 +12,7 @@ import pytest
 
 from farpage.definition.database import Database
 from farpage.definition.document import canonical_json
-from farpage.definition.errors import InvalidDefinition, RevisionConflict, StoreDamaged
+from farpage.definition.errors import InvalidDefinition, RevisionConflict, StoreDamaged, StoreFailed
 from farpage.definition.model import Access, Definition, Grant, PagingCommand, ViosRecord
 from farpage.definition.rules import FoundDevice, add_client, next_revision, raise_epoch, register_vios
 from farpage.definition.store import HISTORY_MAX, DefinitionStore, EpochStore
@@ -211,7 +211,7 @@ def test_a_layout_of_a_newer_farpage_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(StoreDamaged):
+    with pytest.raises(StoreFailed, match="check that the folder exists"):
         Database(tmp_path / "nothing" / "vios.db")
 
 
@@ -220,3 +220,4 @@ def test_a_failed_change_is_undone_whole(database: Database) -> None:
         connection.execute("INSERT INTO epochs VALUES ('volume', 3)")
         raise RuntimeError
     assert EpochStore(database).highest("volume") == 0
+    assert EpochStore(database).raise_to("volume", 1) == 1

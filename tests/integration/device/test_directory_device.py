@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from farpage.device import directory
 from farpage.device.base import PagingDevice
 from farpage.device.directory import prepare_directory
 from farpage.device.errors import (
@@ -19,6 +20,7 @@ from farpage.device.errors import (
     VolumeInUse,
     VolumeMissing,
 )
+from farpage.device.label import Header
 from farpage.device.open import open_device
 from farpage.device.spec import DirectorySpec, parse_spec
 from farpage.errors import InvalidInput
@@ -111,6 +113,7 @@ def test_labels_made_at_once_are_one_label(tmp_path: Path) -> None:
 CREATE_MANY = """
 import asyncio, sys
 from farpage.device.errors import CapacityExceeded
+from farpage.device.label import Header
 from farpage.device.open import open_device
 
 async def main():
@@ -245,3 +248,40 @@ async def test_the_label_is_readable_by_people(tmp_path: Path) -> None:
         assert label["uuid"] == device.id
         assert label["size_bytes"] == 8 << 20
         assert device.name == "my-disk"
+
+
+def test_epochs_raised_by_many_at_once_keep_the_highest(tmp_path: Path) -> None:
+    Header.create(tmp_path / "vm1")
+    barrier = threading.Barrier(8)
+
+    def raise_many(first: int) -> None:
+        with Header(tmp_path / "vm1") as header:
+            barrier.wait()
+            for epoch in range(first, 2000, 8):
+                assert header.raise_epoch(epoch) >= epoch
+
+    threads = [threading.Thread(target=raise_many, args=(first,)) for first in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with Header(tmp_path / "vm1") as header:
+        assert header.epoch == 1999
+
+
+async def test_a_stopped_process_that_holds_the_lock_delays_no_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "LOCK_SECONDS", 0.02)
+    async with opening(f"dir:{tmp_path}/a?size=8M") as device:
+        device.create_volume("vm1", 4096)
+        with directory.folder_locked(tmp_path / "a"):
+            assert device.raise_epoch("vm1", 3) == 3
+            opened = await device.open_volume("vm1", 3)
+            assert device.volumes()[0].epoch == 3
+            with pytest.raises(DeviceUnusable, match="lock is held"):
+                device.create_volume("vm2", 4096)
+            with pytest.raises(DeviceUnusable, match="lock is held"):
+                device.delete_volume("vm1", force=True)
+        await opened.close()
+        device.create_volume("vm2", 4096)
