@@ -320,16 +320,22 @@ def default_name(path: str) -> str:
 
 
 def prepare_directory(
-    spec: DirectorySpec, *, name: str | None = None, size_bytes: int | None = None, force: bool = False
+    spec: DirectorySpec,
+    *,
+    text: str | None = None,
+    name: str | None = None,
+    size_bytes: int | None = None,
+    force: bool = False,
 ) -> Label:
     """Return the directory's label, and label it first if it has none.
 
     A directory that is not there is made, its parent is not. `size_bytes` goes before the size
-    in the specification; without either the size is the room that the file system has now.
+    in the specification; without either the size is the room that the file system has now. `text` is
+    the specification as the user wrote it.
 
     :raise DeviceUnusable: not a directory, in use by something else, another size or name than asked for.
     """
-    text, folder = str(spec), Path(spec.path)
+    text, folder = text or str(spec), Path(spec.path)
     wanted_bytes = size_bytes if size_bytes is not None else spec.size_bytes
     try:
         if not folder.exists():

@@ -24,5 +24,7 @@ async def open_device(
         if size_bytes is not None and size_bytes != parsed.size_bytes:
             raise DeviceUnusable(spec, f"the size given is {size_bytes}", "give the size once")
         return MemoryDevice(parsed, name=name, text=spec)
-    label = await asyncio.to_thread(prepare_directory, parsed, name=name, size_bytes=size_bytes, force=force)
+    label = await asyncio.to_thread(
+        prepare_directory, parsed, text=spec, name=name, size_bytes=size_bytes, force=force
+    )
     return DirectoryDevice(parsed, label, text=spec)
