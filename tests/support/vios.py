@@ -157,5 +157,5 @@ def vios_processes(folder: Path, *names: str, devices: Sequence[str]) -> Iterato
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that no event tells."""
-    while not condition():  # noqa: ASYNC110
+    while not condition():
         await asyncio.sleep(0.001)
