@@ -1,0 +1,114 @@
+"""Unmodified Linux guests under QEMU, whose memory is paged while they check it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from farpage.api.errors import RemoteError
+from farpage.embedded.set import EmbeddedSet
+from farpage.guest.qemu import GuestOptions, QemuGuest
+from farpage.guest.reports import PassDone
+from farpage.hypervisor.model import Attachment, ClientAttach, ClientInfo
+from tests.guest.support import BOOT_TIMEOUT_SECONDS, BootGuest
+
+pytestmark = pytest.mark.timeout(400)
+
+MIB = 1 << 20
+PASS_TIMEOUT_SECONDS = 120.0
+
+
+def userfaultfds(pid: int) -> list[str]:
+    """List the descriptors of a process that are userfaultfds."""
+    folder = Path(f"/proc/{pid}/fd")
+    return [entry.name for entry in folder.iterdir() if "userfaultfd" in str(entry.readlink())]
+
+
+async def next_pass(guest: QemuGuest) -> PassDone:
+    """Wait for a pass that begins after now, and return it."""
+    done = max((report.number for report in guest.reports if isinstance(report, PassDone)), default=-1)
+    report = await guest.wait_for(
+        lambda report: isinstance(report, PassDone) and report.number >= done + 2, PASS_TIMEOUT_SECONDS
+    )
+    assert isinstance(report, PassDone)
+    return report
+
+
+async def test_memtester_finds_nothing_wrong_in_a_guest_paged_to_a_quarter(
+    embedded: EmbeddedSet, boot_guest: BootGuest
+) -> None:
+    guest = await boot_guest(
+        GuestOptions(memory_mib=192, commands=("MEMTESTER_TEST_MASK=0xff memtester 80M 1",))
+    )
+    await attach_while_it_boots(embedded, guest)
+    assert await guest.command_statuses(300.0) == [0], "\n".join(guest.console)
+    assert any("Random Value" in line and "ok" in line for line in guest.console)
+
+
+async def attach_while_it_boots(embedded: EmbeddedSet, guest: QemuGuest) -> None:
+    """Attach a guest as soon as QEMU has mapped its memory."""
+    async with asyncio.timeout(BOOT_TIMEOUT_SECONDS):
+        while True:
+            try:
+                await embedded.hypervisor.attach("vm1", ClientAttach(pid=guest.pid, limit_bytes=48 * MIB))
+            except RemoteError as error:
+                assert error.code == "no_shared_memory", error
+                await asyncio.sleep(0.05)
+            else:
+                return
+
+
+async def test_a_guest_is_attached_and_detached_five_times_while_it_runs(
+    embedded: EmbeddedSet, boot_guest: BootGuest
+) -> None:
+    guest = await boot_guest(GuestOptions(memory_mib=192, fill_mib=96))
+    await guest.wait_for(lambda report: isinstance(report, PassDone), BOOT_TIMEOUT_SECONDS)
+    for _ in range(5):
+        attached = await embedded.hypervisor.attach("vm1", ClientAttach(pid=guest.pid, limit_bytes=48 * MIB))
+        assert attached.attachment is Attachment.PROCESS
+        assert len(userfaultfds(guest.pid)) == 1
+        await next_pass(guest)
+        paged = await embedded.hypervisor.client("vm1")
+        assert paged.resident_bytes <= 48 * MIB * 1.05
+        assert paged.on_device_bytes > 0
+        detached = await embedded.hypervisor.detach("vm1")
+        assert detached.attachment is Attachment.NONE
+        assert userfaultfds(guest.pid) == []
+        await next_pass(guest)
+    assert [report.wrong for report in guest.reports if isinstance(report, PassDone) and report.wrong] == []
+
+
+async def test_a_guest_that_ends_while_it_is_paged_leaves_a_client_that_can_be_deleted(
+    embedded: EmbeddedSet, boot_guest: BootGuest
+) -> None:
+    guest = await boot_guest(GuestOptions(memory_mib=192, fill_mib=96))
+    await guest.wait_for(lambda report: isinstance(report, PassDone), BOOT_TIMEOUT_SECONDS)
+    await embedded.hypervisor.attach("vm1", ClientAttach(pid=guest.pid, limit_bytes=48 * MIB))
+    await next_pass(guest)
+    await guest.stop()
+    await until_detached(embedded)
+    await embedded.hypervisor.delete_client("vm1")
+    assert await embedded.hypervisor.clients() == ()
+    assert await embedded.vioses["vios1"].volumes() == ()
+
+
+async def test_stopping_the_hypervisor_gives_a_guest_its_memory_back(
+    embedded: EmbeddedSet, boot_guest: BootGuest
+) -> None:
+    guest = await boot_guest(GuestOptions(memory_mib=192, fill_mib=96))
+    await guest.wait_for(lambda report: isinstance(report, PassDone), BOOT_TIMEOUT_SECONDS)
+    await embedded.hypervisor.attach("vm1", ClientAttach(pid=guest.pid, limit_bytes=48 * MIB))
+    await next_pass(guest)
+    await embedded.stop()
+    assert userfaultfds(guest.pid) == []
+    assert (await next_pass(guest)).wrong == 0
+
+
+async def until_detached(embedded: EmbeddedSet) -> ClientInfo:
+    """Wait until the hypervisor has noticed the guest's end."""
+    async with asyncio.timeout(10):
+        while (info := await embedded.hypervisor.client("vm1")).attachment is not Attachment.NONE:
+            await asyncio.sleep(0.02)
+    return info
