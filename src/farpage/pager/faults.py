@@ -34,6 +34,10 @@ from farpage.pager.table import (
 RETRY_SECONDS: Final = 0.001
 """Pause after an EAGAIN: the client's mappings are changing, or a remove event is pending."""
 
+WRITE_AHEAD_PAGES: Final = 32
+"""Most clean pages that are given to a sequential writer at one fault; each is paged out again if it isn't
+written to, so a writer that leaves out pages gets single ones."""
+
 
 class Fault(NamedTuple):
     """One access that waits; `flags` are those of the event, `began_seconds` when it was read."""
@@ -53,6 +57,7 @@ class Faults:
         self._loop = asyncio.get_running_loop()
         self._read_ahead = ReadAhead()
         self._zero_ahead = ReadAhead()
+        self._write_ahead = ReadAhead(WRITE_AHEAD_PAGES, gaps=False)
         self._waiting: dict[int, float] = {}
         self._write_wanted: set[int] = set()
         self._deferred: deque[Fault] = deque()
@@ -108,14 +113,14 @@ class Faults:
     def _write_to_protected(self, fault: Fault) -> None:
         """Let a write through; it makes a clean page dirty and an on-going page-out of it useless."""
         table = self._space.table
-        if not self._space.memory.unprotect(fault.page, 1):
+        page, state = fault.page, table.state[fault.page]
+        ahead = table.run(page, self._write_ahead.window(page), CLEAN) if state == CLEAN else 1
+        if not self._space.memory.unprotect(page, ahead):
             self._later(fault)
-            return
-        state = table.state[fault.page]
-        if state == CLEAN:
-            table.put(fault.page, DIRTY)
+        elif state == CLEAN:
+            table.move(page, ahead, CLEAN, DIRTY)
         elif state == WRITING:
-            table.put(fault.page, REWRITTEN)
+            table.put(page, REWRITTEN)
             self._space.counters.cancelled_pages += 1
 
     def _map(self, fault: Fault, state: int) -> None:
@@ -178,7 +183,8 @@ class Faults:
         count = space.table.run(page, min(self._read_ahead.window(page), max(room // 2, 1)), ON_DEVICE)
         self._waiting[page] = fault.began_seconds
         if fault.flags & FLAG_WRITE:
-            self._write_wanted.add(page)
+            # A sequential writer is about to write to what is read ahead for it, too.
+            self._write_wanted.update(range(page, page + count))
         space.counters.read_ahead_pages += count - 1
         self.fetch(page, count)
 
@@ -273,7 +279,8 @@ class Faults:
             began = self._waiting.pop(page, None)
             if began is not None:
                 space.waited(began, now)
-                self._write_wanted.discard(page)
+        if state == DIRTY:
+            self._write_wanted.difference_update(range(first, first + count))
         if self._bad:
             self._bad.difference_update(range(first, first + count))
 

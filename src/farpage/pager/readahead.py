@@ -20,10 +20,14 @@ class _Stream:
 
 
 class ReadAhead:
-    """Finds rising sequential streams among faults; a fault outside of all gets its page alone."""
+    """Finds rising sequential streams among faults; a fault outside of all gets its page alone.
 
-    def __init__(self, largest_window_pages: int = LARGEST_WINDOW_PAGES) -> None:
+    A stream may leave out pages, as many as its window has; with `gaps` False it may not.
+    """
+
+    def __init__(self, largest_window_pages: int = LARGEST_WINDOW_PAGES, *, gaps: bool = True) -> None:
         self._largest = largest_window_pages
+        self._gaps = gaps
         self._streams: list[_Stream] = []
 
     def window(self, page: int) -> int:
@@ -32,7 +36,8 @@ class ReadAhead:
         for stream in streams:
             # Before the window's end it counts too, when less than the window was brought in; and a
             # little beyond it, when pages in between were in memory already.
-            if stream.last_page < page <= stream.next_page + stream.window:
+            reach = stream.next_page + stream.window if self._gaps else stream.next_page
+            if stream.last_page < page <= reach:
                 stream.window = min(stream.window * 2, self._largest)
                 stream.last_page = page
                 stream.next_page = page + stream.window

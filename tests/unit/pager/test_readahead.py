@@ -49,6 +49,11 @@ def test_a_window_that_was_cut_short_does_not_end_the_stream() -> None:
     assert window == LARGEST_WINDOW_PAGES
 
 
+def test_without_gaps_a_stream_ends_at_the_first_page_left_out() -> None:
+    ahead = ReadAhead(gaps=False)
+    assert [ahead.window(page) for page in (0, 1, 3, 7, 16)] == [1, 2, 4, 8, 1]
+
+
 def test_random_faults_read_hardly_anything_in_vain() -> None:
     ahead = ReadAhead()
     rng = random.Random(1)
