@@ -11,6 +11,7 @@ import sys
 from farpage.address import UnixAddress
 from farpage.blockio import BlockIO
 from farpage.device.open import open_device
+from farpage.nbd.eventloop import DataPlaneLoop
 from farpage.nbd.export import Export, ExportInfo, Peer
 from farpage.nbd.server import Server
 
@@ -43,4 +44,5 @@ async def _serve(socket_path: str, device_spec: str, volume_name: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(*sys.argv[1:]))
+    with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
+        runner.run(_serve(*sys.argv[1:]))

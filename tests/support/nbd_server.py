@@ -13,6 +13,7 @@ from collections import deque
 
 from farpage.address import UnixAddress
 from farpage.blockio import BlockIO
+from farpage.nbd.eventloop import DataPlaneLoop
 from farpage.nbd.server import Server
 from tests.support.blockio import MemoryIO
 from tests.support.nbd import Exports
@@ -39,4 +40,5 @@ async def serve(socket_path: str, volumes: list[str]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR)
-    asyncio.run(serve(sys.argv[1], sys.argv[2:]))
+    with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
+        runner.run(serve(sys.argv[1], sys.argv[2:]))

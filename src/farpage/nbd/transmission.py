@@ -18,7 +18,7 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from farpage.nbd import codec
+from farpage.nbd import codec, eventloop
 from farpage.nbd import protocol as p
 from farpage.nbd.buffers import AlignedPool
 from farpage.nbd.commands import Commands, Request
@@ -90,6 +90,8 @@ class Transmission:
 
         self._phase = _Phase.OPEN
         self._reading = False
+        self._scheduled = False
+        """Whether, since this was last reset, anything was done but answering from what is at hand."""
         self._parsing = False
         self._blocked = False
         self._push_scheduled = False
@@ -144,6 +146,7 @@ class Transmission:
 
     def _drain(self) -> None:
         """Read no more; close when everything is answered."""
+        self._scheduled = True
         if self._phase is _Phase.OPEN:
             self._phase = _Phase.DRAINING
             self._stop_reading()
@@ -154,6 +157,7 @@ class Transmission:
         if self._phase is _Phase.CLOSED:
             return
         self._phase = _Phase.CLOSED
+        self._scheduled = True
         self._stop_reading()
         if self._linger is not None:
             self._linger.cancel()
@@ -185,21 +189,24 @@ class Transmission:
 
     def _resume_reading(self) -> None:
         if not self._reading and self._phase is _Phase.OPEN:
-            self._loop.add_reader(self._socket, self._on_readable)
+            eventloop.add_reader(self._loop, self._socket, self._on_readable)
             self._reading = True
 
     def _stop_reading(self) -> None:
         if self._reading:
-            self._loop.remove_reader(self._socket)
+            eventloop.remove_reader(self._loop, self._socket)
             self._reading = False
 
-    def _on_readable(self) -> None:
+    def _on_readable(self) -> bool:
+        """Serve what has come; return whether anything may have been scheduled on the loop."""
+        self._scheduled = False
         for _ in range(_RECEIVES_MAX):
             received = self._receive()
             # A client that has several requests under way has probably sent more meanwhile: asking costs
-            # less than a turn of the loop. One that sends a request at a time has not.
+            # less than waiting to be told. One that sends a request at a time has not.
             if received < 2 * _REQUEST_BYTES or not self._reading:
-                return
+                break
+        return self._scheduled
 
     def _receive(self) -> int:
         """Receive once and carry out what came; return the bytes received."""
@@ -234,6 +241,7 @@ class Transmission:
         self._parsing = True
         try:
             if self._sink is None and self._sink_filled is not None:
+                self._scheduled = True
                 filled, self._sink_filled = self._sink_filled, None
                 filled()
             if self._parse_requests():
@@ -254,8 +262,10 @@ class Transmission:
 
     def _parse_requests(self) -> bool:
         """Return whether everything whole in the receive buffer was carried out."""
-        if self._discard_bytes and not self._discard():
-            return True
+        if self._discard_bytes:
+            self._scheduled = True
+            if not self._discard():
+                return True
         if self._saturated():
             return False
         commands, output = self._commands, self._output
@@ -314,6 +324,7 @@ class Transmission:
 
     def _begin(self, request: Request) -> bool:
         """Start one command; return whether the next one may be parsed."""
+        self._scheduled = True
         if request.command == p.NBD_CMD_DISC:
             self._drain()
             return False
@@ -429,7 +440,7 @@ class Transmission:
         if self._phase is _Phase.DRAINING and not self._commands.in_flight:
             self._close()
         elif not self._reading and not self._resume_scheduled and not self._saturated():
-            self._resume_scheduled = True
+            self._resume_scheduled = self._scheduled = True
             self._loop.call_soon(self._resume)
         return True
 

@@ -1,0 +1,189 @@
+"""asyncio's event loop with a short cut for readers whose work leaves nothing behind for the loop.
+
+A turn of asyncio's loop costs about as much as answering a page's read. `DataPlaneLoop` is the same loop
+over a selector that calls *direct* readers itself, while it waits: as long as they say that they scheduled
+nothing, and nothing else is ready or due, it goes on waiting without a turn of the loop. Everything else
+works as ever:
+
+    with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
+        runner.run(main())
+
+That is sound because the loop asks its selector to wait (a timeout other than 0) only when no callback is
+ready, and for no longer than until its next timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import select
+import selectors
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+DirectReader: TypeAlias = Callable[[], bool]
+"""Called when the socket is readable; returns whether it may have scheduled anything on the loop."""
+
+
+class DirectSelector(selectors.BaseSelector):
+    """An epoll selector that calls direct readers from within `select`."""
+
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
+        """Prepare; `failed` is told what a direct reader raised."""
+        self._failed = failed
+        self._epoll = select.epoll()
+        self._keys: dict[int, selectors.SelectorKey] = {}
+        self._direct: dict[int, DirectReader] = {}
+        self._masks: dict[int, int] = {}
+
+    def set_direct(self, descriptor: int, reader: DirectReader | None) -> None:
+        """Have `reader` called while the descriptor is readable; None takes it back."""
+        if reader is None:
+            self._direct.pop(descriptor, None)
+        else:
+            self._direct[descriptor] = reader
+        self._watch(descriptor)
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        """Watch a file object (see `selectors.BaseSelector`).
+
+        :raise KeyError: it is registered already.
+        """
+        descriptor = _descriptor(fileobj)
+        if descriptor in self._keys:
+            raise KeyError(f"{fileobj!r} is already registered")
+        key = self._keys[descriptor] = selectors.SelectorKey(fileobj, descriptor, events, data)
+        self._watch(descriptor)
+        return key
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        """Stop watching a file object.
+
+        :raise KeyError: it is not registered.
+        """
+        key = self._keys.pop(_descriptor(fileobj))
+        self._watch(key.fd)
+        return key
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        """Change what a file object is watched for.
+
+        :raise KeyError: it is not registered.
+        """
+        descriptor = _descriptor(fileobj)
+        old = self._keys[descriptor]
+        key = self._keys[descriptor] = selectors.SelectorKey(old.fileobj, descriptor, events, data)
+        self._watch(descriptor)
+        return key
+
+    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
+        """Return a file object's key.
+
+        :raise KeyError: it is not registered.
+        """
+        return self._keys[_descriptor(fileobj)]
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        """Return the keys by descriptor."""
+        return self._keys
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait, and serve direct readers meanwhile; `timeout` in seconds, None for ever."""
+        deadline = time.monotonic() + timeout if timeout is not None and timeout > 0 else None
+        while True:
+            # Rounded up to the milliseconds of epoll_wait(2), so that no wait ends before its timer is due.
+            wait = -1.0 if timeout is None else math.ceil(max(timeout, 0) * 1000) / 1000
+            events = self._epoll.poll(wait)
+            stay = bool(events) and (timeout is None or timeout > 0)
+            ready: list[tuple[selectors.SelectorKey, int]] = []
+            for descriptor, event in events:
+                reader = self._direct.get(descriptor)
+                if reader is not None and event & ~select.EPOLLOUT and self._call(reader):
+                    stay = False
+                key = self._keys.get(descriptor)
+                if key is not None:
+                    happened = (selectors.EVENT_READ if event & ~select.EPOLLOUT else 0) | (
+                        selectors.EVENT_WRITE if event & ~select.EPOLLIN else 0
+                    )
+                    if happened & key.events:
+                        ready.append((key, happened & key.events))
+            if ready or not stay:
+                return ready
+            if deadline is not None:
+                timeout = deadline - time.monotonic()
+                if timeout <= 0:
+                    return ready
+
+    def close(self) -> None:
+        """Let go of the epoll descriptor."""
+        self._keys.clear()
+        self._direct.clear()
+        self._masks.clear()
+        self._epoll.close()
+
+    def _call(self, reader: DirectReader) -> bool:
+        try:
+            return reader()
+        except Exception as failure:
+            self._failed(failure)
+            return True
+
+    def _watch(self, descriptor: int) -> None:
+        """Tell epoll what a descriptor is watched for now."""
+        key = self._keys.get(descriptor)
+        events = key.events if key is not None else 0
+        mask = select.EPOLLIN if descriptor in self._direct or events & selectors.EVENT_READ else 0
+        if events & selectors.EVENT_WRITE:
+            mask |= select.EPOLLOUT
+        old = self._masks.pop(descriptor, 0)
+        if mask:
+            self._masks[descriptor] = mask
+        if mask == old:
+            return
+        if not old:
+            self._epoll.register(descriptor, mask)
+        elif mask:
+            self._epoll.modify(descriptor, mask)
+        else:
+            self._epoll.unregister(descriptor)
+
+
+class DataPlaneLoop(asyncio.SelectorEventLoop):
+    """asyncio's selector event loop with direct readers."""
+
+    def __init__(self) -> None:
+        self._direct_selector = DirectSelector(self._direct_failed)
+        super().__init__(self._direct_selector)
+
+    def add_direct_reader(self, sock: socket.socket, reader: DirectReader) -> None:
+        """Have `reader` called while the socket is readable, outside of any task and without a context."""
+        self._direct_selector.set_direct(sock.fileno(), reader)
+
+    def remove_direct_reader(self, sock: socket.socket) -> None:
+        """Take a direct reader back; before the socket is closed."""
+        self._direct_selector.set_direct(sock.fileno(), None)
+
+    def _direct_failed(self, failure: Exception) -> None:
+        self.call_exception_handler({"message": "a direct reader raised", "exception": failure})
+
+
+def add_reader(loop: asyncio.AbstractEventLoop, sock: socket.socket, reader: DirectReader) -> None:
+    """Add a direct reader where the loop has them, else an ordinary one."""
+    if isinstance(loop, DataPlaneLoop):
+        loop.add_direct_reader(sock, reader)
+    else:
+        loop.add_reader(sock, reader)
+
+
+def remove_reader(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    """Take back what `add_reader` added."""
+    if isinstance(loop, DataPlaneLoop):
+        loop.remove_direct_reader(sock)
+    else:
+        loop.remove_reader(sock)
+
+
+def _descriptor(fileobj: Any) -> int:
+    return fileobj if isinstance(fileobj, int) else int(fileobj.fileno())
