@@ -36,5 +36,5 @@ async def extents_of(io: BlockIO, offset: int, length: int) -> list[Extent]:
 async def condition(holds: Callable[[], bool], timeout_seconds: float = 10.0) -> None:
     """Wait until something is so."""
     async with asyncio.timeout(timeout_seconds):
-        while not holds():  # noqa: ASYNC110 (what is waited for has no event)
+        while not holds():
             await asyncio.sleep(0.001)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from farpage.pager.table import PAGE_BYTES
@@ -23,11 +22,11 @@ def page_checksums(content: memoryview) -> list[int]:
     ]
 
 
-def zero_pages(content: memoryview) -> npt.NDArray[np.bool_]:
-    """Return, for each page in a run of whole pages, whether all of its bytes are zero."""
+def zero_pages(content: memoryview) -> list[int]:
+    """Return which pages of a run of whole pages hold nothing but zeros, as indexes from 0."""
     words = np.frombuffer(content, np.uint64).reshape(-1, PAGE_BYTES // 8)
     # The first word settles nearly all pages that hold data; only the others are read whole.
-    zero: npt.NDArray[np.bool_] = words[:, 0] == 0
-    for row in np.flatnonzero(zero).tolist():
-        zero[row] = not words[row].any()
-    return zero
+    maybe = words[:, 0] == 0
+    if not maybe.any():
+        return []
+    return [row for row in maybe.nonzero()[0].tolist() if not words[row].any()]

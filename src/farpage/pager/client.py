@@ -50,8 +50,7 @@ class PagedClient:
         table = self.space.table
         for first, count in self.space.memory.present_runs():
             table.move(first, count, ZERO, DIRTY)
-            for page in range(first, first + count):
-                self.space.replacement.added(page)
+            self.space.replacement.added(first, count)
         self._loop.add_reader(self.space.memory.fileno(), self.faults.on_events)
         self.eviction.wake()
 

@@ -97,8 +97,7 @@ class Eviction:
         for first, count in runs_of(pages):
             space.memory.release(first, count)
             space.table.move(first, count, CLEAN, ON_DEVICE)
-        for page in pages:
-            space.replacement.evicted(page)
+            space.replacement.evicted(first, count)
         space.counters.clean_evict_pages += len(pages)
         return len(pages)
 
@@ -116,13 +115,12 @@ class Eviction:
     def _write_run(self, first: int, count: int, buffer: SharedBuffer, offset: int) -> int:
         space = self._space
         if not space.memory.protect(first, count):  # the client's mappings are changing
-            for page in range(first, first + count):
-                space.replacement.added(page)
+            space.replacement.added(first, count)
             self._loop.call_later(RETRY_SECONDS, self.wake)
             return 0
         content = buffer.view[offset : offset + count * PAGE_BYTES]
         space.memory.read_out(first, content)
-        zeros = [first + index for index in zero_pages(content).nonzero()[0].tolist()]
+        zeros = [first + index for index in zero_pages(content)]
         if not zeros:
             self._write_pages(first, count, content, buffer)
             return 0
@@ -156,8 +154,7 @@ class Eviction:
         for start, length, state in table.runs(first, count):
             if state == REWRITTEN:
                 table.move(start, length, REWRITTEN, DIRTY)
-                for page in range(start, start + length):
-                    space.replacement.returned(page)
+                space.replacement.returned(start, length)
             elif error:  # the volume was closed
                 table.move(start, length, WRITING, DIRTY)
             elif self._stopped:
@@ -165,8 +162,7 @@ class Eviction:
             else:
                 space.memory.release(start, length)
                 table.move(start, length, WRITING, ON_DEVICE)
-                for page in range(start, start + length):
-                    space.replacement.evicted(page)
+                space.replacement.evicted(start, length)
                 freed += length
         if not error:
             space.counters.page_out_pages += count

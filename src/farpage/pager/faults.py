@@ -34,6 +34,9 @@ from farpage.pager.table import (
 RETRY_SECONDS: Final = 0.001
 """Pause after an EAGAIN: the client's mappings are changing, or a remove event is pending."""
 
+NEAR_PAGES: Final = 8
+"""Pages that are brought in with the one that is waited for; the rest of a window comes behind them."""
+
 WRITE_AHEAD_PAGES: Final = 32
 """Most clean pages that are given to a sequential writer at one fault; each is paged out again if it isn't
 written to, so a writer that leaves out pages gets single ones."""
@@ -169,8 +172,7 @@ class Faults:
             self._later(fault)
             return
         space.table.move(fault.page, done, ZERO, DIRTY)
-        for page in range(fault.page, fault.page + done):
-            space.replacement.added(page)
+        space.replacement.added(fault.page, done)
         space.counters.zero_fill_pages += done
         space.waited(fault.began_seconds, self._loop.time())
 
@@ -186,7 +188,11 @@ class Faults:
             # A sequential writer is about to write to what is read ahead for it, too.
             self._write_wanted.update(range(page, page + count))
         space.counters.read_ahead_pages += count - 1
-        self.fetch(page, count)
+        # The page that is waited for comes with a few others, not at the end of the whole window.
+        near = min(count, NEAR_PAGES)
+        self.fetch(page, near)
+        if count > near:
+            self.fetch(page + near, count - near)
 
     def _room(self, fault: Fault) -> int:
         """Return the pages that may be brought in; with none, the fault waits for page-outs."""
@@ -273,12 +279,15 @@ class Faults:
     def _came_in(self, first: int, count: int, state: int) -> None:
         space = self._space
         space.table.move(first, count, READING, state)
+        space.replacement.returned(first, count)
+        waiting = self._waiting
+        if len(waiting) < count:
+            came = [page for page in waiting if first <= page < first + count]
+        else:
+            came = [page for page in range(first, first + count) if page in waiting]
         now = self._loop.time()
-        for page in range(first, first + count):
-            space.replacement.returned(page)
-            began = self._waiting.pop(page, None)
-            if began is not None:
-                space.waited(began, now)
+        for page in came:
+            space.waited(waiting.pop(page), now)
         if state == DIRTY:
             self._write_wanted.difference_update(range(first, first + count))
         if self._bad:

@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 SMALLEST_LIMIT_PAGES: Final = 256
 """Below a mebibyte a guest's kernel and the pager's own batches step on each other."""
 
 
-@dataclass(frozen=True)
 class Limit:
-    """Marks on a client's pages in memory, all in pages.
+    """Marks on a client's pages in memory, all in pages and in rising order: low, high, pages, most."""
 
-    Page-outs begin above `high`, so that a fault finds room, and go on down to `low`. No page is brought
-    in above `most`; the difference to `pages` absorbs what a batch of faults brings at once.
-    """
-
-    pages: int
-
-    @property
-    def _headroom(self) -> int:
-        return min(max(self.pages // 16, 32), 1024)
-
-    @property
-    def in_flight(self) -> int:
+    def __init__(self, pages: int) -> None:
+        headroom = min(max(pages // 16, 32), 1024)
+        self.pages: Final = pages
+        """The limit itself."""
+        self.low: Final = pages - 2 * headroom
+        """Page-outs end at this."""
+        self.high: Final = pages - headroom
+        """Page-outs begin above this, so that a fault finds room."""
+        self.most: Final = pages + pages // 64
+        """No fault is answered above this; what a batch of faults brings at once may exceed the limit."""
+        self.in_flight: Final = min(max(pages // 8, 64), 2048)
         """Most pages on their way to the volume, not counting those held back from a failed server.
 
         Held pages take memory until that server is fenced, so they must stay a small share of the limit.
         """
-        return min(max(self.pages // 8, 64), 2048)
-
-    @property
-    def most(self) -> int:
-        """No fault is answered above this."""
-        return self.pages + self.pages // 64
-
-    @property
-    def high(self) -> int:
-        """Page-outs begin above this."""
-        return self.pages - self._headroom
-
-    @property
-    def low(self) -> int:
-        """Page-outs end at this."""
-        return self.pages - 2 * self._headroom

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -33,12 +34,12 @@ class _Queue:
     def __len__(self) -> int:
         return self._length
 
-    def append(self, page: int) -> None:
+    def extend(self, pages: Sequence[int]) -> None:
         chunks = self._chunks
         if not chunks or len(chunks[-1]) >= CHUNK_PAGES:
             chunks.append(array("I"))
-        chunks[-1].append(page)
-        self._length += 1
+        chunks[-1].extend(pages)
+        self._length += len(pages)
 
     def take(self, count: int) -> list[int]:
         taken: list[int] = []
@@ -67,37 +68,42 @@ class Replacement:
     def __len__(self) -> int:
         return len(self._inactive) + len(self._active)
 
-    def added(self, page: int) -> None:
-        """Take note of a page that came into memory for the first time."""
-        if self._where[page] == _NOWHERE:
-            self._where[page] = _INACTIVE
-            self._inactive.append(page)
+    def added(self, first: int, count: int = 1) -> None:
+        """Take note of pages that came into memory for the first time."""
+        self._enter(range(first, first + count), _INACTIVE)
 
-    def returned(self, page: int) -> None:
-        """Take note of a page that came back from the volume, or that a write kept in memory."""
-        if self._where[page] != _NOWHERE:
+    def returned(self, first: int, count: int = 1) -> None:
+        """Take note of pages that came back from the volume, or that a write kept in memory."""
+        # Those of one run left and come back together, so the first one speaks for all.
+        left_at = int(self._evicted_at[first])
+        soon = left_at and self._evictions - left_at < len(self)
+        self._enter(range(first, first + count), _ACTIVE if soon else _INACTIVE)
+
+    def _enter(self, pages: range, where: int) -> None:
+        first, count = pages.start, len(pages)
+        known = self._where[first : first + count]
+        if any(known):
+            for page in pages:
+                if self._where[page] == _NOWHERE:
+                    self._enter(range(page, page + 1), where)
             return
-        left_at = int(self._evicted_at[page])
-        if left_at and self._evictions - left_at < len(self):
-            self._where[page] = _ACTIVE
-            self._active.append(page)
-        else:
-            self._where[page] = _INACTIVE
-            self._inactive.append(page)
+        self._where[first : first + count] = bytes((where,)) * count
+        (self._active if where == _ACTIVE else self._inactive).extend(pages)
 
     def victims(self, count: int) -> list[int]:
         """Take up to `count` pages out of the queues, those that should leave memory first."""
         surplus = len(self._active) - int(len(self) * ACTIVE_SHARE)
         wanted = max(surplus, count - len(self._inactive))
-        for page in self._active.take(max(wanted, 0)):
+        demoted = self._active.take(max(wanted, 0))
+        for page in demoted:
             self._where[page] = _INACTIVE
-            self._inactive.append(page)
+        self._inactive.extend(demoted)
         taken = self._inactive.take(count)
         for page in taken:
             self._where[page] = _NOWHERE
         return taken
 
-    def evicted(self, page: int) -> None:
-        """Take note that a page left memory for the volume."""
-        self._evictions += 1
-        self._evicted_at[page] = self._evictions
+    def evicted(self, first: int, count: int = 1) -> None:
+        """Take note that pages left memory for the volume."""
+        self._evictions += count
+        self._evicted_at[first : first + count] = self._evictions

@@ -81,22 +81,22 @@ class PageTable:
 
     def run(self, first: int, most: int, state: int) -> int:
         """Return how many pages from `first` on, at most `most`, are in `state` without a gap."""
-        states = self.state
-        end = min(first + most, self.pages)
-        page = first
-        while page < end and states[page] == state:
-            page += 1
-        return page - first
+        if self.state[first] != state:
+            return 0
+        states = bytes(self.state[first : first + most])
+        return len(states) - len(states.lstrip(bytes((state,))))
 
     def runs(self, first: int, count: int) -> list[tuple[int, int, int]]:
         """Return `(first, count, state)` for each run of equal states in a range."""
-        states = self.states[first : first + count]
-        edges = (np.flatnonzero(states[1:] != states[:-1]) + 1).tolist()
-        starts = [0, *edges]
-        ends = [*edges, count]
-        return [
-            (first + start, end - start, int(states[start])) for start, end in zip(starts, ends, strict=True)
-        ]
+        states = bytes(self.state[first : first + count])
+        runs: list[tuple[int, int, int]] = []
+        at = 0
+        while at < count:
+            state = states[at]
+            end = count - len(states[at:].lstrip(states[at : at + 1]))
+            runs.append((first + at, end - at, state))
+            at = end
+        return runs
 
     def where(self, state: int) -> npt.NDArray[np.int64]:
         """Return the pages in one state, rising."""
