@@ -356,7 +356,7 @@ class MultipathVolume:
         return next((p for p in self._paths if p.machine.state is PathState.STANDBY), None)
 
     def _lost(self, path: PathLink, error: Exception) -> None:
-        self._fail(path, f"connection lost: {error}")
+        self._fail(path, f"connection lost: {_cause(error)}")
 
     def _fail(self, path: PathLink, reason: str) -> None:
         """Give a path up: replay its reads, hold its writes, let another take over."""
@@ -420,7 +420,7 @@ class MultipathVolume:
             try:
                 await self._open(path)
             except (FarpageError, OSError) as error:
-                problem = str(error)
+                problem = _cause(error)
         self._takeover = None
         if problem or path.connection is None:
             if path.machine.state is not PathState.FAILED:
@@ -460,7 +460,7 @@ class MultipathVolume:
                     await path.probe(self._size_bytes, self._path_timeout)
                 except (FarpageError, OSError) as error:
                     path.disconnect()
-                    path.machine.apply(PathEvent.LOST, self._loop.time(), str(error))
+                    path.machine.apply(PathEvent.LOST, self._loop.time(), _cause(error))
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
                     continue
@@ -495,6 +495,11 @@ class MultipathVolume:
         else:
             if path.machine.state is PathState.SUSPECT and not path.in_flight:
                 path.machine.apply(PathEvent.ANSWERED, self._loop.time())
+
+
+def _cause(error: Exception) -> str:
+    """Say what went wrong without the remedy: a path's reason is one line of a table."""
+    return error.cause if isinstance(error, FarpageError) else str(error)
 
 
 def _end(end: Finished, error: int) -> None:
