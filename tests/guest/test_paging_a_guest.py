@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from farpage.api.errors import RemoteError
+from farpage.api.remote import RemoteError
 from farpage.embedded.set import EmbeddedSet
 from farpage.guest.qemu import GuestOptions, QemuGuest
 from farpage.guest.reports import PassDone

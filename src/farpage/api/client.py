@@ -10,7 +10,7 @@ import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from farpage.address import Address, UnixAddress, parse_address
-from farpage.api.errors import RemoteError, remote_error
+from farpage.api.remote import RemoteError, remote_error
 from farpage.errors import Unreachable
 
 Answer = TypeVar("Answer")

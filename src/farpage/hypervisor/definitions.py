@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from farpage.api.errors import RemoteError
+from farpage.api.remote import RemoteError
 from farpage.definition.compare import compare, is_newer
 from farpage.definition.model import Definition
 from farpage.errors import ExitStatus, FarpageError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from farpage.api.errors import RemoteError
+from farpage.api.remote import RemoteError
 from farpage.blockio import CONNECTION_LOST, read_bytes
 from farpage.definition.document import canonical_json
 from farpage.definition.model import Definition, ViosRecord

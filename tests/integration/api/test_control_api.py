@@ -13,8 +13,9 @@ from fastapi import Request
 from pydantic import BaseModel
 
 from farpage.api.client import ControlClient
-from farpage.api.errors import RemoteError, create_app
+from farpage.api.errors import create_app
 from farpage.api.limit import MAX_BODY_BYTES
+from farpage.api.remote import RemoteError
 from farpage.api.serve import ControlServer, Peer, peer_of
 from farpage.api.sockets import AddressInUse
 from farpage.errors import ExitStatus, InvalidInput, Unreachable

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from farpage.api.errors import RemoteError
+from farpage.api.remote import RemoteError
 from farpage.definition.document import canonical_json
 from farpage.definition.model import Definition, PagingCommand, ViosRecord
 from farpage.definition.rules import (

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from farpage.api.errors import EXIT_STATUS, HTTP_STATUS, RemoteError, error_body, name_of_field, remote_error
+from farpage.api.errors import error_body, name_of_field
 from farpage.api.model import ErrorAnswer
+from farpage.api.remote import EXIT_STATUS, HTTP_STATUS, RemoteError, remote_error
 from farpage.definition.errors import RevisionConflict
 from farpage.errors import ExitStatus, InvalidInput
 
