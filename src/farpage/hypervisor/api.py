@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -31,9 +31,7 @@ from farpage.hypervisor.model import (
     ViosStatus,
 )
 from farpage.hypervisor.reports import client_info
-
-if TYPE_CHECKING:
-    from farpage.hypervisor.daemon import Hypervisor
+from farpage.hypervisor.service import Hypervisor
 
 Result = TypeVar("Result")
 

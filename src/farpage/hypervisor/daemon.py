@@ -3,177 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import time
-from collections.abc import Coroutine
-from typing import Any
 
 import structlog
 
-from farpage import __version__
 from farpage.address import UnixAddress, parse_address
 from farpage.api.serve import ControlServer
 from farpage.attach.listener import AttachListener
-from farpage.definition import rules
-from farpage.definition.model import Definition, ViosRecord
-from farpage.errors import FarpageError, InvalidInput
-from farpage.hypervisor.alarms import AlarmLog
+from farpage.errors import InvalidInput
 from farpage.hypervisor.api import create_api
-from farpage.hypervisor.clients import Clients
-from farpage.hypervisor.definitions import DefinitionKeeper
-from farpage.hypervisor.model import HypervisorInfo, WorkerInfo
-from farpage.hypervisor.pool import MemoryPool
+from farpage.hypervisor.service import Hypervisor
 from farpage.hypervisor.settings import HypervisorSettings
-from farpage.hypervisor.vioses import Vios
-from farpage.hypervisor.workers import WorkerPool, WorkerProcess
-from farpage.pager.messages import AlarmRaised, ClientLost, EpochRaised
 
 log = structlog.get_logger()
 
-HEALTH_INTERVAL_SECONDS = 1.0
 
+async def run(settings: HypervisorSettings) -> None:
+    """Serve until SIGTERM or SIGINT; then give every client its memory back and stop.
 
-class Hypervisor:
-    """One hypervisor: its VIOS, definition, workers, clients and pool."""
-
-    def __init__(self, settings: HypervisorSettings) -> None:
-        self.settings = settings
-        self.alarms = AlarmLog()
-        self.vioses = {name: Vios(name, control) for name, control in settings.vioses.items()}
-        self.keeper = DefinitionKeeper(self.vioses)
-        self.workers = WorkerPool(self._worker_event, self._worker_lost)
-        self.pool = MemoryPool(
-            settings.pool_size_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            settings.default_limit_bytes,
-        )
-        self.clients = Clients(settings, self.keeper, self.vioses, self.workers, self.pool)
-        self._started_seconds = time.monotonic()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; then give every client its memory back and stop.
-
-        :raise FarpageError: when an address cannot be used.
-        """
-        loop = asyncio.get_running_loop()
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        control = ControlServer(create_api(self, loop), _unix_path(self.settings.control, "control"))
-        listener = AttachListener(
-            _unix_path(self.settings.attach, "attach"), self.clients.attach_region, self.clients.region_closed
-        )
-        await self.workers.start(self.settings.worker_count)
-        try:
-            await self._ask_all()
-            await self.keeper.load()
-            await self._record_all()
-            await control.start()
-            await listener.start()
-            log.info("hypervisor_ready", hypervisor=self.settings.name, control=self.settings.control)
-            health = loop.create_task(self._watch_vioses())
-            await stop.wait()
-            log.info("hypervisor_stopping", clients=len(self.clients.attached))
-            health.cancel()
-            await listener.close()
-            await self.clients.detach_all()
-            await control.stop()
-        finally:
-            await self.workers.stop()
-            for vios in self.vioses.values():
-                await vios.client.close()
-
-    def info(self) -> HypervisorInfo:
-        """Return the daemon's own state."""
-        return HypervisorInfo(
-            hypervisor=self.settings.name,
-            version=__version__,
-            pid=os.getpid(),
-            uptime_seconds=time.monotonic() - self._started_seconds,
-            definition_revision=self.keeper.current.revision,
-            workers=tuple(
-                WorkerInfo(index=worker.index, pid=worker.pid, clients=len(worker.clients))
-                for worker in self.workers.workers
-            ),
-            clients=len(self.keeper.current.clients),
-        )
-
-    # The VIOS
-
-    async def _ask_all(self) -> list[Vios]:
-        """Ask every VIOS how it is; returns those that have come back."""
-        vioses = list(self.vioses.values())
-        came_back = await asyncio.gather(*(vios.ask() for vios in vioses))
-        return [vios for vios, back in zip(vioses, came_back, strict=True) if back]
-
-    async def _watch_vioses(self) -> None:
-        while True:
-            await asyncio.sleep(HEALTH_INTERVAL_SECONDS)
-            for vios in await self._ask_all():
-                log.info("vios_back", vios=vios.name)
-                await self.keeper.repair(vios)
-                await self._record_all()
-
-    async def refresh_devices(self) -> Definition:
-        """Ask the VIOS for their devices and record them in the definition.
-
-        :raise FarpageError: when no VIOS can store it, or two describe a device differently.
-        """
-        await self._ask_all()
-        return await self._record()
-
-    async def _record_all(self) -> None:
-        try:
-            await self._record()
-        except FarpageError as error:
-            log.warning("devices_not_recorded", problem=str(error))
-            self.alarms.raise_alarm("", "devices_not_recorded", str(error))
-
-    async def _record(self) -> Definition:
-        def edit(definition: Definition) -> Definition:
-            for vios in self.vioses.values():
-                if vios.reachable and vios.health:
-                    record = ViosRecord(control=vios.control, data=vios.health.data)
-                    found = [
-                        rules.FoundDevice(
-                            id=device.id,
-                            name=device.name,
-                            kind=device.kind,
-                            spec=device.spec,
-                            size_bytes=device.size_bytes,
-                            commands=device.commands,
-                        )
-                        for device in vios.devices
-                    ]
-                    definition = rules.register_vios(definition, vios.name, record, found)
-            return definition
-
-        return await self.keeper.change(edit)
-
-    # The workers
-
-    def _worker_event(self, event: str, parameters: Any) -> None:
-        match event:
-            case "alarm":
-                alarm = AlarmRaised.model_validate(parameters)
-                self.alarms.raise_alarm(alarm.client, alarm.kind, alarm.message)
-            case "epoch_raised":
-                raised = EpochRaised.model_validate(parameters)
-                self._start(self.clients.epoch_raised(raised.client, raised.epoch))
-            case "client_gone":
-                self._start(self.clients.client_gone(ClientLost.model_validate(parameters).client))
-
-    def _worker_lost(self, worker: WorkerProcess) -> None:
-        for client in worker.clients:
-            self.alarms.raise_alarm(
-                client, "worker_lost", f"data worker {worker.index} ended; the client's accesses wait"
-            )
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    :raise FarpageError: when it cannot start.
+    """
+    loop = asyncio.get_running_loop()
+    told_to_stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told_to_stop.set)
+    hypervisor = Hypervisor(settings)
+    clients = hypervisor.clients
+    control = ControlServer(create_api(hypervisor, loop), _unix_path(settings.control, "control"))
+    listener = AttachListener(
+        _unix_path(settings.attach, "attach"), clients.attach_region, clients.region_closed
+    )
+    try:
+        await hypervisor.start()
+        await control.start()
+        await listener.start()
+        log.info("hypervisor_ready", hypervisor=settings.name, control=settings.control)
+        await told_to_stop.wait()
+        log.info("hypervisor_stopping", clients=len(clients.attached))
+    finally:
+        await listener.close()
+        await hypervisor.stop()
+        await control.stop()
 
 
 def _unix_path(address: str, field: str) -> str:
@@ -181,11 +51,3 @@ def _unix_path(address: str, field: str) -> str:
     if not isinstance(parsed, UnixAddress):
         raise InvalidInput(field, f"{address} is not a UNIX socket", "write unix:PATH")
     return parsed.path
-
-
-async def run(settings: HypervisorSettings) -> None:
-    """Run a hypervisor until it is told to stop.
-
-    :raise FarpageError: when it cannot start.
-    """
-    await Hypervisor(settings).run()

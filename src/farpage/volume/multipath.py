@@ -32,13 +32,10 @@ from farpage.volume.failover import Failover, FailoverLog
 from farpage.volume.link import Held, PathLink, PathStatus
 from farpage.volume.path import PathEvent
 from farpage.volume.state import PathState
+from farpage.volume.watch import AgeWatch
 
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
-PATIENCE_RESET_SECONDS = 30.0
-LARGEST_PATIENCE = 8.0
-CLOCK_SLACK_SECONDS = 0.001
-"""A timer may come a rounding error early."""
 
 
 class VolumeEvents(Protocol):
@@ -98,9 +95,7 @@ class MultipathVolume:
         self._retrying: dict[Command, asyncio.TimerHandle] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._takeover: asyncio.Task[None] | None = None
-        self._watch: asyncio.TimerHandle | None = None
-        self._timeouts = 0
-        self._last_timeout_seconds = -PATIENCE_RESET_SECONDS
+        self._watch = AgeWatch(path_timeout_seconds, self._oldest_seconds, self._active_overdue)
         self._alarmed: set[tuple[str, int]] = set()
         self._activated = asyncio.Event()
         self._idle = asyncio.Event()
@@ -163,8 +158,7 @@ class MultipathVolume:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        if self._watch:
-            self._watch.cancel()
+        self._watch.cancel()
         for timer in self._retrying.values():
             timer.cancel()
         left = [*self._waiting, *self._retrying]
@@ -262,8 +256,7 @@ class MultipathVolume:
         command.path = path
         command.started_seconds = self._loop.time()
         path.in_flight[command] = None
-        if self._watch is None:
-            self._arm_watch()
+        self._watch.started()
         command.start(connection, partial(self._ended, path, command))
 
     def _ended(self, path: PathLink, command: Command, error: int, result: Any) -> None:
@@ -312,39 +305,21 @@ class MultipathVolume:
 
     # Time-outs
 
-    @property
-    def _patience_seconds(self) -> float:
-        """The path timeout, doubled for each time-out shortly before: a slow device is not two dead paths."""
-        if self._loop.time() - self._last_timeout_seconds > PATIENCE_RESET_SECONDS:
-            self._timeouts = 0
-        return self._path_timeout * min(2.0**self._timeouts, LARGEST_PATIENCE)
+    def _oldest_seconds(self) -> float | None:
+        in_flight = self._active.in_flight if self._active else None
+        return next(iter(in_flight)).started_seconds if in_flight else None
 
-    def _arm_watch(self) -> None:
-        active = self._active
-        self._watch = None
-        if active and active.in_flight:
-            due = next(iter(active.in_flight)).started_seconds + self._patience_seconds
-            soonest = self._loop.time() + self._path_timeout / 10
-            self._watch = self._loop.call_at(max(due, soonest), self._check_age)
-
-    def _check_age(self) -> None:
-        self._watch = None
-        active = self._active
-        if active and active.in_flight:
-            age = self._loop.time() - next(iter(active.in_flight)).started_seconds
-            if age > self._patience_seconds - CLOCK_SLACK_SECONDS:
-                self._overdue(active, f"no answer for {age:.2f} s")
-        self._arm_watch()
+    def _active_overdue(self, reason: str) -> None:
+        if self._active:
+            self._overdue(self._active, reason)
 
     def _overdue(self, path: PathLink, reason: str) -> None:
         """Give the path up if another can take over; else only suspect it: a late answer is still one."""
-        now = self._loop.time()
         if self._standby() is None:
-            if path.machine.apply(PathEvent.OVERDUE, now, f"{reason}, and no other path"):
+            if path.machine.apply(PathEvent.OVERDUE, self._loop.time(), f"{reason}, and no other path"):
                 self._alarm("path_suspect", f"VIOS {path.endpoint.vios}: {path.machine.reason}")
             return
-        self._timeouts += 1
-        self._last_timeout_seconds = now
+        self._watch.timed_out()
         self._fail(path, reason)
 
     def _alarm(self, kind: str, message: str) -> None:

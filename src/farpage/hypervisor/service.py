@@ -1,0 +1,158 @@
+"""One hypervisor: its VIOS, its definition, its workers and its clients, without the API around them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import structlog
+
+from farpage import __version__
+from farpage.definition import rules
+from farpage.definition.model import Definition, ViosRecord
+from farpage.errors import FarpageError
+from farpage.hypervisor.alarms import AlarmLog
+from farpage.hypervisor.clients import Clients
+from farpage.hypervisor.definitions import DefinitionKeeper
+from farpage.hypervisor.model import HypervisorInfo, WorkerInfo
+from farpage.hypervisor.pool import MemoryPool
+from farpage.hypervisor.settings import HypervisorSettings
+from farpage.hypervisor.vioses import Vios
+from farpage.hypervisor.workers import WorkerPool, WorkerProcess
+from farpage.pager.messages import AlarmRaised, ClientLost, EpochRaised
+
+log = structlog.get_logger()
+
+HEALTH_INTERVAL_SECONDS = 1.0
+
+
+class Hypervisor:
+    """One hypervisor: its VIOS, definition, workers, clients and pool."""
+
+    def __init__(self, settings: HypervisorSettings) -> None:
+        self.settings = settings
+        self.alarms = AlarmLog()
+        self.vioses = {name: Vios(name, control) for name, control in settings.vioses.items()}
+        self.keeper = DefinitionKeeper(self.vioses)
+        self.workers = WorkerPool(self._worker_event, self._worker_lost)
+        self.pool = MemoryPool(
+            settings.pool_size_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            settings.default_limit_bytes,
+        )
+        self.clients = Clients(settings, self.keeper, self.vioses, self.workers, self.pool)
+        self._started_seconds = time.monotonic()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Start the workers and agree with the VIOS on the definition; those away join later.
+
+        :raise OSError: when a process cannot be started.
+        """
+        await self.workers.start(self.settings.worker_count)
+        await self._ask_all()
+        await self.keeper.load()
+        await self._record_all()
+        self._start(self._watch_vioses())
+
+    async def stop(self) -> None:
+        """Give every client its memory back, then end the workers."""
+        for task in list(self._tasks):
+            task.cancel()
+        await self.clients.detach_all()
+        await self.workers.stop()
+        for vios in self.vioses.values():
+            await vios.client.close()
+
+    def info(self) -> HypervisorInfo:
+        """Return the daemon's own state."""
+        return HypervisorInfo(
+            hypervisor=self.settings.name,
+            version=__version__,
+            pid=os.getpid(),
+            uptime_seconds=time.monotonic() - self._started_seconds,
+            definition_revision=self.keeper.current.revision,
+            workers=tuple(
+                WorkerInfo(index=worker.index, pid=worker.pid, clients=len(worker.clients))
+                for worker in self.workers.workers
+            ),
+            clients=len(self.keeper.current.clients),
+        )
+
+    # The VIOS
+
+    async def _ask_all(self) -> list[Vios]:
+        """Ask every VIOS how it is; returns those that have come back."""
+        vioses = list(self.vioses.values())
+        came_back = await asyncio.gather(*(vios.ask() for vios in vioses))
+        return [vios for vios, back in zip(vioses, came_back, strict=True) if back]
+
+    async def _watch_vioses(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_INTERVAL_SECONDS)
+            for vios in await self._ask_all():
+                log.info("vios_back", vios=vios.name)
+                await self.keeper.repair(vios)
+                await self._record_all()
+
+    async def refresh_devices(self) -> Definition:
+        """Ask the VIOS for their devices and record them in the definition.
+
+        :raise FarpageError: when no VIOS can store it, or two describe a device differently.
+        """
+        await self._ask_all()
+        return await self._record()
+
+    async def _record_all(self) -> None:
+        try:
+            await self._record()
+        except FarpageError as error:
+            log.warning("devices_not_recorded", problem=str(error))
+            self.alarms.raise_alarm("", "devices_not_recorded", str(error))
+
+    async def _record(self) -> Definition:
+        def edit(definition: Definition) -> Definition:
+            for vios in self.vioses.values():
+                if vios.reachable and vios.health:
+                    record = ViosRecord(control=vios.control, data=vios.health.data)
+                    found = [
+                        rules.FoundDevice(
+                            id=device.id,
+                            name=device.name,
+                            kind=device.kind,
+                            spec=device.spec,
+                            size_bytes=device.size_bytes,
+                            commands=device.commands,
+                        )
+                        for device in vios.devices
+                    ]
+                    definition = rules.register_vios(definition, vios.name, record, found)
+            return definition
+
+        return await self.keeper.change(edit)
+
+    # The workers
+
+    def _worker_event(self, event: str, parameters: Any) -> None:
+        match event:
+            case "alarm":
+                alarm = AlarmRaised.model_validate(parameters)
+                self.alarms.raise_alarm(alarm.client, alarm.kind, alarm.message)
+            case "epoch_raised":
+                raised = EpochRaised.model_validate(parameters)
+                self._start(self.clients.epoch_raised(raised.client, raised.epoch))
+            case "client_gone":
+                self._start(self.clients.client_gone(ClientLost.model_validate(parameters).client))
+
+    def _worker_lost(self, worker: WorkerProcess) -> None:
+        for client in worker.clients:
+            self.alarms.raise_alarm(
+                client, "worker_lost", f"data worker {worker.index} ended; the client's accesses wait"
+            )
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,71 @@
+"""Notices that a path's oldest command has waited too long, with one timer for all of its commands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+PATIENCE_RESET_SECONDS = 30.0
+LARGEST_PATIENCE = 8.0
+CLOCK_SLACK_SECONDS = 0.001
+"""A timer may come a rounding error early."""
+
+
+class AgeWatch:
+    """Calls `overdue` while the oldest command is older than the path timeout.
+
+    Each time-out that made a path fail doubles the patience for a while: a slow device is not two dead paths.
+    """
+
+    def __init__(
+        self,
+        path_timeout_seconds: float,
+        oldest_seconds: Callable[[], float | None],
+        overdue: Callable[[str], None],
+    ) -> None:
+        """`oldest_seconds` tells when the oldest command was started; None when none is in flight."""
+        self._loop = asyncio.get_running_loop()
+        self._path_timeout = path_timeout_seconds
+        self._oldest = oldest_seconds
+        self._overdue = overdue
+        self._timer: asyncio.TimerHandle | None = None
+        self._timeouts = 0
+        self._last_timeout_seconds = -PATIENCE_RESET_SECONDS
+
+    def started(self) -> None:
+        """A command was started; costs nothing while the timer runs."""
+        if self._timer is None:
+            self._arm()
+
+    def timed_out(self) -> None:
+        """A path failed because of its age: be more patient with the next one."""
+        self._timeouts += 1
+        self._last_timeout_seconds = self._loop.time()
+
+    def cancel(self) -> None:
+        """Stop watching."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    @property
+    def _patience_seconds(self) -> float:
+        if self._loop.time() - self._last_timeout_seconds > PATIENCE_RESET_SECONDS:
+            self._timeouts = 0
+        return self._path_timeout * min(2.0**self._timeouts, LARGEST_PATIENCE)
+
+    def _arm(self) -> None:
+        oldest = self._oldest()
+        if oldest is not None:
+            soonest = self._loop.time() + self._path_timeout / 10
+            self._timer = self._loop.call_at(max(oldest + self._patience_seconds, soonest), self._check)
+
+    def _check(self) -> None:
+        self._timer = None
+        oldest = self._oldest()
+        if oldest is not None:
+            age = self._loop.time() - oldest
+            if age > self._patience_seconds - CLOCK_SLACK_SECONDS:
+                self._overdue(f"no answer for {age:.2f} s")
+        if self._timer is None:
+            self._arm()
