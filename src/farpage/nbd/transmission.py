@@ -36,6 +36,9 @@ LINGER_SECONDS: Final = 10.0
 
 _RECEIVES_MAX: Final = 8
 """Receives in one turn of the loop, so that a busy client does not keep the others waiting."""
+_GATHERED_BYTES: Final = 32 << 10
+"""Replies are gathered over several receives up to here: waking the other end for each few costs it more
+than it gains by having them early."""
 _REQUEST_BYTES: Final = codec.REQUEST.size
 _DATA_HEADER_BYTES: Final = codec.DATA_CHUNK.size
 _SIMPLE_HEADER_BYTES: Final = codec.SIMPLE_REPLY.size
@@ -93,6 +96,8 @@ class Transmission:
         self._scheduled = False
         """Whether, since this was last reset, anything was done but answering from what is at hand."""
         self._parsing = False
+        self._gathering = False
+        """Whether whoever called will push."""
         self._blocked = False
         self._push_scheduled = False
         self._resume_scheduled = False
@@ -200,12 +205,20 @@ class Transmission:
     def _on_readable(self) -> bool:
         """Serve what has come; return whether anything may have been scheduled on the loop."""
         self._scheduled = False
-        for _ in range(_RECEIVES_MAX):
-            received = self._receive()
-            # A client that has several requests under way has probably sent more meanwhile: asking costs
-            # less than waiting to be told. One that sends a request at a time has not.
-            if received < 2 * _REQUEST_BYTES or not self._reading:
-                break
+        self._gathering = True
+        received = 0
+        try:
+            for _ in range(_RECEIVES_MAX):
+                more = self._receive()
+                received += more
+                # A client that has several requests under way has probably sent more meanwhile: asking costs
+                # less than waiting to be told. One that sends a request at a time has not.
+                if not more or received < 2 * _REQUEST_BYTES or not self._reading:
+                    break
+        finally:
+            self._gathering = False
+        if self._output.end or self._scheduled:
+            self._push()
         return self._scheduled
 
     def _receive(self) -> int:
@@ -258,7 +271,8 @@ class Transmission:
             self._close()
         finally:
             self._parsing = False
-        self._push()
+        if not self._gathering or self._output.end >= _GATHERED_BYTES:
+            self._push()
 
     def _parse_requests(self) -> bool:
         """Return whether everything whole in the receive buffer was carried out."""
