@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ class TinyHypervisor:
 
     async def _close(self, name: str, memory: ClientMemory) -> None:
         self.pagers.pop(name).stop()
-        if not is_gone(memory.pidfd):
+        with suppress(OSError):  # a process that is ending has no memory left
             memory.unregister()
         memory.close_descriptors()
         self.closed.put_nowait(name)
