@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from farpage.definition.model import Definition
-from farpage.embedded.set import EmbeddedSet
+from farpage.embedded.control import HypervisorControl
+from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.hypervisor.model import ClientInfo, PathInfo, PoolSet
 
 CLIENT = Path(__file__).with_name("region_client.py")
@@ -24,14 +29,15 @@ class RegionProcess:
     process: asyncio.subprocess.Process
 
     @classmethod
-    async def start(cls, state: Path, pages: int, limit_bytes: int) -> RegionProcess:
-        """Start the process and wait until its region is attached."""
+    async def start(cls, state: Path, pages: int, limit_bytes: int, name: str = "client") -> RegionProcess:
+        """Start the process and wait until its region is attached, as the client of that name."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             str(CLIENT),
             str(state),
             str(pages),
             str(limit_bytes),
+            name,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
@@ -76,14 +82,7 @@ class PagedSet:
 
     async def until(self, condition: Callable[[ClientInfo], bool], what: str) -> ClientInfo:
         """Wait until the client, as its hypervisor describes it, fulfils a condition."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + DEADLINE_SECONDS
-        while True:
-            info = await self.info()
-            if condition(info):
-                return info
-            assert loop.time() < deadline, f"never {what}: {info}"
-            await asyncio.sleep(0.02)
+        return await until_client(self.embedded.hypervisor, "client", condition, what)
 
     async def active(self) -> str:
         """Return the VIOS of the active path."""
@@ -133,6 +132,46 @@ class PagedSet:
     async def verify_all(self) -> None:
         """Compare every byte."""
         assert await self.client.do(f"verify 0 {self.pages}") == "wrong 0"
+
+
+async def until_client(
+    hypervisor: HypervisorControl, name: str, condition: Callable[[ClientInfo], bool], what: str
+) -> ClientInfo:
+    """Wait until a client, as its hypervisor describes it, fulfils a condition."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + DEADLINE_SECONDS
+    while True:
+        info = await hypervisor.client(name)
+        if condition(info):
+            return info
+        assert loop.time() < deadline, f"never {what}: {info}"
+        await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def running_set(**settings: Any) -> AsyncIterator[EmbeddedSet]:
+    """Run two VIOS with a common device and a hypervisor in a folder of their own; see `SetSettings`."""
+    folder = Path(tempfile.mkdtemp(prefix="fpset-", dir="/tmp"))
+    embedded = EmbeddedSet(SetSettings(state_dir=folder / "s", **settings))
+    try:
+        await embedded.start()
+        yield embedded
+    finally:
+        for vios in embedded.vioses:
+            if embedded.vios_pid(vios):
+                embedded.kill_vios(vios, signal.SIGCONT)
+        await embedded.stop()
+        shutil.rmtree(folder)
+
+
+@asynccontextmanager
+async def paged_region(embedded: EmbeddedSet, pages: int, limit_bytes: int) -> AsyncIterator[PagedSet]:
+    """Run a process whose region of `pages` pages the set's hypervisor pages under a limit."""
+    client = await RegionProcess.start(embedded.layout.root, pages, limit_bytes)
+    try:
+        yield PagedSet(embedded, client, pages)
+    finally:
+        await client.stop()
 
 
 def path_in(info: ClientInfo, state: str) -> PathInfo | None:

@@ -1,6 +1,7 @@
 """A process whose region is paged, and that does with its pages what a test tells it, checking every byte.
 
-Run as `python region_client.py STATE PAGES LIMIT_BYTES`. It answers each command, one a line, with a line:
+Run as `python region_client.py STATE PAGES LIMIT_BYTES [NAME]`.
+It answers each command, one a line, with a line:
 
     write FIRST COUNT     give the pages a new version of their content        -> done
     verify FIRST COUNT    compare every byte with what was written last         -> wrong N
@@ -20,18 +21,29 @@ WORDS = 512
 CHUNK_PAGES = 64
 
 
+Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
+
+
+def expected_words(first: int, versions: Words) -> Words:
+    """Return the content of the pages from `first` on at their versions, a row each; version 0 is zeros.
+
+    Each word is derived from its page, the page's version and its place.
+    """
+    words = np.arange(1, WORDS + 1, dtype=np.uint64)
+    numbers = np.arange(first + 1, first + 1 + len(versions), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    seeds = (numbers ^ (versions * np.uint64(0xC2B2AE3D27D4EB4F)))[:, None]
+    return np.where(versions[:, None] == 0, np.uint64(0), seeds * words)
+
+
 class Pages:
-    """Pages with known content: each word is derived from its page, the page's version and its place."""
+    """Pages with known content."""
 
     def __init__(self, region: Region, pages: int) -> None:
         self._content = np.frombuffer(region, np.uint64).reshape(pages, WORDS)
         self._versions = np.zeros(pages, np.uint64)
-        self._words = np.arange(1, WORDS + 1, dtype=np.uint64)
 
-    def _expected(self, first: int, last: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
-        numbers = np.arange(first + 1, last + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        seeds = (numbers ^ (self._versions[first:last] * np.uint64(0xC2B2AE3D27D4EB4F)))[:, None]
-        return np.where(self._versions[first:last, None] == 0, np.uint64(0), seeds * self._words)
+    def _expected(self, first: int, last: int) -> Words:
+        return expected_words(first, self._versions[first:last])
 
     def write(self, first: int, count: int) -> str:
         """Write the next version of pages."""
@@ -57,7 +69,8 @@ class Pages:
 def main() -> None:
     """Do what standard input says."""
     state, pages, limit_bytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    region = Region(pages * 4096, name="client", limit_bytes=limit_bytes, state=state)
+    name = sys.argv[4] if len(sys.argv) > 4 else "client"
+    region = Region(pages * 4096, name=name, limit_bytes=limit_bytes, state=state)
     content = Pages(region, pages)
     print("ready", flush=True)
     for line in sys.stdin:
