@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Path, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from farpage import __version__
 from farpage.api.errors import create_app
-from farpage.definition.model import Definition
-from farpage.errors import InvalidInput
+from farpage.definition.errors import ClientMissing
+from farpage.definition.model import Definition, Name
+from farpage.errors import FarpageError, InvalidInput
 from farpage.hypervisor.clients import ATTACHMENTS
 from farpage.hypervisor.metrics import render
 from farpage.hypervisor.model import (
@@ -34,6 +36,8 @@ from farpage.hypervisor.reports import client_info
 from farpage.hypervisor.service import Hypervisor
 
 Result = TypeVar("Result")
+
+ClientName = Annotated[Name, Path(description="Name of the client")]
 
 
 class _Operations:
@@ -58,7 +62,11 @@ class _Operations:
         )
 
     async def clients(self) -> tuple[ClientInfo, ...]:
-        return tuple([await self.client(name) for name in sorted(self._hypervisor.keeper.current.clients)])
+        found: list[ClientInfo] = []
+        for name in sorted(self._hypervisor.keeper.current.clients):
+            with suppress(ClientMissing):  # deleted while another one was asked
+                found.append(await self.client(name))
+        return tuple(found)
 
     async def create(self, wanted: ClientCreate) -> ClientInfo:
         await self._hypervisor.clients.create(wanted)
@@ -95,10 +103,19 @@ class _Operations:
             raise InvalidInput("client", "a client and its limit go together", "give both or neither")
         if wanted.client is None and wanted.size_bytes is None:
             raise InvalidInput("size_bytes", "nothing to change", "give a size, or a client and its limit")
-        if wanted.size_bytes is not None:
-            self._hypervisor.pool.resize(wanted.size_bytes)
+        pool, clients = self._hypervisor.pool, self._hypervisor.clients
+        size_before = pool.size_bytes
+        limits: dict[str, int] = {}
         if wanted.client is not None and wanted.limit_bytes is not None:
-            await self._hypervisor.clients.set_limit(wanted.client, wanted.limit_bytes)
+            limits[wanted.client] = clients.limit_for(wanted.client, wanted.limit_bytes)
+        if wanted.size_bytes is not None:
+            pool.resize(wanted.size_bytes, limits)
+        try:
+            for client, limit_bytes in limits.items():
+                await clients.set_limit(client, limit_bytes)
+        except FarpageError:
+            pool.size_bytes = size_before
+            raise
         return await self.pool()
 
     async def metrics(self) -> bytes:
@@ -143,22 +160,22 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
         return await on_loop(operations.create(wanted))
 
     @app.get("/v1/clients/{name}")
-    async def get_client(name: str) -> ClientInfo:
+    async def get_client(name: ClientName) -> ClientInfo:
         """One client."""
         return await on_loop(operations.client(name))
 
     @app.delete("/v1/clients/{name}", status_code=HTTPStatus.NO_CONTENT)
-    async def delete_client(name: str) -> None:
+    async def delete_client(name: ClientName) -> None:
         """Remove a client that is not attached, and its volume."""
         await on_loop(hypervisor.clients.delete(name))
 
     @app.post("/v1/clients/{name}/attach")
-    async def attach_client(name: str, wanted: ClientAttach) -> ClientInfo:
+    async def attach_client(name: ClientName, wanted: ClientAttach) -> ClientInfo:
         """Page the memory of a running process."""
         return await on_loop(operations.attach(name, wanted))
 
     @app.post("/v1/clients/{name}/detach")
-    async def detach_client(name: str) -> ClientInfo:
+    async def detach_client(name: ClientName) -> ClientInfo:
         """Page everything back in and let go of the process."""
         return await on_loop(operations.detach(name))
 
@@ -168,7 +185,7 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
         return await call(lambda: tuple(vios.status() for vios in hypervisor.vioses.values()))
 
     @app.get("/v1/paths")
-    async def get_paths(client: str | None = None) -> tuple[PathInfo, ...]:
+    async def get_paths(client: Name | None = None) -> tuple[PathInfo, ...]:
         """The paths of one client or of all."""
         return await on_loop(operations.paths(client))
 

@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
@@ -45,6 +45,7 @@ from farpage.volume.resolve import Direct, NoAccess, ThroughSecond, resolve
 log = structlog.get_logger()
 
 OPEN_TIMEOUT_SECONDS = 10.0
+CLOSE = "close"
 
 ATTACHMENTS = {ClientKind.PROCESS: Attachment.PROCESS, ClientKind.REGION: Attachment.REGION}
 
@@ -60,6 +61,14 @@ class Attached:
     limit_bytes: int
     ephemeral: bool
     """Created for this attachment and deleted after it."""
+
+
+@dataclass
+class _Request:
+    """A request under way."""
+
+    what: str
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Clients:
@@ -79,18 +88,28 @@ class Clients:
         self._vioses = vioses
         self._workers = workers
         self._pool = pool
-        self._busy: dict[str, str] = {}
+        self._busy: dict[str, _Request] = {}
+        self._leftovers: set[str] = set()
+        """Clients that nobody wants and that no VIOS could be told to forget, or may not have forgotten."""
         self._regions = 0
 
     @asynccontextmanager
     async def _only(self, client: str, what: str) -> AsyncIterator[None]:
-        if client in self._busy:
-            raise ClientBusy(client, self._busy[client])
-        self._busy[client] = what
+        """Hold off other requests about a client; only for the end of a region one is waited.
+
+        :raise ClientBusy: another request is under way.
+        """
+        while client in self._busy:
+            other = self._busy[client]
+            if CLOSE not in (what, other.what):
+                raise ClientBusy(client, other.what)
+            await other.ended.wait()
+        request = self._busy[client] = _Request(what)
         try:
             yield
         finally:
             del self._busy[client]
+            request.ended.set()
 
     def record(self, client: str) -> ClientRecord:
         """Look a client up.
@@ -110,6 +129,8 @@ class Clients:
             await self._create(wanted)
 
     async def _create(self, wanted: ClientCreate) -> None:
+        if wanted.name in self._leftovers and wanted.name in self._keeper.current.clients:
+            await self._delete(wanted.name)
         if wanted.limit_bytes is not None:
             self._pool.limit_for(wanted.memory_bytes, wanted.limit_bytes)
 
@@ -127,14 +148,20 @@ class Clients:
                 provisioned_bytes=self._provisioned(),
             )
 
-        definition = await self._keeper.change(edit)
+        try:
+            definition = await self._keeper.change(edit)
+        except NoVios:
+            # One that hangs may still store it.
+            self._leftovers.add(wanted.name)
+            raise
         paths = rules.paths(definition, wanted.name)
         volume = VolumeCreate(name=paths[0].volume, device=paths[0].device, size_bytes=paths[0].size_bytes)
         try:
             await self._on_any_vios([path.vios for path in paths], partial(Vios.create_volume, wanted=volume))
         except FarpageError:
-            await self._keeper.change(lambda now: rules.remove_client(now, wanted.name))
+            await self._discard(wanted.name)
             raise
+        self._leftovers.discard(wanted.name)
 
     def _provisioned(self) -> dict[str, int]:
         return {
@@ -179,6 +206,25 @@ class Clients:
             if error.code != "volume_not_found":
                 raise
         await self._keeper.change(lambda now: rules.remove_client(now, client))
+
+    async def _discard(self, client: str) -> None:
+        """Delete a client that was made for a request which failed or has ended, now or later."""
+        try:
+            await self._delete(client)
+        except FarpageError as error:
+            log.warning("client_not_deleted", client=client, problem=error.cause)
+            self._leftovers.add(client)
+
+    async def clear_leftovers(self) -> None:
+        """Delete what could not be deleted, or may have come up again, while VIOS were away."""
+        all_answer = all(vios.reachable for vios in self._vioses.values())
+        for client in sorted(self._leftovers - self._busy.keys()):
+            if client in self._keeper.current.clients:
+                async with self._only(client, "delete"):
+                    self._leftovers.discard(client)
+                    await self._discard(client)
+            elif all_answer:
+                self._leftovers.discard(client)
 
     # Attaching
 
@@ -226,7 +272,7 @@ class Clients:
         *,
         ephemeral: bool,
     ) -> None:
-        created = client not in self._keeper.current.clients
+        created = client in self._leftovers or client not in self._keeper.current.clients
         if created:
             await self._create(
                 ClientCreate(
@@ -238,11 +284,10 @@ class Clients:
             )
         try:
             await self._attach_existing(client, memory, limit_bytes, ephemeral=created and ephemeral)
-        except PeerGone:
-            raise
-        except FarpageError:
-            if created:
-                await self._delete(client)
+        except FarpageError as error:
+            # A process whose worker ended may have pages on the volume by now; a region was never used.
+            if created and (ephemeral or not isinstance(error, PeerGone)):
+                await self._discard(client)
             raise
 
     async def _attach_existing(
@@ -252,9 +297,14 @@ class Clients:
         if record.memory_bytes < memory.length_bytes:
             raise MemoryTooLarge(client, record.memory_bytes, memory.length_bytes)
         limit = self._pool.limit_for(memory.length_bytes, limit_bytes or record.limit_bytes)
-        self._pool.check(client, limit)
-        epoch = await self._claim(client)
-        worker = self._workers.least_loaded()
+        self._pool.give(client, limit)
+        try:
+            epoch = await self._claim(client)
+            endpoints = self._endpoints(client, record)
+            worker = self._workers.least_loaded()
+        except FarpageError:
+            self._pool.limits.pop(client)
+            raise
         pages = memory.length_bytes // PAGE_BYTES
         table = create_memfd(f"farpage-table-{client}", pages * ENTRY_BYTES)
         order = Attach(
@@ -267,12 +317,11 @@ class Clients:
             start_address=memory.start_address,
             memfd_offset_bytes=memory.memfd_offset_bytes,
             limit_pages=limit // PAGE_BYTES,
-            endpoints=self._endpoints(client, record),
+            endpoints=endpoints,
             path_timeout_seconds=self._settings.path_timeout_seconds,
             open_timeout_seconds=OPEN_TIMEOUT_SECONDS,
         )
         worker.clients.add(client)
-        self._pool.limits[client] = limit
         # Known before the worker says so: the client may exit before the answer arrives.
         self.attached[client] = Attached(memory, table, worker, limit, ephemeral)
         descriptors = [memory.uffd.fileno(), memory.memfd, table, memory.pidfd]
@@ -331,17 +380,43 @@ class Clients:
 
     # Limits and reports
 
+    def limit_for(self, client: str, limit_bytes: int) -> int:
+        """Return what a limit comes to for a client: whole pages, at most its memory.
+
+        :raise InvalidInput: when it is too small to run in.
+        """
+        record, attached = self.record(client), self.attached.get(client)
+        memory_bytes = attached.memory.length_bytes if attached else record.memory_bytes
+        return self._pool.limit_for(memory_bytes, limit_bytes)
+
     async def set_limit(self, client: str, limit_bytes: int) -> None:
-        """Change a client's limit, at once when it is attached."""
-        record = self.record(client)
-        limit = self._pool.limit_for(record.memory_bytes, limit_bytes)
-        attached = self.attached.get(client)
-        if attached:
-            self._pool.check(client, limit)
-            order = SetLimit(client=client, limit_pages=limit // PAGE_BYTES)
+        """Change a client's limit, at once when it is attached.
+
+        :raise FarpageError: it has not changed then.
+        """
+        async with self._only(client, "set its limit"):
+            limit, attached = self.limit_for(client, limit_bytes), self.attached.get(client)
+            before = attached.limit_bytes if attached else 0
+            if attached:
+                await self._limit_attached(client, attached, limit)
+            try:
+                await self._keeper.change(lambda now: rules.set_limit(now, client, limit))
+            except FarpageError:
+                if attached and client in self.attached:
+                    await self._limit_attached(client, attached, before)
+                raise
+
+    async def _limit_attached(self, client: str, attached: Attached, limit_bytes: int) -> None:
+        self._pool.give(client, limit_bytes)
+        order = SetLimit(client=client, limit_pages=limit_bytes // PAGE_BYTES)
+        try:
             await attached.worker.channel.call("set_limit", order, Nothing)
-            attached.limit_bytes = self._pool.limits[client] = limit
-        await self._keeper.change(lambda now: rules.set_limit(now, client, limit))
+            attached.limit_bytes = limit_bytes
+        finally:
+            if client in self.attached:
+                self._pool.limits[client] = attached.limit_bytes
+            else:  # it has exited meanwhile
+                self._pool.limits.pop(client, None)
 
     async def report(self, client: str) -> ClientReport | None:
         """Ask the client's worker for its report; None when the client is not attached."""
@@ -380,22 +455,20 @@ class Clients:
 
     async def region_closed(self, client: str, memory: ClientMemory) -> None:
         """Let go of a region that its process has closed, or that went with its process."""
-        attached = self.attached.get(client)
-        if attached is None:
-            memory.close_descriptors()
-            return
-        try:
-            await attached.worker.channel.call("detach", Detach(client=client, discard=True), Nothing)
-        except FarpageError as error:
-            if error.code not in ("not_attached", "worker_gone"):
-                raise
-        self._forget(client)
-        memory.close_descriptors()
-        if attached.ephemeral:
+        async with self._only(client, CLOSE):
+            attached = self.attached.get(client)
+            if attached is None:
+                memory.close_descriptors()
+                return
             try:
-                await self._delete(client)
+                await attached.worker.channel.call("detach", Detach(client=client, discard=True), Nothing)
             except FarpageError as error:
-                log.warning("client_not_deleted", client=client, problem=str(error))
+                if error.code not in ("not_attached", "worker_gone"):
+                    raise
+            self._forget(client)
+            memory.close_descriptors()
+            if attached.ephemeral:
+                await self._discard(client)
 
     async def client_gone(self, client: str) -> None:
         """Clean up after a process that has exited; a region's listener does that for regions."""

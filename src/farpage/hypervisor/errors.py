@@ -78,3 +78,14 @@ class NoDirectAccess(FarpageError):
     client: str
     device: str
     why: str
+
+
+@dataclass(eq=False)
+class NoWorker(FarpageError):
+    """Every data worker has ended."""
+
+    code = "no_worker"
+    template = "none of the {workers} data workers of the hypervisor runs at the moment"
+    remedy = "try again in a second, when they have been replaced; the hypervisor's log says why they ended"
+    exit_status = ExitStatus.UNREACHABLE
+    workers: int

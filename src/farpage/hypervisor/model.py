@@ -6,8 +6,11 @@ import enum
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from farpage.definition.model import PAGE_BYTES, Name, Redundancy, ViosRedundancy
+from farpage.definition.model import NUMBER_MAX, PAGE_BYTES, Name, Redundancy, ViosRedundancy
 from farpage.volume.state import PathState
+
+PID_MAX = (1 << 22) - 1
+"""PID_MAX_LIMIT of a 64-bit kernel (proc_sys_kernel(5), pid_max)."""
 
 
 class Document(BaseModel):
@@ -28,9 +31,9 @@ class ClientCreate(Document):
     """`POST /v1/clients`: make the client and its volume; its memory is attached later."""
 
     name: Name
-    memory_bytes: int = Field(gt=0, multiple_of=PAGE_BYTES)
-    limit_bytes: int | None = Field(default=None, gt=0)
-    entitlement_bytes: int = Field(default=0, ge=0)
+    memory_bytes: int = Field(gt=0, le=NUMBER_MAX, multiple_of=PAGE_BYTES)
+    limit_bytes: int | None = Field(default=None, gt=0, le=NUMBER_MAX)
+    entitlement_bytes: int = Field(default=0, ge=0, le=NUMBER_MAX)
     weight: int = Field(default=128, ge=0, le=255)
     redundancy: Redundancy = Redundancy.PATH
     vios_redundancy: ViosRedundancy = ViosRedundancy.IF_POSSIBLE
@@ -42,9 +45,9 @@ class ClientAttach(Document):
     A client that does not exist is created with the size of the memory found.
     """
 
-    pid: int = Field(gt=0)
-    memory: str | None = None
-    limit_bytes: int | None = Field(default=None, gt=0)
+    pid: int = Field(gt=0, le=PID_MAX)
+    memory: str | None = Field(default=None, max_length=255)
+    limit_bytes: int | None = Field(default=None, gt=0, le=NUMBER_MAX)
 
 
 class PathInfo(Document):
@@ -169,9 +172,9 @@ class PoolInfo(Document):
 class PoolSet(Document):
     """`PUT /v1/pool`: change the pool's size, or one client's limit."""
 
-    size_bytes: int | None = Field(default=None, gt=0)
+    size_bytes: int | None = Field(default=None, gt=0, le=NUMBER_MAX)
     client: Name | None = None
-    limit_bytes: int | None = Field(default=None, gt=0)
+    limit_bytes: int | None = Field(default=None, gt=0, le=NUMBER_MAX)
 
 
 class Alarm(Document):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from farpage.definition.model import PAGE_BYTES
@@ -43,21 +44,24 @@ class MemoryPool:
             )
         return min(limit, memory_bytes) // PAGE_BYTES * PAGE_BYTES
 
-    def check(self, client: str, limit_bytes: int) -> None:
-        """Make sure that the pool holds a client's limit beside the others'.
+    def give(self, client: str, limit_bytes: int) -> None:
+        """Give a client its share of the pool, in place of any that it had.
 
         :raise PoolTooSmall: when it does not.
         """
         others = sum(limit for name, limit in self.limits.items() if name != client)
         if others + limit_bytes > self.size_bytes:
             raise PoolTooSmall(self.size_bytes, others + limit_bytes, f"client {client!r} joins or grows")
+        self.limits[client] = limit_bytes
 
-    def resize(self, size_bytes: int) -> None:
-        """Change the pool's size.
+    def resize(self, size_bytes: int, planned: Mapping[str, int] | None = None) -> None:
+        """Change the pool's size; `planned` are limits that are changed along with it.
 
         :raise PoolTooSmall: when the limits given out do not fit.
         """
-        given = sum(self.limits.values())
+        given = sum(
+            {**self.limits, **{n: b for n, b in (planned or {}).items() if n in self.limits}}.values()
+        )
         if given > size_bytes:
             raise PoolTooSmall(size_bytes, given, "those given out already")
         self.size_bytes = size_bytes

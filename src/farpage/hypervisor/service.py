@@ -92,10 +92,20 @@ class Hypervisor:
     async def _watch_vioses(self) -> None:
         while True:
             await asyncio.sleep(HEALTH_INTERVAL_SECONDS)
-            for vios in await self._ask_all():
+            came_back = await self._ask_all()
+            for vios in came_back:
                 log.info("vios_back", vios=vios.name)
-                await self.keeper.repair(vios)
+            for vios in self.vioses.values():
+                if vios in came_back or self._differs(vios):
+                    await self.keeper.repair(vios)
+            if came_back:
                 await self._record_all()
+            await self.clients.clear_leftovers()
+
+    def _differs(self, vios: Vios) -> bool:
+        """Tell whether a VIOS that answers has missed a change, or has one that somebody else made."""
+        stored = vios.health.definition_revision if vios.reachable and vios.health else None
+        return stored is not None and stored != self.keeper.current.revision
 
     async def refresh_devices(self) -> Definition:
         """Ask the VIOS for their devices and record them in the definition.
@@ -147,10 +157,9 @@ class Hypervisor:
                 self._start(self.clients.client_gone(ClientLost.model_validate(parameters).client))
 
     def _worker_lost(self, worker: WorkerProcess) -> None:
-        for client in worker.clients:
-            self.alarms.raise_alarm(
-                client, "worker_lost", f"data worker {worker.index} ended; the client's accesses wait"
-            )
+        for client in sorted(worker.clients) or [""]:
+            waits = "; the client's accesses wait" if client else ""
+            self.alarms.raise_alarm(client, "worker_lost", f"data worker {worker.index} ended{waits}")
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from farpage.hypervisor.errors import NoWorker
 from farpage.pager.channel import Channel
 
 log = structlog.get_logger()
@@ -24,6 +25,7 @@ class WorkerProcess:
         self.index = index
         self.channel = channel
         self.clients: set[str] = set()
+        self.lost = False
         self._process = process
 
     @property
@@ -51,6 +53,7 @@ class WorkerPool:
         self._on_event = on_event
         self._on_worker_lost = on_worker_lost
         self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, count: int) -> None:
         """Start `count` workers.
@@ -74,18 +77,41 @@ class WorkerPool:
         worker: WorkerProcess
 
         def closed() -> None:
+            worker.lost = True
             if not self._stopping:
                 log.error("worker_lost", index=index, pid=process.pid)
                 self._on_worker_lost(worker)
+                task = asyncio.get_running_loop().create_task(self._replace(worker))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
 
         worker = WorkerProcess(index, process, Channel(ours, on_event=self._on_event, on_closed=closed))
         return worker
 
+    async def _replace(self, lost: WorkerProcess) -> None:
+        """Start a worker for clients to come in the place of one that ended; its own stay with it."""
+        await lost.stop()
+        try:
+            worker = await self._spawn(lost.index)
+        except OSError as error:
+            log.error("worker_not_replaced", index=lost.index, problem=str(error))
+            return
+        self.workers[self.workers.index(lost)] = worker
+        log.info("worker_replaced", index=worker.index, pid=worker.pid)
+
     def least_loaded(self) -> WorkerProcess:
-        """Return the worker with the fewest clients."""
-        return min(self.workers, key=lambda worker: len(worker.clients))
+        """Return the worker with the fewest clients.
+
+        :raise NoWorker: none is left.
+        """
+        working = [worker for worker in self.workers if not worker.lost]
+        if not working:
+            raise NoWorker(len(self.workers))
+        return min(working, key=lambda worker: len(worker.clients))
 
     async def stop(self) -> None:
         """End all workers."""
         self._stopping = True
+        for task in tuple(self._tasks):
+            await asyncio.wait([task])
         await asyncio.gather(*(worker.stop() for worker in self.workers))

@@ -26,9 +26,9 @@ def test_a_limit_too_small_to_run_in_is_refused() -> None:
 def test_limits_beyond_the_pool_are_refused_and_a_clients_own_old_limit_does_not_count() -> None:
     pool = MemoryPool(100 * MIB, None)
     pool.limits = {"vm1": 60 * MIB}
-    pool.check("vm1", 100 * MIB)
+    pool.give("vm1", 100 * MIB)
     with pytest.raises(PoolTooSmall):
-        pool.check("vm2", 50 * MIB)
+        pool.give("vm2", 50 * MIB)
 
 
 def test_a_pool_cannot_shrink_below_what_it_has_given() -> None:
