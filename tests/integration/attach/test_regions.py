@@ -14,7 +14,7 @@ from farpage.attach.messages import AttachRequest
 from farpage.definition.model import Redundancy
 from farpage.errors import InvalidInput
 from farpage.kernel.memory import PAGE_SIZE
-from farpage.kernel.process import is_gone, read_descriptors
+from farpage.kernel.process import read_descriptors
 from tests.integration.attach.scripted import Scripted
 from tests.integration.attach.tiny_pager import TinyPager
 
