@@ -13,6 +13,9 @@ from farpage.attach.memory import ClientMemory
 from farpage.kernel.memory import punch_hole, resident_ranges
 from farpage.pager.table import PAGE_BYTES
 
+TRY_LATER: Final = (errno.EAGAIN, errno.ENOMEM, errno.ENOSPC)
+"""The client's mappings are changing, or the host has no page to give at the moment."""
+
 
 class ClientGone(Exception):
     """The client's memory no longer exists: the process exited or unmapped it."""
@@ -72,7 +75,7 @@ class PagedMemory:
     def _pages_done(self, result: int) -> int:
         if result > 0:
             return result // PAGE_BYTES
-        if result == -errno.EAGAIN:
+        if -result in TRY_LATER:
             return 0
         if result == -errno.EEXIST:
             raise FileExistsError(errno.EEXIST, "the page is present")
@@ -95,7 +98,7 @@ class PagedMemory:
         self._settled(self._uffd.wake(self._start + first * PAGE_BYTES, count * PAGE_BYTES))
 
     def _settled(self, result: int) -> bool:
-        if result == -errno.EAGAIN:
+        if -result in TRY_LATER:
             return False
         if result < 0:
             raise self._failure(result)
