@@ -53,6 +53,7 @@ def run_vios(
 
     :raise InvalidInput: naming the option that is wrong.
     """
+    from farpage.nbd.eventloop import DataPlaneLoop
     from farpage.vios.daemon import run
     from farpage.vios.settings import ViosSettings
 
@@ -65,7 +66,8 @@ def run_vios(
         data=[str(parse_address(text, field="--data")) for text in data or [f"unix:{folder / 'data.sock'}"]],
         devices=devices,
     )
-    asyncio.run(run(settings))
+    with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
+        runner.run(run(settings))
 
 
 def _named_address(text: str) -> tuple[str, str]:
