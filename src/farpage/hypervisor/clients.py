@@ -470,13 +470,26 @@ class Clients:
             if attached.ephemeral:
                 await self._discard(client)
 
-    async def client_gone(self, client: str) -> None:
+    def client_gone(self, client: str) -> None:
         """Clean up after a process that has exited; a region's listener does that for regions."""
         attached = self.attached.get(client)
         if attached is None or attached.memory.kind is ClientKind.REGION:
             return
         self._forget(client)
         attached.memory.close_descriptors()
+
+    def worker_lost(self, worker: WorkerProcess) -> None:
+        """Watch the processes that a worker watched which has ended: what is left of them is their end."""
+        loop = asyncio.get_running_loop()
+
+        def gone(client: str, pidfd: int) -> None:
+            loop.remove_reader(pidfd)
+            self.client_gone(client)
+
+        for client in worker.clients:
+            memory = self.attached[client].memory
+            if memory.kind is ClientKind.PROCESS:
+                loop.add_reader(memory.pidfd, gone, client, memory.pidfd)
 
     def _forget(self, client: str) -> None:
         attached = self.attached.pop(client)

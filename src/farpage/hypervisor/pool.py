@@ -59,9 +59,8 @@ class MemoryPool:
 
         :raise PoolTooSmall: when the limits given out do not fit.
         """
-        given = sum(
-            {**self.limits, **{n: b for n, b in (planned or {}).items() if n in self.limits}}.values()
-        )
+        changed = planned or {}
+        given = sum(changed.get(client, limit) for client, limit in self.limits.items())
         if given > size_bytes:
             raise PoolTooSmall(size_bytes, given, "those given out already")
         self.size_bytes = size_bytes

@@ -154,12 +154,13 @@ class Hypervisor:
                 raised = EpochRaised.model_validate(parameters)
                 self._start(self.clients.epoch_raised(raised.client, raised.epoch))
             case "client_gone":
-                self._start(self.clients.client_gone(ClientLost.model_validate(parameters).client))
+                self.clients.client_gone(ClientLost.model_validate(parameters).client)
 
     def _worker_lost(self, worker: WorkerProcess) -> None:
         for client in sorted(worker.clients) or [""]:
             waits = "; the client's accesses wait" if client else ""
             self.alarms.raise_alarm(client, "worker_lost", f"data worker {worker.index} ended{waits}")
+        self.clients.worker_lost(worker)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -11,6 +11,7 @@ from farpage.pager.eviction import Eviction
 from farpage.pager.faults import Faults
 from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
+from farpage.pager.replacement import Replacement
 from farpage.pager.space import Space
 from farpage.pager.table import DIRTY, ON_DEVICE, READING, REWRITTEN, WRITING, ZERO, PageTable
 from farpage.volume.multipath import MultipathVolume
@@ -105,3 +106,6 @@ class PagedClient:
             self.space.closed = True
             self.eviction.stop()
             self._loop.remove_reader(self.space.memory.fileno())
+            # These refer to each other in circles; the table's memory and file must not wait for a collection.
+            self.space.table = PageTable(0)
+            self.space.replacement = Replacement(0)
