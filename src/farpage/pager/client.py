@@ -106,6 +106,6 @@ class PagedClient:
             self.space.closed = True
             self.eviction.stop()
             self._loop.remove_reader(self.space.memory.fileno())
-            # These refer to each other in circles; the table's memory and file must not wait for a collection.
+            # These refer to each other in circles; the table's memory must not wait for the collector.
             self.space.table = PageTable(0)
             self.space.replacement = Replacement(0)
