@@ -122,21 +122,22 @@ class PathLink:
         if server:
             server.close()
 
-    def hold(self, writes: list[Command], on_gone: Callable[[PathLink, Held], None]) -> bool:
-        """Keep `writes` until the server is fenced; False when it is already known to be gone.
+    def hold(self, writes: list[Command], on_gone: Callable[[PathLink, Held], None]) -> list[Command]:
+        """Keep `writes` until the server is fenced; returns those that may be repeated at once.
 
-        Takes the process over from the connection, so it comes before `disconnect`.
+        That is all of them when its process is known to be gone. Takes the process over from the
+        connection, so it comes before `disconnect`.
         """
         server, self._server = self._server, None
         if not writes or (server and server.gone):
             if server:
                 server.close()
-            return not writes
+            return writes
         held = Held(self.epoch, server, writes)
         self.held.append(held)
         if server:
             server.when_gone(partial(on_gone, self, held))
-        return True
+        return []
 
     def forget(self, held: Held) -> None:
         """Stop watching for one fencing."""

@@ -140,7 +140,8 @@ class MultipathVolume:
         """
         self._tasks = [self._loop.create_task(self._maintain(path)) for path in self._paths]
         try:
-            await asyncio.wait_for(self._activated.wait(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await self._activated.wait()
         except TimeoutError:
             reasons = "; ".join(f"{p.endpoint.vios}: {p.machine.reason}" for p in self._paths)
             await self.abandon()
@@ -342,10 +343,10 @@ class MultipathVolume:
         reads = [command for command in commands if not command.mutates]
         writes = [command for command in commands if command.mutates]
         self._waiting.extendleft(reversed(reads))
-        if path.hold(writes, self._release):
+        repeated = path.hold(writes, self._release)
+        self._waiting.extend(repeated)
+        if not repeated:
             self.held_bytes += sum(command.length_bytes for command in writes)
-        else:
-            self._waiting.extend(writes)
         path.disconnect()
         path.failed.set()
         if not carried or self._closing:
@@ -448,7 +449,8 @@ class MultipathVolume:
 
     async def _fails_within(self, path: PathLink, seconds: float) -> bool:
         try:
-            await asyncio.wait_for(path.failed.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await path.failed.wait()
         except TimeoutError:
             return False
         path.failed.clear()
