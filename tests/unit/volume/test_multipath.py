@@ -270,3 +270,15 @@ def test_a_slow_device_does_not_make_both_paths_flap_for_ever() -> None:
         await rig.until(lambda: bool(read), 60.0)
 
     with_rig(test)
+
+
+def test_a_volume_is_let_go_at_the_very_moment_at_which_a_probe_is_answered() -> None:
+    async def test(rig: Rig) -> None:
+        standby = rig.vioses["vios2"]
+        standby.hang()
+        await rig.until(lambda: bool(standby.backlog))
+        standby.resume()
+        async with asyncio.timeout(1):
+            await rig.volume.abandon()
+
+    with_rig(test)
