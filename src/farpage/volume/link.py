@@ -161,7 +161,9 @@ class PathLink:
 
         self.connection.read(0, min(PROBE_BYTES, length_bytes), done)
         try:
-            error = await asyncio.wait_for(answered, timeout_seconds)
+            # Not wait_for, which in Python 3.11 swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(timeout_seconds):
+                error = await answered
         except TimeoutError:
             raise TimeoutError(f"no answer to a probe for {timeout_seconds:g} s") from None
         if error == CONNECTION_LOST:
