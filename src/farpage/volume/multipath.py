@@ -420,6 +420,10 @@ class MultipathVolume:
 
     async def _open(self, path: PathLink) -> None:
         await path.open(self.name, self._size_bytes, self.epoch, self._path_timeout, self._lost)
+        while path.epoch < self.epoch:
+            # Another path took over meanwhile. Only under its epoch does this server fence what it held.
+            path.disconnect()
+            await path.open(self.name, self._size_bytes, self.epoch, self._path_timeout, self._lost)
         for held in list(path.held):
             if held.epoch < path.epoch:
                 self._release(path, held)
