@@ -414,6 +414,9 @@ class MultipathVolume:
             if record.active_at_seconds is None:
                 record.to_vios = path.endpoint.vios
                 record.active_at_seconds = now
+        for other in self._paths:
+            if other.held and other.machine.state is PathState.STANDBY:
+                self._fail(other, "to be opened under the newer epoch, which fences it")
         self._drain_waiting()
         self.push()
         self.on_active()
@@ -443,6 +446,9 @@ class MultipathVolume:
                     path.machine.apply(PathEvent.LOST, self._loop.time(), _cause(error))
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+                    continue
+                if path.epoch < self.epoch:
+                    path.disconnect()  # another path took over meanwhile: only its epoch fences this server
                     continue
                 pause = FIRST_PAUSE_SECONDS
                 path.failed.clear()

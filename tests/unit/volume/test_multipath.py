@@ -111,6 +111,22 @@ def test_a_late_write_of_a_hung_server_is_never_the_last_one() -> None:
     with_rig(test)
 
 
+def test_a_server_that_answers_again_before_another_took_over_is_fenced_all_the_same() -> None:
+    async def test(rig: Rig) -> None:
+        """vios1 is opened anew under the epoch of its own held write, which fences nothing."""
+        rig.vioses["vios1"].hang()
+        written = rig.write(1, 7)
+        await rig.until(lambda: rig.states()["vios1"] == "failed")
+        rig.vioses["vios2"].hang()
+        rig.vioses["vios1"].resume()
+        await asyncio.sleep(0.2)
+        rig.vioses["vios2"].resume()
+        await rig.until(lambda: written == [0])
+        assert sorted(rig.states().values()) == ["active", "standby"]
+
+    with_rig(test)
+
+
 def test_an_unacknowledged_write_is_repeated_at_once_when_its_server_process_is_gone() -> None:
     async def test(rig: Rig) -> None:
         with subprocess.Popen(["sleep", "60"]) as server:  # noqa: ASYNC220
