@@ -296,7 +296,11 @@ class Faults:
     # Content that is not what was paged out
 
     def _mismatched(self, pages: list[int]) -> None:
-        """Read a page with a wrong checksum once more; poison it when it is wrong again, never use it."""
+        """Read a page with a wrong checksum once more; never use it.
+
+        Wrong again, it is poisoned when an access waits for it, or when the client is detached: a page that
+        was read ahead stays on the device, which may be right again when the page is wanted.
+        """
         space = self._space
         space.counters.checksum_errors += len(pages)
         for page in pages:
@@ -307,16 +311,17 @@ class Faults:
                     "checksum", f"page {page} on the volume is not what was paged out; it is read again"
                 )
                 self.fetch(page, 1)
-            elif page in self._waiting:
+            elif page in self._waiting or self.stopped:
                 space.alarm(
                     "poisoned",
                     f"page {page} is lost: the volume has other content; accesses to it fail",
                 )
                 space.table.put(page, POISONED)
                 space.counters.poisoned_pages += 1
-                self._waiting.pop(page)
+                self._waiting.pop(page, None)
                 self._write_wanted.discard(page)
                 self._poison(page)
+        space.volume.push()
 
     def _poison(self, page: int) -> None:
         try:
