@@ -70,7 +70,14 @@ class PagedMemory:
 
     def poison(self, page: int) -> int:
         """Make accesses to a missing page fail for good; as `copy_in`."""
-        return self._pages_done(self._uffd.poison(self._start + page * PAGE_BYTES, PAGE_BYTES))
+        address = self._start + page * PAGE_BYTES
+        result = self._uffd.poison(address, PAGE_BYTES)
+        if result == -errno.EEXIST:
+            # The mark of write protection stays when a page leaves memory, and UFFDIO_POISON replaces
+            # nothing, not even a mark (mm/userfaultfd.c, mfill_atomic_pte_poison).
+            self.unprotect(page, 1)
+            result = self._uffd.poison(address, PAGE_BYTES)
+        return self._pages_done(result)
 
     def _pages_done(self, result: int) -> int:
         if result > 0:
