@@ -100,7 +100,7 @@ async def running(command: list[str], socket: Path, core: int | None) -> AsyncIt
     )
     try:
         async with asyncio.timeout(_START_SECONDS):
-            while not socket.exists():  # noqa: ASYNC110, ASYNC240 (a foreign program makes it)
+            while not socket.exists():  # noqa: ASYNC240 (a foreign program makes it)
                 if process.returncode is not None:
                     raise SystemExit(f"{command[0]} ended with status {process.returncode}")
                 await asyncio.sleep(0.01)
