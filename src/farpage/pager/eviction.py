@@ -60,6 +60,8 @@ class Eviction:
         Those held back from a failed server leave when that is fenced, whenever that is.
         """
         space = self._space
+        if space.limit.pages >= space.table.pages:
+            return 0  # it may have all of its memory
         staying = space.taken - max(space.table.counts[WRITING] - self._held_pages, 0)
         if staying > space.limit.high:
             self._running = True
