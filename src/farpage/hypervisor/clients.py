@@ -19,6 +19,7 @@ from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.messages import AttachRequest
 from farpage.attach.process import close_process, open_process
 from farpage.definition import rules
+from farpage.definition.errors import ClientExists
 from farpage.definition.model import PAGE_BYTES, ClientRecord, Definition, Redundancy
 from farpage.errors import FarpageError
 from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
@@ -89,8 +90,8 @@ class Clients:
         self._workers = workers
         self._pool = pool
         self._busy: dict[str, _Request] = {}
-        self._leftovers: set[str] = set()
-        """Clients that nobody wants and that no VIOS could be told to forget, or may not have forgotten."""
+        self._leftovers: dict[str, int] = {}
+        """Clients that nobody wants and that a VIOS may still know or learn of, with the revision before."""
         self._regions = 0
 
     @asynccontextmanager
@@ -129,8 +130,6 @@ class Clients:
             await self._create(wanted)
 
     async def _create(self, wanted: ClientCreate) -> None:
-        if wanted.name in self._leftovers and wanted.name in self._keeper.current.clients:
-            await self._delete(wanted.name)
         if wanted.limit_bytes is not None:
             self._pool.limit_for(wanted.memory_bytes, wanted.limit_bytes)
 
@@ -150,9 +149,14 @@ class Clients:
 
         try:
             definition = await self._keeper.change(edit)
+        except ClientExists:
+            if wanted.name not in self._leftovers:
+                raise
+            await self._delete(wanted.name)
+            definition = await self._keeper.change(edit)
         except NoVios:
             # One that hangs may still store it.
-            self._leftovers.add(wanted.name)
+            self._leftovers[wanted.name] = self._keeper.current.revision
             raise
         paths = rules.paths(definition, wanted.name)
         volume = VolumeCreate(name=paths[0].volume, device=paths[0].device, size_bytes=paths[0].size_bytes)
@@ -161,7 +165,7 @@ class Clients:
         except FarpageError:
             await self._discard(wanted.name)
             raise
-        self._leftovers.discard(wanted.name)
+        self._leftovers.pop(wanted.name, None)
 
     def _provisioned(self) -> dict[str, int]:
         return {
@@ -213,18 +217,22 @@ class Clients:
             await self._delete(client)
         except FarpageError as error:
             log.warning("client_not_deleted", client=client, problem=error.cause)
-            self._leftovers.add(client)
+            self._leftovers[client] = self._keeper.current.revision
 
     async def clear_leftovers(self) -> None:
         """Delete what could not be deleted, or may have come up again, while VIOS were away."""
-        all_answer = all(vios.reachable for vios in self._vioses.values())
-        for client in sorted(self._leftovers - self._busy.keys()):
+        for client in sorted(self._leftovers.keys() - self._busy.keys()):
             if client in self._keeper.current.clients:
                 async with self._only(client, "delete"):
-                    self._leftovers.discard(client)
+                    self._leftovers.pop(client, None)
                     await self._discard(client)
-            elif all_answer:
-                self._leftovers.discard(client)
+            elif self._all_beyond(self._leftovers[client]):
+                self._leftovers.pop(client, None)
+
+    def _all_beyond(self, revision: int) -> bool:
+        """Tell whether every VIOS stores a later revision, so that none can take a change of that one."""
+        stored = [vios.health.definition_revision for vios in self._vioses.values() if vios.health]
+        return len(stored) == len(self._vioses) and min(stored) > revision
 
     # Attaching
 
