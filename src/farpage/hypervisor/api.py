@@ -48,7 +48,7 @@ class _Operations:
 
     async def client(self, name: str) -> ClientInfo:
         hypervisor = self._hypervisor
-        record = hypervisor.clients.record(name)
+        record = hypervisor.clients.records.of(name)
         attached = hypervisor.clients.attached.get(name)
         return client_info(
             name,

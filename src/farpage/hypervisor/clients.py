@@ -8,40 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import structlog
 
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.messages import AttachRequest
 from farpage.attach.process import close_process, open_process
-from farpage.definition import rules
-from farpage.definition.errors import ClientExists
-from farpage.definition.model import PAGE_BYTES, ClientRecord, Definition, Redundancy
+from farpage.definition.model import PAGE_BYTES, Redundancy
 from farpage.errors import FarpageError
-from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
 from farpage.hypervisor.errors import (
     ClientAttached,
     ClientBusy,
     ClientNotAttached,
     DetachByOwner,
     MemoryTooLarge,
-    NoDirectAccess,
 )
 from farpage.hypervisor.model import Attachment, ClientAttach, ClientCreate
 from farpage.hypervisor.pool import MemoryPool
+from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.settings import HypervisorSettings
-from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.memory import create_memfd
 from farpage.pager.channel import PeerGone
-from farpage.pager.messages import Attach, ClientReport, Detach, EndpointSpec, Nothing, Query, SetLimit
+from farpage.pager.messages import Attach, ClientReport, Detach, Nothing, Query, SetLimit
 from farpage.pager.table import ENTRY_BYTES
-from farpage.vios.model import VolumeCreate
-from farpage.volume.resolve import Direct, NoAccess, ThroughSecond, resolve
 
 log = structlog.get_logger()
 
@@ -78,20 +71,16 @@ class Clients:
     def __init__(
         self,
         settings: HypervisorSettings,
-        keeper: DefinitionKeeper,
-        vioses: Mapping[str, Vios],
+        records: ClientRecords,
         workers: WorkerPool,
         pool: MemoryPool,
     ) -> None:
         self.attached: dict[str, Attached] = {}
+        self.records = records
         self._settings = settings
-        self._keeper = keeper
-        self._vioses = vioses
         self._workers = workers
         self._pool = pool
         self._busy: dict[str, _Request] = {}
-        self._leftovers: dict[str, int] = {}
-        """Clients that nobody wants and that a VIOS may still know or learn of, with the revision before."""
         self._regions = 0
 
     @asynccontextmanager
@@ -112,13 +101,6 @@ class Clients:
             del self._busy[client]
             request.ended.set()
 
-    def record(self, client: str) -> ClientRecord:
-        """Look a client up.
-
-        :raise ClientMissing: there is none.
-        """
-        return rules.client_of(self._keeper.current, client)
-
     # Creating and deleting
 
     async def create(self, wanted: ClientCreate) -> None:
@@ -132,62 +114,7 @@ class Clients:
     async def _create(self, wanted: ClientCreate) -> None:
         if wanted.limit_bytes is not None:
             self._pool.limit_for(wanted.memory_bytes, wanted.limit_bytes)
-
-        def edit(definition: Definition) -> Definition:
-            return rules.add_client(
-                definition,
-                wanted.name,
-                memory_bytes=wanted.memory_bytes,
-                hypervisor=self._settings.name,
-                entitlement_bytes=wanted.entitlement_bytes,
-                weight=wanted.weight,
-                limit_bytes=wanted.limit_bytes,
-                redundancy=wanted.redundancy,
-                vios_redundancy=wanted.vios_redundancy,
-                provisioned_bytes=self._provisioned(),
-            )
-
-        try:
-            definition = await self._keeper.change(edit)
-        except ClientExists:
-            if wanted.name not in self._leftovers:
-                raise
-            await self._delete(wanted.name)
-            definition = await self._keeper.change(edit)
-        except NoVios:
-            # One that hangs may still store it.
-            self._leftovers[wanted.name] = self._keeper.current.revision
-            raise
-        paths = rules.paths(definition, wanted.name)
-        volume = VolumeCreate(name=paths[0].volume, device=paths[0].device, size_bytes=paths[0].size_bytes)
-        try:
-            await self._on_any_vios([path.vios for path in paths], partial(Vios.create_volume, wanted=volume))
-        except FarpageError:
-            await self._discard(wanted.name)
-            raise
-        self._leftovers.pop(wanted.name, None)
-
-    def _provisioned(self) -> dict[str, int]:
-        return {
-            device.id: device.provisioned_bytes for vios in self._vioses.values() for device in vios.devices
-        }
-
-    async def _on_any_vios(self, names: list[str], request: Callable[[Vios], Awaitable[None]]) -> None:
-        """Send a request to the first VIOS that answers it.
-
-        :raise FarpageError: the refusal of the first that answers; NoVios when none does.
-        """
-        problems: list[str] = []
-        for name in names:
-            try:
-                await request(self._vioses[name])
-            except FarpageError as error:
-                if error.code != "unreachable":
-                    raise
-                problems.append(error.cause)
-            else:
-                return
-        raise NoVios("; ".join(problems) or "the device is reached by none")
+        await self.records.create(wanted)
 
     async def delete(self, client: str) -> None:
         """Remove a client that is not attached, and its volume.
@@ -195,44 +122,16 @@ class Clients:
         :raise ClientAttached: it is.
         """
         async with self._only(client, "delete"):
-            await self._delete(client)
-
-    async def _delete(self, client: str) -> None:
-        self.record(client)
-        if client in self.attached:
-            raise ClientAttached(client, self.attached[client].memory.pid)
-        paths = rules.paths(self._keeper.current, client)
-        # Under an epoch of its own, so that nobody who had the volume open still writes.
-        request = partial(Vios.delete_volume, name=paths[0].volume, epoch=await self._claim(client))
-        try:
-            await self._on_any_vios([path.vios for path in paths], request)
-        except FarpageError as error:
-            if error.code != "volume_not_found":
-                raise
-        await self._keeper.change(lambda now: rules.remove_client(now, client))
-
-    async def _discard(self, client: str) -> None:
-        """Delete a client that was made for a request which failed or has ended, now or later."""
-        try:
-            await self._delete(client)
-        except FarpageError as error:
-            log.warning("client_not_deleted", client=client, problem=error.cause)
-            self._leftovers[client] = self._keeper.current.revision
+            if client in self.attached:
+                raise ClientAttached(client, self.attached[client].memory.pid)
+            await self.records.delete(client)
 
     async def clear_leftovers(self) -> None:
-        """Delete what could not be deleted, or may have come up again, while VIOS were away."""
-        for client in sorted(self._leftovers.keys() - self._busy.keys()):
-            if client in self._keeper.current.clients:
+        """Delete what could not be deleted while VIOS were away."""
+        for client in sorted(self.records.leftovers):
+            if client not in self._busy:
                 async with self._only(client, "delete"):
-                    self._leftovers.pop(client, None)
-                    await self._discard(client)
-            elif self._all_beyond(self._leftovers[client]):
-                self._leftovers.pop(client, None)
-
-    def _all_beyond(self, revision: int) -> bool:
-        """Tell whether every VIOS stores a later revision, so that none can take a change of that one."""
-        stored = [vios.health.definition_revision for vios in self._vioses.values() if vios.health]
-        return len(stored) == len(self._vioses) and min(stored) > revision
+                    await self.records.clear(client)
 
     # Attaching
 
@@ -280,7 +179,7 @@ class Clients:
         *,
         ephemeral: bool,
     ) -> None:
-        created = client in self._leftovers or client not in self._keeper.current.clients
+        created = client not in self.records
         if created:
             await self._create(
                 ClientCreate(
@@ -295,20 +194,20 @@ class Clients:
         except FarpageError as error:
             # A process whose worker ended may have pages on the volume by now; a region was never used.
             if created and (ephemeral or not isinstance(error, PeerGone)):
-                await self._discard(client)
+                await self.records.discard(client)
             raise
 
     async def _attach_existing(
         self, client: str, memory: ClientMemory, limit_bytes: int | None, *, ephemeral: bool
     ) -> None:
-        record = self.record(client)
+        record = self.records.of(client)
         if record.memory_bytes < memory.length_bytes:
             raise MemoryTooLarge(client, record.memory_bytes, memory.length_bytes)
         limit = self._pool.limit_for(memory.length_bytes, limit_bytes or record.limit_bytes)
         self._pool.give(client, limit)
         try:
-            epoch = await self._claim(client)
-            endpoints = self._endpoints(client, record)
+            epoch = await self.records.claim(client)
+            endpoints = self.records.endpoints(client, turn=len(self.attached))
             worker = self._workers.least_loaded()
         except FarpageError:
             self._pool.limits.pop(client)
@@ -339,53 +238,6 @@ class Clients:
             self._forget(client)
             raise
 
-    async def _claim(self, client: str) -> int:
-        """Raise the client's epoch above every one that a VIOS knows of, and return it."""
-        record = self.record(client)
-        known = record.epoch
-        for vios in self._vioses.values():
-            try:
-                volumes = await vios.volumes()
-            except FarpageError:
-                continue  # its volumes are fenced when it is reached again
-            known = max([known, *(v.epoch for v in volumes if v.name == record.volumes[0].name)])
-        definition = await self._keeper.change(lambda now: rules.raise_epoch(now, client, known + 1))
-        return definition.clients[client].epoch
-
-    def _endpoints(self, client: str, record: ClientRecord) -> tuple[EndpointSpec, ...]:
-        """List the ways to the volume; clients begin with different VIOS, to share them."""
-        device = record.volumes[0].replicas[0].device
-        access = resolve(self._keeper.current, client, device, self._vioses.keys())
-        if not isinstance(access, Direct):
-            raise NoDirectAccess(client, self._device_name(device), _why(access))
-        paths = access.paths
-        turn = len(self.attached) % len(paths)
-        ordered = [*paths[turn:], *paths[:turn]]
-        if record.redundancy is Redundancy.NONE:
-            ordered = ordered[:1]
-        return tuple(
-            EndpointSpec(vios=path.vios, address=path.data[0], device=self._device_name(path.device))
-            for path in ordered
-        )
-
-    def _device_name(self, identifier: str) -> str:
-        return self._keeper.current.devices[identifier].name
-
-    async def epoch_raised(self, client: str, epoch: int) -> None:
-        """Record in the definition that a client's volume was opened under a newer epoch."""
-
-        def edit(definition: Definition) -> Definition:
-            record = definition.clients.get(client)
-            if record is None or record.epoch >= epoch:
-                return definition
-            return rules.raise_epoch(definition, client, epoch)
-
-        try:
-            await self._keeper.change(edit)
-        except FarpageError as error:
-            # The VIOS that opened the volume has the epoch stored; the definition follows later.
-            log.warning("epoch_not_recorded", client=client, epoch=epoch, problem=error.cause)
-
     # Limits and reports
 
     def limit_for(self, client: str, limit_bytes: int) -> int:
@@ -393,7 +245,7 @@ class Clients:
 
         :raise InvalidInput: when it is too small to run in.
         """
-        record, attached = self.record(client), self.attached.get(client)
+        record, attached = self.records.of(client), self.attached.get(client)
         memory_bytes = attached.memory.length_bytes if attached else record.memory_bytes
         return self._pool.limit_for(memory_bytes, limit_bytes)
 
@@ -408,7 +260,7 @@ class Clients:
             if attached:
                 await self._limit_attached(client, attached, limit)
             try:
-                await self._keeper.change(lambda now: rules.set_limit(now, client, limit))
+                await self.records.set_limit(client, limit)
             except FarpageError:
                 if attached and client in self.attached:
                     await self._limit_attached(client, attached, before)
@@ -446,7 +298,7 @@ class Clients:
         :raise ClientNotAttached: nothing pages it.
         :raise DetachByOwner: it is a region.
         """
-        self.record(client)
+        self.records.of(client)
         async with self._only(client, "detach"):
             attached = self.attached.get(client)
             if attached is None:
@@ -476,7 +328,7 @@ class Clients:
             self._forget(client)
             memory.close_descriptors()
             if attached.ephemeral:
-                await self._discard(client)
+                await self.records.discard(client)
 
     def client_gone(self, client: str) -> None:
         """Clean up after a process that has exited; a region's listener does that for regions."""
@@ -516,9 +368,3 @@ class Clients:
                 continue
             if attached.memory.kind is ClientKind.PROCESS:
                 await asyncio.to_thread(close_process, attached.memory)
-
-
-def _why(access: ThroughSecond | NoAccess) -> str:
-    if isinstance(access, NoAccess):
-        return "; ".join(access.reasons)
-    return f"only device {access.second_device} with the same volume can be reached"

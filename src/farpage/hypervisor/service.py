@@ -19,6 +19,7 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.model import HypervisorInfo, WorkerInfo
 from farpage.hypervisor.pool import MemoryPool
+from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
@@ -42,7 +43,8 @@ class Hypervisor:
             settings.pool_size_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             settings.default_limit_bytes,
         )
-        self.clients = Clients(settings, self.keeper, self.vioses, self.workers, self.pool)
+        records = ClientRecords(settings.name, self.keeper, self.vioses)
+        self.clients = Clients(settings, records, self.workers, self.pool)
         self._started_seconds = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -152,7 +154,7 @@ class Hypervisor:
                 self.alarms.raise_alarm(alarm.client, alarm.kind, alarm.message)
             case "epoch_raised":
                 raised = EpochRaised.model_validate(parameters)
-                self._start(self.clients.epoch_raised(raised.client, raised.epoch))
+                self._start(self.clients.records.epoch_raised(raised.client, raised.epoch))
             case "client_gone":
                 self.clients.client_gone(ClientLost.model_validate(parameters).client)
 

@@ -1,0 +1,216 @@
+"""The clients as the definition has them: entered with their volumes, claimed, and deleted again.
+
+Whatever fails half-way is undone: at once where a VIOS answers, else when one is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+
+import structlog
+
+from farpage.definition import rules
+from farpage.definition.errors import ClientExists
+from farpage.definition.model import ClientRecord, Definition, Redundancy
+from farpage.errors import FarpageError
+from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
+from farpage.hypervisor.errors import NoDirectAccess
+from farpage.hypervisor.model import ClientCreate
+from farpage.hypervisor.vioses import Vios
+from farpage.pager.messages import EndpointSpec
+from farpage.vios.model import VolumeCreate
+from farpage.volume.resolve import Direct, NoAccess, ThroughSecond, resolve
+
+log = structlog.get_logger()
+
+
+class ClientRecords:
+    """The records of this hypervisor's clients. One change of a client at a time is its user's business."""
+
+    def __init__(self, hypervisor: str, keeper: DefinitionKeeper, vioses: Mapping[str, Vios]) -> None:
+        self._hypervisor = hypervisor
+        self._keeper = keeper
+        self._vioses = vioses
+        self._leftovers: dict[str, int] = {}
+        """Clients that nobody wants and that a VIOS may still know or learn of, with the revision before."""
+
+    def of(self, client: str) -> ClientRecord:
+        """Look a client up.
+
+        :raise ClientMissing: there is none.
+        """
+        return rules.client_of(self._keeper.current, client)
+
+    def __contains__(self, client: str) -> bool:
+        """Tell whether there is a client, and not just what is left of one."""
+        return client in self._keeper.current.clients and client not in self._leftovers
+
+    async def set_limit(self, client: str, limit_bytes: int) -> None:
+        """Record a client's limit."""
+        await self._keeper.change(lambda now: rules.set_limit(now, client, limit_bytes))
+
+    # Made and deleted
+
+    async def create(self, wanted: ClientCreate) -> None:
+        """Enter a client and make its volume on the device that fits best.
+
+        :raise FarpageError: when no device fits, or none of its VIOS answers; nothing is left then.
+        """
+
+        def edit(definition: Definition) -> Definition:
+            return rules.add_client(
+                definition,
+                wanted.name,
+                memory_bytes=wanted.memory_bytes,
+                hypervisor=self._hypervisor,
+                entitlement_bytes=wanted.entitlement_bytes,
+                weight=wanted.weight,
+                limit_bytes=wanted.limit_bytes,
+                redundancy=wanted.redundancy,
+                vios_redundancy=wanted.vios_redundancy,
+                provisioned_bytes=self._provisioned(),
+            )
+
+        try:
+            definition = await self._keeper.change(edit)
+        except ClientExists:
+            if wanted.name not in self._leftovers:
+                raise
+            await self.delete(wanted.name)
+            definition = await self._keeper.change(edit)
+        except NoVios:
+            # One that hangs may still store it.
+            self._leftovers[wanted.name] = self._keeper.current.revision
+            raise
+        paths = rules.paths(definition, wanted.name)
+        volume = VolumeCreate(name=paths[0].volume, device=paths[0].device, size_bytes=paths[0].size_bytes)
+        try:
+            await self._on_any_vios([path.vios for path in paths], partial(Vios.create_volume, wanted=volume))
+        except FarpageError:
+            await self.discard(wanted.name)
+            raise
+        self._leftovers.pop(wanted.name, None)
+
+    def _provisioned(self) -> dict[str, int]:
+        return {
+            device.id: device.provisioned_bytes for vios in self._vioses.values() for device in vios.devices
+        }
+
+    async def _on_any_vios(self, names: list[str], request: Callable[[Vios], Awaitable[None]]) -> None:
+        """Send a request to the first VIOS that answers it.
+
+        :raise FarpageError: the refusal of the first that answers; NoVios when none does.
+        """
+        problems: list[str] = []
+        for name in names:
+            try:
+                await request(self._vioses[name])
+            except FarpageError as error:
+                if error.code != "unreachable":
+                    raise
+                problems.append(error.cause)
+            else:
+                return
+        raise NoVios("; ".join(problems) or "the device is reached by none")
+
+    async def delete(self, client: str) -> None:
+        """Delete a client's volume and remove the client.
+
+        :raise ClientMissing: there is none.
+        :raise NoVios: none answers.
+        """
+        paths = rules.paths(self._keeper.current, client)
+        # Under an epoch of its own, so that nobody who had the volume open still writes.
+        request = partial(Vios.delete_volume, name=paths[0].volume, epoch=await self.claim(client))
+        try:
+            await self._on_any_vios([path.vios for path in paths], request)
+        except FarpageError as error:
+            if error.code != "volume_not_found":
+                raise
+        await self._keeper.change(lambda now: rules.remove_client(now, client))
+
+    async def discard(self, client: str) -> None:
+        """Delete a client that was made for a request which failed or has ended, now or later."""
+        try:
+            await self.delete(client)
+        except FarpageError as error:
+            log.warning("client_not_deleted", client=client, problem=error.cause)
+            self._leftovers[client] = self._keeper.current.revision
+
+    @property
+    def leftovers(self) -> frozenset[str]:
+        """Clients that `clear` may have something to do for."""
+        return frozenset(self._leftovers)
+
+    async def clear(self, client: str) -> None:
+        """Delete what is left of a client, or has come up again, when VIOS were away."""
+        if client in self._keeper.current.clients:
+            self._leftovers.pop(client, None)
+            await self.discard(client)
+        elif self._all_beyond(self._leftovers.get(client, 0)):
+            self._leftovers.pop(client, None)
+
+    def _all_beyond(self, revision: int) -> bool:
+        """Tell whether every VIOS stores a later revision, so that none can take a change of that one."""
+        stored = [vios.health.definition_revision for vios in self._vioses.values() if vios.health]
+        return len(stored) == len(self._vioses) and min(stored) > revision
+
+    # Claimed
+
+    async def claim(self, client: str) -> int:
+        """Raise the client's epoch above every one that a VIOS knows of, and return it."""
+        record = self.of(client)
+        known = record.epoch
+        for vios in self._vioses.values():
+            try:
+                volumes = await vios.volumes()
+            except FarpageError:
+                continue  # its volumes are fenced when it is reached again
+            known = max([known, *(v.epoch for v in volumes if v.name == record.volumes[0].name)])
+        definition = await self._keeper.change(lambda now: rules.raise_epoch(now, client, known + 1))
+        return definition.clients[client].epoch
+
+    async def epoch_raised(self, client: str, epoch: int) -> None:
+        """Record in the definition that a client's volume was opened under a newer epoch."""
+
+        def edit(definition: Definition) -> Definition:
+            record = definition.clients.get(client)
+            if record is None or record.epoch >= epoch:
+                return definition
+            return rules.raise_epoch(definition, client, epoch)
+
+        try:
+            await self._keeper.change(edit)
+        except FarpageError as error:
+            # The VIOS that opened the volume has the epoch stored; the definition follows later.
+            log.warning("epoch_not_recorded", client=client, epoch=epoch, problem=error.cause)
+
+    def endpoints(self, client: str, turn: int) -> tuple[EndpointSpec, ...]:
+        """List the ways to the volume, beginning with another VIOS at each turn, so that clients share them.
+
+        :raise NoDirectAccess: no VIOS that the hypervisor reaches serves the device.
+        """
+        record = self.of(client)
+        device = record.volumes[0].replicas[0].device
+        access = resolve(self._keeper.current, client, device, self._vioses.keys())
+        if not isinstance(access, Direct):
+            raise NoDirectAccess(client, self._device_name(device), _why(access))
+        paths = access.paths
+        turn %= len(paths)
+        ordered = [*paths[turn:], *paths[:turn]]
+        if record.redundancy is Redundancy.NONE:
+            ordered = ordered[:1]
+        return tuple(
+            EndpointSpec(vios=path.vios, address=path.data[0], device=self._device_name(path.device))
+            for path in ordered
+        )
+
+    def _device_name(self, identifier: str) -> str:
+        return self._keeper.current.devices[identifier].name
+
+
+def _why(access: ThroughSecond | NoAccess) -> str:
+    if isinstance(access, NoAccess):
+        return "; ".join(access.reasons)
+    return f"only device {access.second_device} with the same volume can be reached"
