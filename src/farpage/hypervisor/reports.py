@@ -11,8 +11,9 @@ from farpage.hypervisor.model import (
     PathInfo,
 )
 from farpage.pager.messages import ClientReport, PathReport
+from farpage.pager.table import IN_MEMORY, STATE_NAMES
 
-IN_MEMORY = ("clean", "dirty", "writing", "rewritten")
+RESIDENT_STATES = tuple(STATE_NAMES[state] for state in IN_MEMORY)
 
 
 def client_info(
@@ -34,7 +35,7 @@ def client_info(
         pid=pid,
         memory_bytes=record.memory_bytes,
         limit_bytes=limit_bytes,
-        resident_bytes=sum(pages.get(state, 0) for state in IN_MEMORY) * PAGE_BYTES,
+        resident_bytes=sum(pages.get(state, 0) for state in RESIDENT_STATES) * PAGE_BYTES,
         on_device_bytes=(pages.get("on_device", 0) + pages.get("reading", 0)) * PAGE_BYTES,
         zero_bytes=pages.get("zero", 0) * PAGE_BYTES,
         entitlement_bytes=record.entitlement_bytes,

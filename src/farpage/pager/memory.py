@@ -139,10 +139,6 @@ class PagedMemory:
             for offset, length in resident_ranges(self._memfd, self._offset, self.pages * PAGE_BYTES)
         ]
 
-    def held_bytes(self) -> int:
-        """Return what the memfd takes of the host's memory."""
-        return os.fstat(self._memfd).st_blocks * 512
-
     def unregister(self) -> None:
         """Stop reporting faults. Missing pages read as zeros from now on.
 
