@@ -113,48 +113,54 @@ class Faults:
         else:
             self._refill(fault, state)
 
+    # From here to the end of the section the table changes first, since the table is what a worker that is
+    # started in the place of a killed one goes by: a clean page that it calls dirty costs a write, a
+    # written one that it calls clean would be given back.
+
     def _write_to_protected(self, fault: Fault) -> None:
         """Let a write through; it makes a clean page dirty and an on-going page-out of it useless."""
         table = self._space.table
         page, state = fault.page, table.state[fault.page]
-        ahead = table.run(page, self._write_ahead.window(page), CLEAN) if state == CLEAN else 1
-        if not self._space.memory.unprotect(page, ahead):
-            self._later(fault)
-        elif state == CLEAN:
+        ahead = 1
+        if state == CLEAN:
+            ahead = table.run(page, self._write_ahead.window(page), CLEAN)
             table.move(page, ahead, CLEAN, DIRTY)
         elif state == WRITING:
             table.put(page, REWRITTEN)
             self._space.counters.cancelled_pages += 1
+        if not self._space.memory.unprotect(page, ahead):
+            self._later(fault)
 
     def _map(self, fault: Fault, state: int) -> None:
         """Answer a fault on a page that is in memory but not in the client's page table."""
         protect = state in (CLEAN, WRITING) and not fault.flags & FLAG_WRITE
+        if not protect:
+            self._dirtied(fault.page, state)
         try:
             if not self._space.memory.map_in(fault.page, protect=protect):
                 self._later(fault)
-                return
         except FileExistsError:
-            self._space.memory.wake(fault.page, 1)
-            return
-        if not protect:
-            self._dirtied(fault.page, state)
+            self._as_it_was(fault.page, state)
 
     def _refill(self, fault: Fault, state: int) -> None:
         """Answer a missing fault on a page believed in memory: a stale event, or the balloon took it."""
+        self._dirtied(fault.page, state)
         try:
             if not self._space.memory.zero_in(fault.page, 1):
                 self._later(fault)
-                return
         except FileExistsError:
-            self._space.memory.wake(fault.page, 1)
-            return
-        self._dirtied(fault.page, state)
+            self._as_it_was(fault.page, state)
 
     def _dirtied(self, page: int, state: int) -> None:
         if state == CLEAN:
             self._space.table.put(page, DIRTY)
         elif state == WRITING:
             self._space.table.put(page, REWRITTEN)
+
+    def _as_it_was(self, page: int, state: int) -> None:
+        """Take back `_dirtied`: the event was stale, and the page is still protected if it was."""
+        self._space.table.put(page, state)
+        self._space.memory.wake(page, 1)
 
     def _fill(self, fault: Fault) -> None:
         """Answer a first touch with zeros, and ahead of a sequential writer those that follow."""

@@ -1,0 +1,241 @@
+"""A client's memory and its volume as models, for tests of the pager that decide when what happens."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from farpage.kernel.userfaultfd import EVENT_DTYPE, FLAG_MINOR, FLAG_WP, FLAG_WRITE, Event
+from farpage.pager.buffers import BufferPool
+from farpage.pager.eviction import Eviction
+from farpage.pager.faults import Faults
+from farpage.pager.limit import Limit
+from farpage.pager.memory import PagedMemory
+from farpage.pager.space import Space
+from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
+from farpage.volume.failover import FailoverLog
+from farpage.volume.multipath import MultipathVolume
+from tests.support.blockio import MemoryIO
+
+
+def content_of(page: int, version: int = 1) -> bytes:
+    """Return the bytes that tests put into a page; never zeros."""
+    return ((page << 8 | version) * 2654435761 % 2**32 + 1).to_bytes(8, "little") * (PAGE_BYTES // 8)
+
+
+class ModelMemory(PagedMemory):
+    """Memory of a client as userfaultfd and the memfd show it.
+
+    `before` is called with the name, first page and count of everything that the pager does, right before it
+    is done. What is named in `busy` has no effect and says "try later".
+    """
+
+    def __init__(self) -> None:
+        self.content: dict[int, bytes] = {}
+        """Pages that the memfd holds."""
+        self.mapped: set[int] = set()
+        self.protected: set[int] = set()
+        self.poisoned: set[int] = set()
+        self.before: Callable[[str, int, int], None] = lambda name, first, count: None
+        self.busy: set[str] = set()
+        self._faults: list[tuple[int, int]] = []
+        self._eventfd = os.eventfd(0, os.EFD_NONBLOCK)
+
+    # What the client does
+
+    def touch(self, page: int, write: bytes | None = None) -> bytes | None:
+        """Read a page or write it whole; None when the access has to wait, and is in the events.
+
+        :raise MemoryError: the page is poisoned.
+        """
+        if page in self.poisoned:
+            raise MemoryError(f"page {page} is poisoned")
+        flags = FLAG_WRITE if write is not None else 0
+        if page not in self.content:
+            self._faults.append((flags, page))
+            return None
+        if page not in self.mapped:
+            self._faults.append((flags | FLAG_MINOR, page))
+            return None
+        if write is not None:
+            if page in self.protected:
+                self._faults.append((flags | FLAG_WP, page))
+                return None
+            self.content[page] = write
+        return self.content[page]
+
+    def remove(self, page: int) -> None:
+        """Punch a hole, as a balloon does."""
+        self.content.pop(page, None)
+        self.mapped.discard(page)
+
+    def unmap(self, page: int) -> None:
+        """Take a page out of the client's page table only."""
+        self.mapped.discard(page)
+
+    # What the pager does
+
+    def fileno(self) -> int:
+        return self._eventfd
+
+    def read_faults(self) -> npt.NDArray[np.void]:
+        events = np.zeros(min(len(self._faults), 64), EVENT_DTYPE)
+        for event in events:
+            flags, page = self._faults.pop(0)
+            event["event"], event["flags"], event["address"] = Event.PAGEFAULT, flags, page * PAGE_BYTES
+        return events
+
+    def page_of(self, address: int) -> int:
+        return address // PAGE_BYTES
+
+    def _does(self, name: str, first: int, count: int) -> bool:
+        self.before(name, first, count)
+        return name not in self.busy
+
+    def _missing(self, first: int, count: int) -> int:
+        if first in self.content or first in self.poisoned:
+            raise FileExistsError(errno.EEXIST, "the page is present")
+        present = (page for page in range(first, first + count) if page in self.content)
+        return next(present, first + count) - first
+
+    def copy_in(self, first: int, source_address: int, count: int, *, protect: bool) -> int:
+        if not self._does("copy_in", first, count):
+            return 0
+        done = self._missing(first, count)
+        source = ctypes.string_at(source_address, done * PAGE_BYTES)
+        for index in range(done):
+            self._put(first + index, source[index * PAGE_BYTES :][:PAGE_BYTES], protect)
+        return done
+
+    def _put(self, page: int, content: bytes, protect: bool) -> None:
+        self.content[page] = content
+        self.mapped.add(page)
+        (self.protected.add if protect else self.protected.discard)(page)
+
+    def zero_in(self, first: int, count: int) -> int:
+        if not self._does("zero_in", first, count):
+            return 0
+        done = self._missing(first, count)
+        for page in range(first, first + done):
+            self._put(page, bytes(PAGE_BYTES), protect=False)
+        return done
+
+    def map_in(self, page: int, *, protect: bool) -> int:
+        if not self._does("map_in", page, 1):
+            return 0
+        if page in self.mapped:
+            raise FileExistsError(errno.EEXIST, "the page is present")
+        self._put(page, self.content[page], protect)
+        return 1
+
+    def poison(self, page: int) -> int:
+        if not self._does("poison", page, 1):
+            return 0
+        self._missing(page, 1)
+        self.poisoned.add(page)
+        return 1
+
+    def protect(self, first: int, count: int) -> bool:
+        if not self._does("protect", first, count):
+            return False
+        self.protected.update(range(first, first + count))
+        return True
+
+    def unprotect(self, first: int, count: int) -> bool:
+        if not self._does("unprotect", first, count):
+            return False
+        self.protected.difference_update(range(first, first + count))
+        return True
+
+    def wake(self, first: int, count: int) -> None:
+        self._does("wake", first, count)
+
+    def read_out(self, first: int, into: memoryview) -> None:
+        self._does("read_out", first, len(into) // PAGE_BYTES)
+        for index in range(len(into) // PAGE_BYTES):
+            page = self.content.get(first + index, bytes(PAGE_BYTES))
+            into[index * PAGE_BYTES : (index + 1) * PAGE_BYTES] = page
+
+    def release(self, first: int, count: int) -> None:
+        self._does("release", first, count)
+        for page in range(first, first + count):
+            self.remove(page)
+
+    def present_runs(self) -> list[tuple[int, int]]:
+        return [(page, 1) for page in sorted(self.content)]
+
+    def unregister(self) -> None:
+        self._does("unregister", 0, 0)
+
+    def close(self) -> None:
+        os.close(self._eventfd)
+
+
+class ModelVolume(MemoryIO):
+    """A volume that never fails; with `hold` set its commands wait in `held`."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(size_bytes, at_hand=False)
+        self.held_bytes = 0
+        self.failovers = FailoverLog()
+        self.on_active: Callable[[], None] = lambda: None
+
+    def push(self) -> None:
+        """Everything is sent at once."""
+
+
+class ModelClient:
+    """A client of `pages` pages: real faults and page-outs over a model of its memory and volume."""
+
+    def __init__(self, pages: int, limit_pages: int | None = None) -> None:
+        """Make the client within a running event loop."""
+        self.memory = ModelMemory()
+        self.table = PageTable(pages)
+        self.volume = ModelVolume(pages * PAGE_BYTES)
+        self.alarms: list[tuple[str, str]] = []
+        self.space = Space(
+            self.memory,
+            self.table,
+            cast(MultipathVolume, self.volume),
+            Limit(limit_pages or pages),
+            BufferPool(preallocated=1),
+            lambda kind, message: self.alarms.append((kind, message)),
+            lambda: None,
+        )
+        self.faults = Faults(self.space)
+        self.eviction = Eviction(self.space, self.faults.admit)
+
+    def read(self, page: int) -> bytes | None:
+        """Read a page, with the faults that this takes; None when it has to wait for the volume."""
+        return self._access(page, None)
+
+    def write(self, page: int, version: int = 1) -> bytes | None:
+        """Write a page whole, as `read`."""
+        return self._access(page, content_of(page, version))
+
+    def _access(self, page: int, write: bytes | None) -> bytes | None:
+        for _ in range(3):  # missing, then protected
+            if (found := self.memory.touch(page, write)) is not None:
+                return found
+            self.faults.on_events()
+        return None
+
+    async def evict(self) -> None:
+        """Page out until the client is within its marks, or waits for the volume."""
+        self.eviction.wake()
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    def states(self, *pages: int) -> list[str]:
+        """Return the states of pages, by name."""
+        return [STATE_NAMES[self.table.state[page]] for page in pages]
+
+    def close(self) -> None:
+        self.memory.close()
