@@ -207,7 +207,7 @@ class Clients:
         self._pool.give(client, limit)
         try:
             epoch = await self.records.claim(client)
-            endpoints = self.records.endpoints(client, turn=len(self.attached))
+            replicas = self.records.replicas(client, turn=len(self.attached))
             worker = self._workers.least_loaded()
         except FarpageError:
             self._pool.limits.pop(client)
@@ -224,7 +224,7 @@ class Clients:
             start_address=memory.start_address,
             memfd_offset_bytes=memory.memfd_offset_bytes,
             limit_pages=limit // PAGE_BYTES,
-            endpoints=endpoints,
+            replicas=replicas,
             path_timeout_seconds=self._settings.path_timeout_seconds,
             open_timeout_seconds=OPEN_TIMEOUT_SECONDS,
         )

@@ -18,7 +18,7 @@ from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
 from farpage.hypervisor.errors import NoDirectAccess
 from farpage.hypervisor.model import ClientCreate
 from farpage.hypervisor.vioses import Vios
-from farpage.pager.messages import EndpointSpec
+from farpage.pager.messages import EndpointSpec, ReplicaSpec
 from farpage.vios.model import VolumeCreate
 from farpage.volume.resolve import Direct, NoAccess, ThroughSecond, resolve
 
@@ -186,25 +186,31 @@ class ClientRecords:
             # The VIOS that opened the volume has the epoch stored; the definition follows later.
             log.warning("epoch_not_recorded", client=client, epoch=epoch, problem=error.cause)
 
-    def endpoints(self, client: str, turn: int) -> tuple[EndpointSpec, ...]:
-        """List the ways to the volume, beginning with another VIOS at each turn, so that clients share them.
+    def replicas(self, client: str, turn: int) -> tuple[ReplicaSpec, ...]:
+        """List the replicas of the volume with the ways to each, beginning with another VIOS at each turn.
+
+        So clients share the VIOS.
 
         :raise NoDirectAccess: no VIOS that the hypervisor reaches serves the device.
         """
         record = self.of(client)
-        device = record.volumes[0].replicas[0].device
-        access = resolve(self._keeper.current, client, device, self._vioses.keys())
-        if not isinstance(access, Direct):
-            raise NoDirectAccess(client, self._device_name(device), _why(access))
-        paths = access.paths
-        turn %= len(paths)
-        ordered = [*paths[turn:], *paths[:turn]]
-        if record.redundancy is Redundancy.NONE:
-            ordered = ordered[:1]
-        return tuple(
-            EndpointSpec(vios=path.vios, address=path.data[0], device=self._device_name(path.device))
-            for path in ordered
-        )
+        specs: list[ReplicaSpec] = []
+        for replica in record.volumes[0].replicas:
+            device = replica.device
+            access = resolve(self._keeper.current, client, device, self._vioses.keys())
+            if not isinstance(access, Direct):
+                raise NoDirectAccess(client, self._device_name(device), _why(access))
+            first = turn % len(access.paths)
+            ordered = [*access.paths[first:], *access.paths[:first]]
+            if record.redundancy is Redundancy.NONE:
+                ordered = ordered[:1]
+            endpoints = tuple(EndpointSpec(vios=path.vios, address=path.data[0]) for path in ordered)
+            specs.append(
+                ReplicaSpec(
+                    device=device, name=self._device_name(device), state=replica.state, endpoints=endpoints
+                )
+            )
+        return tuple(specs)
 
     def _device_name(self, identifier: str) -> str:
         return self._keeper.current.devices[identifier].name

@@ -14,7 +14,7 @@ from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.replacement import Replacement
 from farpage.pager.space import Space
 from farpage.pager.table import DIRTY, ON_DEVICE, READING, REWRITTEN, WRITING, ZERO, PageTable
-from farpage.volume.multipath import MultipathVolume
+from farpage.volume.paged import PagedVolume
 
 DETACH_WINDOW_PAGES: Final = 64
 DETACH_READS: Final = 8
@@ -28,7 +28,7 @@ class PagedClient:
         self,
         memory: PagedMemory,
         table: PageTable,
-        volume: MultipathVolume,
+        volume: PagedVolume,
         limit_pages: int,
         buffers: BufferPool,
         *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.attach.memory import ClientKind
+from farpage.definition.model import ReplicaState
 from farpage.volume.state import PathState
 
 
@@ -15,11 +16,22 @@ class Message(BaseModel):
 
 
 class EndpointSpec(Message):
-    """Where one VIOS serves the client's volume; `address` as `farpage.address` spells it."""
+    """Where one VIOS serves a replica; `address` as `farpage.address` spells it."""
 
     vios: str
     address: str
+
+
+class ReplicaSpec(Message):
+    """A replica of the client's volume: `device` is the device's identifier, `name` what users call it.
+
+    `state` is the one of the definition, `endpoints` the VIOS that serve it, in the order of preference.
+    """
+
     device: str
+    name: str
+    state: ReplicaState
+    endpoints: tuple[EndpointSpec, ...]
 
 
 class Attach(Message):
@@ -34,7 +46,9 @@ class Attach(Message):
     start_address: int
     memfd_offset_bytes: int
     limit_pages: int = Field(gt=0)
-    endpoints: tuple[EndpointSpec, ...]
+    replicas: tuple[ReplicaSpec, ...] = Field(min_length=1)
+    recover: bool = False
+    """Go on with what a worker that ended has left, instead of beginning with nothing paged out."""
     path_timeout_seconds: float = Field(gt=0)
     open_timeout_seconds: float = Field(gt=0)
 

@@ -13,7 +13,7 @@ from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.replacement import Replacement
 from farpage.pager.table import READING, PageTable
-from farpage.volume.multipath import MultipathVolume
+from farpage.volume.paged import PagedVolume
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Space:
 
     memory: PagedMemory
     table: PageTable
-    volume: MultipathVolume
+    volume: PagedVolume
     limit: Limit
     buffers: BufferPool
     alarm: Callable[[str, str], None]

@@ -33,17 +33,18 @@ from farpage.pager.messages import (
     ClientReport,
     CounterReport,
     Detach,
-    EndpointSpec,
     EpochRaised,
     FailoverReport,
     Nothing,
     PathReport,
     Query,
+    ReplicaSpec,
     SetLimit,
 )
 from farpage.pager.table import ENTRY_BYTES, PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.connector import Endpoint, connect_nbd
 from farpage.volume.multipath import MultipathVolume
+from farpage.volume.paged import PagedVolume
 
 log = structlog.get_logger()
 
@@ -167,14 +168,17 @@ class Worker:
         return Nothing()
 
     @staticmethod
-    async def _open_volume(order: Attach, events: _Events) -> MultipathVolume:
+    async def _open_volume(order: Attach, events: _Events) -> PagedVolume:
+        (replica,) = order.replicas
         volume = MultipathVolume(
             order.volume,
             order.pages * PAGE_BYTES,
             order.epoch,
-            [_endpoint(spec) for spec in order.endpoints],
+            _endpoints(replica),
             connector=connect_nbd,
             events=events,
+            device=replica.device,
+            device_name=replica.name,
             path_timeout_seconds=order.path_timeout_seconds,
         )
         await volume.open(order.open_timeout_seconds)
@@ -253,8 +257,8 @@ class Worker:
             await attached.paged.space.volume.abandon()
 
 
-def _endpoint(spec: EndpointSpec) -> Endpoint:
-    return Endpoint(spec.vios, parse_address(spec.address), spec.device)
+def _endpoints(replica: ReplicaSpec) -> list[Endpoint]:
+    return [Endpoint(spec.vios, parse_address(spec.address), replica.name) for spec in replica.endpoints]
 
 
 async def run(descriptor: int) -> None:

@@ -30,7 +30,9 @@ from farpage.volume.command import Command, Finished
 from farpage.volume.connector import Connector, Endpoint
 from farpage.volume.failover import Failover, FailoverLog
 from farpage.volume.link import Held, PathLink, PathStatus
+from farpage.volume.paged import ReplicaHealth, ReplicaStatus
 from farpage.volume.path import PathEvent
+from farpage.volume.rewrite import RewriteGate
 from farpage.volume.state import PathState
 from farpage.volume.watch import AgeWatch
 
@@ -72,18 +74,28 @@ class MultipathVolume:
         *,
         connector: Connector,
         events: VolumeEvents,
+        device: str = "",
+        device_name: str = "",
         path_timeout_seconds: float = 1.0,
         probe_interval_seconds: float = 1.0,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.name = name
+        self.device = device
+        """Identifier of the device that all paths lead to."""
         self.epoch = epoch
         self.failovers = FailoverLog()
         self.on_active: Callable[[], None] = lambda: None
         """Called when a path has taken over: what was held up can go on."""
+        self.on_full: Callable[[bool], None] = lambda _full: None
+        self.on_no_path: Callable[[bool], None] = lambda _none: None
         self.held_bytes = 0
         """Bytes of writes that wait until a failed server is fenced."""
         self._loop = loop
+        self._device_name = device_name
+        self._opened_seconds = loop.time()
+        self._rewrites = RewriteGate()
+        self._full = False
         self._size_bytes = size_bytes
         self._events = events
         self._path_timeout = path_timeout_seconds
@@ -130,6 +142,27 @@ class MultipathVolume:
     def status(self) -> list[PathStatus]:
         """Every path, in the order of preference."""
         return [path.status() for path in self._paths]
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """The one replica."""
+        return (self.device,)
+
+    def replica_status(self) -> list[ReplicaStatus]:
+        """The one replica, which is always in sync."""
+        return [
+            ReplicaStatus(
+                device=self.device,
+                name=self._device_name,
+                health=ReplicaHealth.IN_SYNC,
+                reason="",
+                dirty_pages=0,
+                resynced_pages=0,
+                rate_bytes=0.0,
+                eta_seconds=None,
+                since_seconds=self._opened_seconds,
+            )
+        ]
 
     # Opening and closing
 
@@ -191,7 +224,11 @@ class MultipathVolume:
         def start(io: BlockIO, end: Finished) -> None:
             io.write(offset, data, partial(_end, end), fua=fua)
 
-        self._submit(Command(start, lambda error, _: done(error), len(data), mutates=True))
+        command = Command(start, lambda error, _: done(error), len(data), mutates=True)
+        if self._rewrites.active:
+            self._rewrites.pass_or_wait(offset, len(data), partial(self._submit, command))
+        else:
+            self._submit(command)
 
     def zero(
         self,
@@ -208,7 +245,8 @@ class MultipathVolume:
         def start(io: BlockIO, end: Finished) -> None:
             io.zero(offset, length, partial(_end, end), punch=punch, fast=fast, fua=fua)
 
-        self._submit(Command(start, lambda error, _: done(error), length, mutates=True))
+        command = Command(start, lambda error, _: done(error), length, mutates=True)
+        self._rewrites.pass_or_wait(offset, length, partial(self._submit, command))
 
     def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
         """Trim; waits out every failure."""
@@ -237,6 +275,29 @@ class MultipathVolume:
     def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
         """Report allocation."""
         self._submit(Command(lambda io, end: io.extents(offset, length, end), done, length, mutates=False))
+
+    def read_replica(self, device: str, offset: int, length: int, done: ReadDone) -> None:
+        """Read what the one replica holds."""
+        if device == self.device:
+            self.read(offset, length, done)
+        else:
+            done(errno.ESTALE, None)
+
+    def rewrite_replica(self, device: str, offset: int, data: memoryview, done: Done) -> None:
+        """Put the one replica right."""
+        if device != self.device:
+            done(errno.ESTALE)
+            return
+        rewrite = self._rewrites.enter(offset, len(data))
+
+        def start(io: BlockIO, end: Finished) -> None:
+            io.write(offset, data, partial(_end, end))
+
+        def finished(error: int, _result: Any) -> None:
+            done(error)
+            self._rewrites.leave(rewrite)
+
+        self._submit(Command(start, finished, len(data), mutates=True))
 
     def push(self) -> None:
         """Send what was submitted in this turn now."""
@@ -269,6 +330,9 @@ class MultipathVolume:
         del path.in_flight[command]
         if path.machine.state is PathState.SUSPECT:
             path.machine.apply(PathEvent.ANSWERED, self._loop.time())
+        if self._full and command.mutates:
+            self._full = False
+            self.on_full(False)
         self._finish(command, 0, result)
 
     def _finish(self, command: Command, error: int, result: Any) -> None:
@@ -289,6 +353,9 @@ class MultipathVolume:
             self._fail(path, f"the server answered {name}")
             return
         del path.in_flight[command]
+        if error == errno.ENOSPC and not self._full:
+            self._full = True
+            self.on_full(True)
         if (path.endpoint.vios, error) not in self._alarmed:
             self._alarmed.add((path.endpoint.vios, error))
             self._alarm(
@@ -386,6 +453,7 @@ class MultipathVolume:
         elif self._activated.is_set():
             self._activated.clear()
             self._alarm("no_path", "no path is left; accesses to paged-out memory wait until one is back")
+            self.on_no_path(True)
 
     async def _take_over(self, path: PathLink) -> None:
         problem = ""
@@ -409,7 +477,9 @@ class MultipathVolume:
         now = self._loop.time()
         path.machine.apply(PathEvent.ACTIVATED, now)
         self._active = path
-        self._activated.set()
+        if not self._activated.is_set():
+            self._activated.set()
+            self.on_no_path(False)
         for record in self.failovers.records:
             if record.active_at_seconds is None:
                 record.to_vios = path.endpoint.vios

@@ -206,6 +206,8 @@ class Rig:
             [Endpoint(name, UnixAddress(f"/{name}"), "disk") for name in self.vioses],
             connector=self.connect,
             events=self.events,
+            device="disk-1",
+            device_name="disk",
             path_timeout_seconds=1.0,
         )
 

@@ -1,0 +1,110 @@
+"""What a pager needs of a client's volume, be it one replica or several on different devices.
+
+Beyond a `BlockIO`'s reads and writes, which wait out every failure, a pager sees the replicas one by one:
+to compare what each of them holds, and to put one right.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from farpage.blockio import Done, ReadDone
+from farpage.volume.failover import FailoverLog
+from farpage.volume.link import PathStatus
+
+
+class ReplicaHealth(enum.StrEnum):
+    """What a replica is good for at the moment, in the words that users see."""
+
+    IN_SYNC = "in_sync"
+    """Has every acknowledged page."""
+    STALE = "stale"
+    """Has missed pages, and cannot be written to now."""
+    RESYNCING = "resyncing"
+    """Gets every new page, and meanwhile what it has missed."""
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """One replica as users see it. `rate_bytes` is per second; `eta_seconds` None while nobody can tell."""
+
+    device: str
+    """Identifier of the device."""
+    name: str
+    """The device's name."""
+    health: ReplicaHealth
+    reason: str
+    """Why it is not in sync; empty while it is."""
+    dirty_pages: int
+    resynced_pages: int
+    rate_bytes: float
+    eta_seconds: float | None
+    since_seconds: float
+    """Loop time of the last change of health."""
+
+
+class PagedVolume(Protocol):
+    """A client's volume. No error of a path or a device reaches the caller of read, write and zero."""
+
+    failovers: FailoverLog
+    on_active: Callable[[], None]
+    """Called when a path has taken over: what was held up can go on."""
+    on_full: Callable[[bool], None]
+    """Called with True when writes wait because no device has room for them, with False when they go on."""
+    on_no_path: Callable[[bool], None]
+    """Called with True when no path is left and accesses wait, with False when one is back."""
+
+    @property
+    def epoch(self) -> int:
+        """The highest epoch that the volume was opened with."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of writes that wait until a failed server is fenced."""
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """The replicas that have every acknowledged page, by the identifier of their device."""
+
+    def status(self) -> list[PathStatus]:
+        """Every path, in the order of preference."""
+
+    def replica_status(self) -> list[ReplicaStatus]:
+        """Every replica."""
+
+    async def open(self, timeout_seconds: float) -> None:
+        """Connect, and wait until commands can be carried out.
+
+        :raise NoPath: when they cannot after `timeout_seconds`; the volume is closed then.
+        """
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        """Read from whichever replica is fastest; waits out every failure."""
+
+    def write(self, offset: int, data: memoryview, done: Done) -> None:
+        """Write to every replica in sync; waits out every failure."""
+
+    def zero(self, offset: int, length: int, done: Done) -> None:
+        """Zero on every replica in sync; waits out every failure."""
+
+    def push(self) -> None:
+        """Send what was submitted in this turn now."""
+
+    def read_replica(self, device: str, offset: int, length: int, done: ReadDone) -> None:
+        """Read what one replica holds; finishes with ESTALE when it is not, or no longer, in sync."""
+
+    def rewrite_replica(self, device: str, offset: int, data: memoryview, done: Done) -> None:
+        """Put one replica right with content that is known to be good.
+
+        Not to be called while a write of the same pages is in flight; writes that are begun meanwhile wait
+        for it. Finishes with ESTALE when the replica is not, or no longer, in sync.
+        """
+
+    async def close(self) -> None:
+        """Wait for the commands in flight, then let go of the paths."""
+
+    async def abandon(self) -> None:
+        """Let go of the paths at once; commands not finished end with ESHUTDOWN."""
