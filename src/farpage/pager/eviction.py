@@ -159,13 +159,15 @@ class Eviction:
                 space.replacement.returned(start, length)
             elif error:  # the volume was closed
                 table.move(start, length, WRITING, DIRTY)
-            elif self._stopped:
-                table.move(start, length, WRITING, CLEAN)
             else:
-                space.memory.release(start, length)
-                table.move(start, length, WRITING, ON_DEVICE)
-                space.replacement.evicted(start, length)
-                freed += length
+                # First of all the table says that the volume has it: a pager that is started in the place of
+                # this one could not tell a page that was given back here from one that the balloon took.
+                table.move(start, length, WRITING, CLEAN)
+                if not self._stopped:
+                    space.memory.release(start, length)
+                    table.move(start, length, CLEAN, ON_DEVICE)
+                    space.replacement.evicted(start, length)
+                    freed += length
         if not error:
             space.counters.page_out_pages += count
         if freed:
