@@ -108,7 +108,7 @@ async def test_a_page_is_on_the_device_only_after_it_has_left_memory(
     client: ModelClient, seen: list[tuple[str, str]]
 ) -> None:
     await paged_out(client)
-    assert ("release", "writing") in seen
+    assert ("release", "clean") in seen
     assert client.states(OLDEST) == ["on_device"]
     assert client.read(OLDEST)
     seen.clear()
