@@ -7,11 +7,11 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from farpage.blockio import Done, ReadDone
 from farpage.kernel.userfaultfd import EVENT_DTYPE, FLAG_MINOR, FLAG_WP, FLAG_WRITE, Event
 from farpage.pager.buffers import BufferPool
 from farpage.pager.eviction import Eviction
@@ -21,7 +21,8 @@ from farpage.pager.memory import PagedMemory
 from farpage.pager.space import Space
 from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.failover import FailoverLog
-from farpage.volume.multipath import MultipathVolume
+from farpage.volume.link import PathStatus
+from farpage.volume.paged import ReplicaHealth, ReplicaStatus
 from tests.support.blockio import MemoryIO
 
 
@@ -179,13 +180,82 @@ class ModelMemory(PagedMemory):
 
 
 class ModelVolume(MemoryIO):
-    """A volume that never fails; with `hold` set its commands wait in `held`."""
+    """A volume that never fails, with a replica on each of some devices; it reads from the first.
 
-    def __init__(self, size_bytes: int) -> None:
+    With `hold` set its commands wait in `held`. `other_path` has what the other path to every replica reads,
+    where that is not what it holds.
+    """
+
+    def __init__(self, size_bytes: int, devices: tuple[str, ...] = ("disk1",)) -> None:
         super().__init__(size_bytes, at_hand=False)
+        self.on = {
+            device: self.content if device == devices[0] else bytearray(size_bytes) for device in devices
+        }
+        """What each device holds."""
+        self.stale: set[str] = set()
+        self.rewritten: list[tuple[str, int]] = []
+        """Replicas put right: the device and the page."""
+        self.other_path: dict[int, bytes] = {}
         self.held_bytes = 0
+        self.epoch = 1
         self.failovers = FailoverLog()
         self.on_active: Callable[[], None] = lambda: None
+        self.on_full: Callable[[bool], None] = lambda _full: None
+        self.on_no_path: Callable[[bool], None] = lambda _none: None
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        return tuple(device for device in self.on if device not in self.stale)
+
+    def status(self) -> list[PathStatus]:
+        return []
+
+    def replica_status(self) -> list[ReplicaStatus]:
+        return [
+            ReplicaStatus(device, f"name of {device}", ReplicaHealth.IN_SYNC, "", 0, 0, 0.0, None, 0.0)
+            for device in self.on
+        ]
+
+    async def open(self, timeout_seconds: float) -> None:
+        """Be open."""
+
+    async def abandon(self) -> None:
+        self.closed = True
+
+    def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
+        def everywhere(error: int) -> None:
+            for content in self.on.values():
+                content[offset : offset + len(data)] = data
+            done(error)
+
+        super().write(offset, data, everywhere, fua=fua)
+
+    def read_replica(
+        self, device: str, offset: int, length: int, done: ReadDone, *, other_path: bool = False
+    ) -> None:
+        def step() -> None:
+            if device in self.stale:
+                done(errno.ESTALE, None)
+            elif other_path and offset // PAGE_BYTES not in self.other_path:
+                done(errno.ENOLINK, None)
+            elif other_path:
+                done(0, memoryview(self.other_path[offset // PAGE_BYTES]))
+            else:
+                done(0, memoryview(bytes(self.on[device][offset : offset + length])))
+
+        self._run(step)
+
+    def rewrite_replica(self, device: str, offset: int, data: memoryview, done: Done) -> None:
+        def step() -> None:
+            self.rewritten.append((device, offset // PAGE_BYTES))
+            self.on[device][offset : offset + len(data)] = data
+            done(0)
+
+        self._run(step)
+
+    def spoil(self, page: int, device: str = "disk1") -> None:
+        """Change a byte of a page on a device."""
+        self.on[device][page * PAGE_BYTES + 100] ^= 0xFF
 
     def push(self) -> None:
         """Everything is sent at once."""
@@ -194,16 +264,18 @@ class ModelVolume(MemoryIO):
 class ModelClient:
     """A client of `pages` pages: real faults and page-outs over a model of its memory and volume."""
 
-    def __init__(self, pages: int, limit_pages: int | None = None) -> None:
+    def __init__(
+        self, pages: int, limit_pages: int | None = None, devices: tuple[str, ...] = ("disk1",)
+    ) -> None:
         """Make the client within a running event loop."""
         self.memory = ModelMemory()
         self.table = PageTable(pages)
-        self.volume = ModelVolume(pages * PAGE_BYTES)
+        self.volume = ModelVolume(pages * PAGE_BYTES, devices)
         self.alarms: list[tuple[str, str]] = []
         self.space = Space(
             self.memory,
             self.table,
-            cast(MultipathVolume, self.volume),
+            self.volume,
             Limit(limit_pages or pages),
             BufferPool(preallocated=1),
             lambda kind, message: self.alarms.append((kind, message)),
@@ -230,8 +302,18 @@ class ModelClient:
     async def evict(self) -> None:
         """Page out until the client is within its marks, or waits for the volume."""
         self.eviction.wake()
-        for _ in range(10):
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Let everything happen that waits for nothing but its turn."""
+        for _ in range(20):
             await asyncio.sleep(0)
+
+    async def fill(self, pages: int) -> None:
+        """Write pages from 0 on, and have those above the limit paged out."""
+        for page in range(pages):
+            assert self.write(page)
+        await self.evict()
 
     def states(self, *pages: int) -> list[str]:
         """Return the states of pages, by name."""

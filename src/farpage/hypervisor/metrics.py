@@ -27,8 +27,14 @@ COUNTERS = {
     "clean_evict_pages": "Pages given back without I/O because the volume had them",
     "cancelled_pages": "Page-outs made useless by a write meanwhile",
     "read_ahead_pages": "Pages read ahead of a fault",
-    "checksum_errors": "Pages whose content on the volume was not what was paged out",
+    "checksum_errors": "Pages that came back with other content than was paged out, or that a scrub found so",
     "poisoned_pages": "Pages lost: every access to them fails",
+}
+
+
+BY_DEVICE = {
+    "wrong": "Pages whose replica on a device was not what was paged out",
+    "repaired": "Pages whose replica on a device was put right",
 }
 
 
@@ -66,6 +72,14 @@ class _Collector(Collector):
             family = CounterMetricFamily(f"farpage_client_{field}", help_text, labels=["client"])
             for report in self._reports:
                 family.add_metric([report.client], getattr(report.counters, field))
+            yield family
+        for what, help_text in BY_DEVICE.items():
+            family = CounterMetricFamily(
+                f"farpage_client_{what}_pages", help_text, labels=["client", "device"]
+            )
+            for report in self._reports:
+                for device, pages in getattr(report.counters, f"{what}_by_device").items():
+                    family.add_metric([report.client, device], pages)
             yield family
 
     def _gauges(self) -> Iterator[Metric]:

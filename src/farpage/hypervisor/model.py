@@ -76,9 +76,13 @@ class ClientCounters(Document):
     cancelled_pages: int = 0
     read_ahead_pages: int = 0
     checksum_errors: int = 0
+    repaired_pages: int = 0
     poisoned_pages: int = 0
     stalls_over_100ms: int = 0
     longest_stall_ms: float = 0.0
+    wrong_by_device: dict[str, int] = Field(default_factory=dict)
+    """Pages whose replica was not what was paged out, by the name of the device."""
+    repaired_by_device: dict[str, int] = Field(default_factory=dict)
 
 
 class FailoverInfo(Document):

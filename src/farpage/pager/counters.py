@@ -24,11 +24,23 @@ class Counters:
     cancelled_pages: int = 0
     read_ahead_pages: int = 0
     checksum_errors: int = 0
+    repaired_pages: int = 0
     poisoned_pages: int = 0
     stalls_over_100ms: int = 0
     longest_stall_ms: float = 0.0
     wait_seconds: float = 0.0
     wait_buckets: list[int] = field(default_factory=lambda: [0] * LATENCY_BUCKETS)
+    wrong_by_device: dict[str, int] = field(default_factory=dict)
+    """Pages whose replica on a device was not what was paged out, by the device's name."""
+    repaired_by_device: dict[str, int] = field(default_factory=dict)
+    """Those of them that were put right."""
+
+    def found_wrong(self, device: str, pages: int, repaired: int) -> None:
+        """Count pages of one replica with other content than was paged out, and those put right."""
+        self.wrong_by_device[device] = self.wrong_by_device.get(device, 0) + pages
+        if repaired:
+            self.repaired_by_device[device] = self.repaired_by_device.get(device, 0) + repaired
+        self.repaired_pages += repaired
 
     def waited(self, seconds: float) -> None:
         """Count one access that waited for its page."""

@@ -17,6 +17,7 @@ from farpage.kernel.memory import address_of
 from farpage.kernel.userfaultfd import FLAG_MINOR, FLAG_WP, FLAG_WRITE
 from farpage.pager.checksum import page_checksums
 from farpage.pager.readahead import ReadAhead
+from farpage.pager.salvage import Salvage, Salvaged
 from farpage.pager.space import Space, ends_with_client
 from farpage.pager.table import (
     CLEAN,
@@ -64,7 +65,8 @@ class Faults:
         self._waiting: dict[int, float] = {}
         self._write_wanted: set[int] = set()
         self._deferred: deque[Fault] = deque()
-        self._bad: set[int] = set()
+        self.salvage = Salvage(space)
+        self._salvaging: set[asyncio.Task[None]] = set()
         self.stopped = False
 
     @property
@@ -235,21 +237,29 @@ class Faults:
         space = self._space
         table = space.table
         if error or payload is None:  # the volume was closed
-            table.move(first, count, READING, ON_DEVICE)
+            for start, length in self._still_reading(first, count):
+                table.move(start, length, READING, ON_DEVICE)
             return
         expected = table.checksums[first : first + count].tolist()
         found = page_checksums(payload)
-        if found == expected:
-            good = [(first, count)]
-        else:
-            wrong = {first + i for i in range(count) if found[i] != expected[i]}
-            good = runs_of([page for page in range(first, first + count) if page not in wrong])
-            self._mismatched(sorted(wrong))
+        good = self._still_reading(first, count)
+        if found != expected:
+            pages = [page for start, length in good for page in range(start, start + length)]
+            good = runs_of([page for page in pages if found[page - first] == expected[page - first]])
+            if wrong := [page for page in pages if found[page - first] != expected[page - first]]:
+                self._mismatched(wrong)
         source = address_of(payload)
         for start, length in good:
             self._copy_in(start, length, source + (start - first) * PAGE_BYTES, payload)
         space.counters.page_in_pages += count
         self.on_pressure()
+
+    def _still_reading(self, first: int, count: int) -> list[tuple[int, int]]:
+        """Return the runs of a range that is being read without the pages that were given up meanwhile."""
+        table = self._space.table
+        if not table.counts[POISONED]:
+            return [(first, count)]
+        return [(start, length) for start, length, state in table.runs(first, count) if state == READING]
 
     def _copy_in(self, first: int, count: int, source: int, keep: memoryview) -> None:
         """Copy a run into the client: what a write waits for unprotected and dirty, the others clean."""
@@ -296,38 +306,53 @@ class Faults:
             space.waited(waiting.pop(page), now)
         if state == DIRTY:
             self._write_wanted.difference_update(range(first, first + count))
-        if self._bad:
-            self._bad.difference_update(range(first, first + count))
 
     # Content that is not what was paged out
 
     def _mismatched(self, pages: list[int]) -> None:
-        """Read a page with a wrong checksum once more; never use it.
+        """Find the content of pages that came with a wrong checksum elsewhere; what came is never used."""
+        self._space.counters.checksum_errors += len(pages)
+        task = self._loop.create_task(self._bring_in_salvaged(pages))
+        self._salvaging.add(task)
+        task.add_done_callback(self._salvage_ended)
 
-        Wrong again, it is poisoned when an access waits for it, or when the client is detached: a page that
-        was read ahead stays on the device, which may be right again when the page is wanted.
+    def _salvage_ended(self, task: asyncio.Task[None]) -> None:
+        self._salvaging.discard(task)
+        if not task.cancelled():
+            task.result()
+
+    async def _bring_in_salvaged(self, pages: list[int]) -> None:
+        self._salvaged(await self.salvage.search(pages))
+
+    @ends_with_client
+    def _salvaged(self, result: Salvaged) -> None:
+        for page, content in result.found.items():
+            if self._space.table.state[page] == READING:
+                self._copy_in(page, 1, address_of(content), memoryview(content))
+        for page in result.lost:
+            if self._space.table.state[page] == READING:
+                self._lost(page)
+        self._space.volume.push()
+        self.on_pressure()
+
+    def _lost(self, page: int) -> None:
+        """Give up a page that no replica has, if an access waits for it, or the client is detached.
+
+        One that was read ahead stays on the device, which may be right again when the page is wanted.
         """
+        if page in self._waiting or self.stopped:
+            self._give_up(page, "no replica has what was paged out")
+        else:
+            self._space.table.put(page, ON_DEVICE)
+
+    def _give_up(self, page: int, why: str) -> None:
         space = self._space
-        space.counters.checksum_errors += len(pages)
-        for page in pages:
-            space.table.put(page, ON_DEVICE)
-            if page not in self._bad:
-                self._bad.add(page)
-                space.alarm(
-                    "checksum", f"page {page} on the volume is not what was paged out; it is read again"
-                )
-                self.fetch(page, 1)
-            elif page in self._waiting or self.stopped:
-                space.alarm(
-                    "poisoned",
-                    f"page {page} is lost: the volume has other content; accesses to it fail",
-                )
-                space.table.put(page, POISONED)
-                space.counters.poisoned_pages += 1
-                self._waiting.pop(page, None)
-                self._write_wanted.discard(page)
-                self._poison(page)
-        space.volume.push()
+        space.alarm("poisoned", f"page {page} is lost: {why}; accesses to it fail")
+        space.table.put(page, POISONED)
+        space.counters.poisoned_pages += 1
+        self._waiting.pop(page, None)
+        self._write_wanted.discard(page)
+        self._poison(page)
 
     def _poison(self, page: int) -> None:
         try:

@@ -116,11 +116,14 @@ class CounterReport(Message):
     cancelled_pages: int
     read_ahead_pages: int
     checksum_errors: int
+    repaired_pages: int
     poisoned_pages: int
     stalls_over_100ms: int
     longest_stall_ms: float
     wait_seconds: float
     wait_buckets: tuple[int, ...]
+    wrong_by_device: dict[str, int]
+    repaired_by_device: dict[str, int]
 
 
 class ClientReport(Message):

@@ -276,12 +276,20 @@ class MultipathVolume:
         """Report allocation."""
         self._submit(Command(lambda io, end: io.extents(offset, length, end), done, length, mutates=False))
 
-    def read_replica(self, device: str, offset: int, length: int, done: ReadDone) -> None:
-        """Read what the one replica holds."""
-        if device == self.device:
-            self.read(offset, length, done)
-        else:
+    def read_replica(
+        self, device: str, offset: int, length: int, done: ReadDone, *, other_path: bool = False
+    ) -> None:
+        """Read what the one replica holds; with `other_path` once, over a standby path."""
+        if device != self.device:
             done(errno.ESTALE, None)
+        elif not other_path:
+            self.read(offset, length, done)
+        elif (standby := self._standby()) is not None and standby.connection is not None:
+            # A server that hangs is noticed by the path's probes, and the command then ends with an error.
+            standby.connection.read(offset, length, done)
+            standby.connection.push()
+        else:
+            done(errno.ENOLINK, None)
 
     def rewrite_replica(self, device: str, offset: int, data: memoryview, done: Done) -> None:
         """Put the one replica right."""

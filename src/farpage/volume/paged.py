@@ -93,8 +93,14 @@ class PagedVolume(Protocol):
     def push(self) -> None:
         """Send what was submitted in this turn now."""
 
-    def read_replica(self, device: str, offset: int, length: int, done: ReadDone) -> None:
-        """Read what one replica holds; finishes with ESTALE when it is not, or no longer, in sync."""
+    def read_replica(
+        self, device: str, offset: int, length: int, done: ReadDone, *, other_path: bool = False
+    ) -> None:
+        """Read what one replica holds; finishes with ESTALE when it is not, or no longer, in sync.
+
+        With `other_path` it is read once over a path that does not carry the commands, which helps where the
+        other VIOS or its network is at fault; finishes with ENOLINK when there is none.
+        """
 
     def rewrite_replica(self, device: str, offset: int, data: memoryview, done: Done) -> None:
         """Put one replica right with content that is known to be good.

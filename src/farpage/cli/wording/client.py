@@ -85,10 +85,20 @@ def details(info: ClientInfo) -> Iterator[RenderableType]:
         ["counter", "value"],
         [
             (name.removesuffix("_pages").replace("_", " "), f"{value}")
-            for name, value in counters.model_dump().items()
-            if name != "longest_stall_ms"
+            for name, value in counters.model_dump(
+                exclude={"longest_stall_ms", "wrong_by_device", "repaired_by_device"}
+            ).items()
         ],
     )
+    if counters.wrong_by_device:
+        yield ""
+        yield table(
+            ["device", "wrong pages", "repaired"],
+            (
+                (device, str(wrong), str(counters.repaired_by_device.get(device, 0)))
+                for device, wrong in sorted(counters.wrong_by_device.items())
+            ),
+        )
     yield ""
     yield paths_overview(info.paths)
     if info.failovers:
