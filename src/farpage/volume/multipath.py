@@ -29,6 +29,7 @@ from farpage.errors import ExitStatus, FarpageError
 from farpage.volume.command import Command, Finished
 from farpage.volume.connector import Connector, Endpoint
 from farpage.volume.failover import Failover, FailoverLog
+from farpage.volume.full import FullDevice
 from farpage.volume.link import Held, PathLink, PathStatus
 from farpage.volume.paged import ReplicaHealth, ReplicaStatus
 from farpage.volume.path import PathEvent
@@ -95,7 +96,8 @@ class MultipathVolume:
         self._device_name = device_name
         self._opened_seconds = loop.time()
         self._rewrites = RewriteGate()
-        self._full = False
+        self._full = FullDevice(self._again, self._told_full)
+        self._stalled = False
         self._size_bytes = size_bytes
         self._events = events
         self._path_timeout = path_timeout_seconds
@@ -195,7 +197,7 @@ class MultipathVolume:
         self._watch.cancel()
         for timer in self._retrying.values():
             timer.cancel()
-        left = [*self._waiting, *self._retrying]
+        left = [*self._waiting, *self._retrying, *self._full.abandon()]
         self._waiting.clear()
         self._retrying.clear()
         for path in self._paths:
@@ -338,9 +340,9 @@ class MultipathVolume:
         del path.in_flight[command]
         if path.machine.state is PathState.SUSPECT:
             path.machine.apply(PathEvent.ANSWERED, self._loop.time())
-        if self._full and command.mutates:
-            self._full = False
-            self.on_full(False)
+            self._stalls(False)
+        if command.mutates and self._full:
+            self._full.carried_out(command)
         self._finish(command, 0, result)
 
     def _finish(self, command: Command, error: int, result: Any) -> None:
@@ -361,9 +363,9 @@ class MultipathVolume:
             self._fail(path, f"the server answered {name}")
             return
         del path.in_flight[command]
-        if error == errno.ENOSPC and not self._full:
-            self._full = True
-            self.on_full(True)
+        if error == errno.ENOSPC:
+            self._full.refused(command)
+            return
         if (path.endpoint.vios, error) not in self._alarmed:
             self._alarmed.add((path.endpoint.vios, error))
             self._alarm(
@@ -376,8 +378,14 @@ class MultipathVolume:
 
     def _retry(self, command: Command) -> None:
         del self._retrying[command]
+        self._again(command)
+
+    def _again(self, command: Command) -> None:
         self._unfinished -= 1
         self._submit(command)
+
+    def _told_full(self, full: bool) -> None:
+        self.on_full(full)
 
     # Time-outs
 
@@ -394,6 +402,7 @@ class MultipathVolume:
         if self._standby() is None:
             if path.machine.apply(PathEvent.OVERDUE, self._loop.time(), f"{reason}, and no other path"):
                 self._alarm("path_suspect", f"VIOS {path.endpoint.vios}: {path.machine.reason}")
+                self._stalls(True)
             return
         self._watch.timed_out()
         self._fail(path, reason)
@@ -461,7 +470,13 @@ class MultipathVolume:
         elif self._activated.is_set():
             self._activated.clear()
             self._alarm("no_path", "no path is left; accesses to paged-out memory wait until one is back")
-            self.on_no_path(True)
+            self._stalls(True)
+
+    def _stalls(self, stalled: bool) -> None:
+        """Tell whether accesses wait for want of a path that answers."""
+        if stalled is not self._stalled:
+            self._stalled = stalled
+            self.on_no_path(stalled)
 
     async def _take_over(self, path: PathLink) -> None:
         problem = ""
@@ -485,9 +500,8 @@ class MultipathVolume:
         now = self._loop.time()
         path.machine.apply(PathEvent.ACTIVATED, now)
         self._active = path
-        if not self._activated.is_set():
-            self._activated.set()
-            self.on_no_path(False)
+        self._activated.set()
+        self._stalls(False)
         for record in self.failovers.records:
             if record.active_at_seconds is None:
                 record.to_vios = path.endpoint.vios
@@ -560,6 +574,7 @@ class MultipathVolume:
         else:
             if path.machine.state is PathState.SUSPECT and not path.in_flight:
                 path.machine.apply(PathEvent.ANSWERED, self._loop.time())
+                self._stalls(False)
 
 
 def _cause(error: Exception) -> str:

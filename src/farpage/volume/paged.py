@@ -55,7 +55,7 @@ class PagedVolume(Protocol):
     on_full: Callable[[bool], None]
     """Called with True when writes wait because no device has room for them, with False when they go on."""
     on_no_path: Callable[[bool], None]
-    """Called with True when no path is left and accesses wait, with False when one is back."""
+    """Called with True when no path is left, or the last one doesn't answer, and with False when one does."""
 
     @property
     def epoch(self) -> int:

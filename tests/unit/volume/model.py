@@ -34,6 +34,8 @@ class ModelVios:
     hung: bool = False
     epoch: int = 0
     error: int = 0
+    write_error: Callable[[int], int] | None = None
+    """Tells what a write at an offset is answered with."""
     pid: int | None = None
     opened: list[int] = field(default_factory=list)
     connections: list[ModelConnection] = field(default_factory=list)
@@ -118,17 +120,23 @@ class ModelConnection:
         if self.on_lost:
             self.on_lost(ConnectionResetError("reset"))
 
-    def _start(self, work: Callable[[], None], end: Callable[[int], None]) -> None:
+    def _start(
+        self,
+        work: Callable[[], None],
+        end: Callable[[int], None],
+        refusal: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._number += 1
         number = self._number
         self._open[number] = end
 
         def carry_out() -> None:
-            if not self.vios.error:
+            error = self.vios.error or refusal()
+            if not error:
                 work()  # also when nobody waits for the answer any more: a late write
             ending = self._open.pop(number, None)
             if ending:
-                ending(self.vios.error)
+                ending(error)
 
         self.vios.do(carry_out)
 
@@ -148,7 +156,10 @@ class ModelConnection:
         def work() -> None:
             self.vios.disk.content[offset : offset + len(content)] = content
 
-        self._start(work, done)
+        def refusal() -> int:
+            return self.vios.write_error(offset) if self.vios.write_error else 0
+
+        self._start(work, done, refusal)
 
     def zero(
         self,
