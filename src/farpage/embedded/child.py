@@ -39,17 +39,23 @@ def describe_exit(status: int) -> str:
 class Child:
     """A daemon run as `python -m farpage ARGUMENTS` in a session of its own, its output in `log`.
 
+    `launcher` are words before that command, of a program that becomes it (`nsenter`, `taskset`).
     While `supervised`, an end that nobody asked for leads to a new start, with growing pauses.
     """
 
     def __init__(
-        self, name: str, arguments: Sequence[str], log: Path, notify: Callable[[ChildEvent], None]
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log: Path,
+        notify: Callable[[ChildEvent], None],
+        launcher: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.log = log
         self.supervised = False
         self.last_exit: int | None = None
-        self._arguments = tuple(arguments)
+        self._command = (*launcher, sys.executable, "-m", "farpage", *arguments)
         self._notify = notify
         self._backoff = RestartBackoff()
         self._process: asyncio.subprocess.Process | None = None
@@ -116,10 +122,7 @@ class Child:
         # A session of its own: a Ctrl-C on the terminal reaches the parent alone, which stops all in order.
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "farpage",
-                *self._arguments,
+                *self._command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -7,8 +7,8 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -52,6 +52,16 @@ class DaemonFailed(FarpageError):
 
 
 @dataclass(frozen=True)
+class ViosPlacement:
+    """How a VIOS of the set differs from the others."""
+
+    data: tuple[str, ...] = ()
+    """Its NBD addresses, instead of a UNIX socket in its folder."""
+    launcher: tuple[str, ...] = ()
+    """What starts its command and then becomes it, such as `nsenter --net=/run/netns/NAME`."""
+
+
+@dataclass(frozen=True)
 class SetSettings:
     """What an embedded set consists of; without `devices` it has one folder that every VIOS reaches."""
 
@@ -62,6 +72,8 @@ class SetSettings:
     path_timeout_seconds: float = 1.0
     default_limit_bytes: int | None = None
     pool_size_bytes: int | None = None
+    placements: Mapping[str, ViosPlacement] = field(default_factory=dict)
+    """By name of the VIOS; those not named are as all."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.vios_count <= VIOS_COUNT_MAX:
@@ -89,11 +101,17 @@ class EmbeddedSet:
         self.settings = settings
         self.layout = StateLayout.at(settings.state_dir)
         names = tuple(f"vios{number}" for number in range(1, settings.vios_count + 1))
-        self.document: SetDocument = self.layout.describe(names)
+        self.document: SetDocument = _placed(self.layout.describe(names), settings.placements)
         self.hypervisor = HypervisorControl(self.document.hypervisor.control)
         self.vioses = {name: ViosControl(vios.control, name) for name, vios in self.document.vioses.items()}
         self._vios_children = {
-            name: Child(name, self._vios_arguments(name), self.layout.vios_dir(name) / "log", notify)
+            name: Child(
+                name,
+                self._vios_arguments(name),
+                self.layout.vios_dir(name) / "log",
+                notify,
+                settings.placements.get(name, ViosPlacement()).launcher,
+            )
             for name in names
         }
         self._hypervisor_child = Child(
@@ -128,10 +146,8 @@ class EmbeddedSet:
             self.layout.create(self.document)
             await asyncio.gather(*(self._start_vios(name) for name in self._vios_children))
             await self._add_devices()
-            await self._hypervisor_child.start()
-            await self._until_ready(self._hypervisor_child, self._hypervisor_info)
+            await self.start_hypervisor()
             await self.hypervisor.refresh_devices()
-            self._hypervisor_child.supervised = True
         except BaseException:
             await self.stop()
             raise
@@ -175,6 +191,28 @@ class EmbeddedSet:
         """
         self._vios_child(name)
         await self._start_vios(name)
+
+    def supervise_hypervisor(self, supervised: bool) -> None:
+        """Say whether a hypervisor that dies is started again by itself."""
+        self._hypervisor_child.supervised = supervised
+
+    def kill_hypervisor(self, number: signal.Signals) -> None:
+        """Send a signal to the hypervisor's control process."""
+        self._hypervisor_child.send_signal(number)
+
+    async def hypervisor_exited(self) -> None:
+        """Wait until the hypervisor's control process has ended."""
+        await self._hypervisor_child.exited()
+
+    async def start_hypervisor(self) -> None:
+        """Start a hypervisor that has ended, and wait until it answers.
+
+        :raise DaemonFailed: it did not come up.
+        """
+        self._hypervisor_child.supervised = False
+        await self._hypervisor_child.start()
+        await self._until_ready(self._hypervisor_child, self._hypervisor_info)
+        self._hypervisor_child.supervised = True
 
     async def _start_vios(self, name: str) -> None:
         child = self._vios_children[name]
@@ -252,3 +290,14 @@ class EmbeddedSet:
             if value is not None:
                 arguments += [option, str(value)]
         return arguments
+
+
+def _placed(document: SetDocument, placements: Mapping[str, ViosPlacement]) -> SetDocument:
+    """Put the addresses of VIOSes that are elsewhere into a set's description."""
+    vioses = {
+        name: vios.model_copy(update={"data": placements[name].data})
+        if name in placements and placements[name].data
+        else vios
+        for name, vios in document.vioses.items()
+    }
+    return document.model_copy(update={"vioses": vioses})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from farpage.embedded.child import ChildEvent
-from farpage.embedded.set import DaemonFailed, EmbeddedSet, SetSettings, StateInUse
+from farpage.embedded.set import DaemonFailed, EmbeddedSet, SetSettings, StateInUse, ViosPlacement
 from farpage.errors import FarpageError
 
 DEADLINE_SECONDS = 30.0
@@ -92,6 +92,41 @@ async def test_a_vios_that_is_not_supervised_stays_dead_until_it_is_started(stat
     finally:
         await embedded.stop()
     assert sum("started" in text for text in heard.messages if text.startswith("vios1")) == 2
+
+
+async def test_a_hypervisor_that_is_not_supervised_stays_dead_until_it_is_started(state: Path) -> None:
+    heard = Heard()
+    embedded = EmbeddedSet(settings(state), heard)
+    await embedded.start()
+    try:
+        embedded.supervise_hypervisor(False)
+        embedded.kill_hypervisor(signal.SIGKILL)
+        await embedded.hypervisor_exited()
+        await heard.until("hypervisor", "killed by SIGKILL")
+        assert embedded.hypervisor_pid is None
+        await embedded.start_hypervisor()
+        assert (await embedded.hypervisor.info()).pid == embedded.hypervisor_pid
+    finally:
+        await embedded.stop()
+
+
+async def test_a_vios_may_have_addresses_and_a_launcher_of_its_own(state: Path) -> None:
+    elsewhere = ViosPlacement(data=("tcp:127.0.0.1:0",), launcher=("env", "FARPAGE_TEST_LAUNCHED=1"))
+    embedded = EmbeddedSet(
+        SetSettings(state_dir=state, vios_count=2, workers=1, placements={"vios2": elsewhere})
+    )
+    await embedded.start()
+    try:
+        (near,) = (await embedded.vioses["vios1"].health()).data
+        (far,) = (await embedded.vioses["vios2"].health()).data
+        assert near == f"unix:{embedded.layout.vios_dir('vios1') / 'data.sock'}"
+        assert far.startswith("tcp:127.0.0.1:")
+        environments = [
+            Path(f"/proc/{embedded.vios_pid(vios)}/environ").read_bytes() for vios in embedded.vioses
+        ]
+        assert [b"FARPAGE_TEST_LAUNCHED=1" in environment for environment in environments] == [False, True]
+    finally:
+        await embedded.stop()
 
 
 async def test_a_hung_vios_is_stopped_with_the_others(state: Path) -> None:
