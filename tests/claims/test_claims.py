@@ -190,7 +190,7 @@ async def test_c3_command(claims: Claims) -> None:
     await claims.store(shut := with_commands(restricted, own, (PagingCommand.PAGE_IN,)))
     with pytest.raises(ServerRefused, match="not configured"):
         await claims.connect("vios1", "restricted@1")
-    with pytest.raises(ServerRefused, match="older than epoch"):
+    with pytest.raises(ServerRefused, match="another owner has it at epoch"):
         await claims.connect(first, "client@1")
     await claims.store(with_commands(shut, own, allowed))
     await claims.delete_volume("vios1", "restricted")

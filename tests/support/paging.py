@@ -22,6 +22,7 @@ from farpage.pager.space import Space
 from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
+from farpage.volume.ownership import Ownership
 from farpage.volume.paged import ReplicaHealth, ReplicaStatus
 from tests.support.blockio import MemoryIO
 
@@ -198,6 +199,7 @@ class ModelVolume(MemoryIO):
         self.other_path: dict[int, bytes] = {}
         self.held_bytes = 0
         self.epoch = 1
+        self.ownership = Ownership("", 1)
         self.failovers = FailoverLog()
         self.on_active: Callable[[], None] = lambda: None
         self.on_full: Callable[[bool], None] = lambda _full: None

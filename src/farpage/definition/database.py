@@ -10,17 +10,22 @@ from pathlib import Path
 
 from farpage.definition.errors import StoreDamaged, StoreFailed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = """
 CREATE TABLE definitions (
     number INTEGER PRIMARY KEY AUTOINCREMENT, document TEXT NOT NULL, stored_at TEXT NOT NULL
 );
-CREATE TABLE epochs (volume_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE epochs (
+    volume_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL, owner TEXT NOT NULL DEFAULT ''
+) WITHOUT ROWID;
 CREATE TABLE devices (
     spec TEXT PRIMARY KEY, name TEXT, size_bytes INTEGER, added_at TEXT NOT NULL
 ) WITHOUT ROWID;
 """
+
+MIGRATIONS = {1: "ALTER TABLE epochs ADD COLUMN owner TEXT NOT NULL DEFAULT '';"}
+"""What brings a database of an older version to the next."""
 
 
 class Database:
@@ -52,7 +57,11 @@ class Database:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version == 0:
             connection.executescript(f"BEGIN IMMEDIATE;{SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
-        elif version != SCHEMA_VERSION:
+            return
+        while version in MIGRATIONS:
+            migration, version = MIGRATIONS[version], version + 1
+            connection.executescript(f"BEGIN IMMEDIATE;{migration}PRAGMA user_version={version};COMMIT;")
+        if version != SCHEMA_VERSION:
             raise sqlite3.DatabaseError(
                 f"its layout has version {version}, this farpage knows {SCHEMA_VERSION}"
             )

@@ -129,6 +129,8 @@ class ClientRecord(Record):
     """Most memory that the client's pages take; None for no limit but the pool's."""
     hypervisor: Name
     epoch: int = Field(default=1, ge=1, le=NUMBER_MAX)
+    owner: str = Field(default="", pattern=r"^([0-9a-f]{16})?$")
+    """Token of the claim that the epoch belongs to; empty for a client that nobody has claimed yet."""
     redundancy: Redundancy = Redundancy.PATH
     vios_redundancy: ViosRedundancy = ViosRedundancy.IF_POSSIBLE
     volumes: tuple[VolumeRecord, ...] = Field(min_length=1)

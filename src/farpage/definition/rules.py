@@ -302,8 +302,22 @@ def remove_client(definition: Definition, name: str) -> Definition:
     )
 
 
-def raise_epoch(definition: Definition, name: str, at_least: int = 0) -> Definition:
+def claim(definition: Definition, name: str, owner: str, hypervisor: str, at_least: int = 0) -> Definition:
     """Give a client's volumes to a new owner: the epoch rises by one, or to `at_least` if that is more.
+
+    `owner` is the claim's token, `hypervisor` the name of who makes it.
+
+    :raise ClientMissing: there is none.
+    """
+    client = client_of(definition, name)
+    claimed = client.model_copy(
+        update={"epoch": max(client.epoch + 1, at_least), "owner": owner, "hypervisor": hypervisor}
+    )
+    return next_revision(definition, clients={**definition.clients, name: claimed})
+
+
+def raise_epoch(definition: Definition, name: str, at_least: int = 0) -> Definition:
+    """Raise the epoch of a client's owner by one, or to `at_least` if that is more: a path took over.
 
     :raise ClientMissing: there is none.
     """
@@ -358,6 +372,10 @@ def paths(definition: Definition, name: str) -> tuple[VolumePath, ...]:
     )
 
 
-def epochs(definition: Definition) -> dict[str, int]:
-    """Return the epoch of every volume."""
-    return {volume.name: client.epoch for client in definition.clients.values() for volume in client.volumes}
+def claims(definition: Definition) -> dict[str, tuple[int, str]]:
+    """Return epoch and owner of every volume."""
+    return {
+        volume.name: (client.epoch, client.owner)
+        for client in definition.clients.values()
+        for volume in client.volumes
+    }

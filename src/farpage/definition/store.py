@@ -93,7 +93,10 @@ class DefinitionStore:
 
 
 class EpochStore:
-    """The highest epoch seen of each volume, by the volume's identifier. Safe to use from any thread."""
+    """The highest epoch seen of each volume and its owner, by the volume's identifier.
+
+    Safe to use from any thread.
+    """
 
     def __init__(self, database: Database) -> None:
         """Read what is stored.
@@ -102,27 +105,28 @@ class EpochStore:
         """
         self._database = database
         with database.transaction() as connection:
-            self._highest: dict[str, int] = dict(connection.execute("SELECT volume_id, epoch FROM epochs"))
+            rows = connection.execute("SELECT volume_id, epoch, owner FROM epochs").fetchall()
+        self._highest: dict[str, tuple[int, str]] = {volume: (epoch, owner) for volume, epoch, owner in rows}
 
-    def highest(self, volume_id: str) -> int:
-        """Return the highest epoch seen, 0 for none; from memory."""
-        return self._highest.get(volume_id, 0)
+    def highest(self, volume_id: str) -> tuple[int, str]:
+        """Return the highest epoch seen, 0 for none, and its owner; from memory."""
+        return self._highest.get(volume_id, (0, ""))
 
-    def raise_to(self, volume_id: str, epoch: int) -> int:
-        """Record durably that `epoch` was seen; return the highest, which may be above it.
+    def raise_to(self, volume_id: str, epoch: int, owner: str = "") -> None:
+        """Record durably that `epoch` was seen with its owner, unless a higher one, or this one, was.
 
         :raise StoreFailed: the database cannot be written.
         """
-        if epoch <= self.highest(volume_id):
-            return self.highest(volume_id)
+        if epoch <= self.highest(volume_id)[0]:
+            return
         with self._database.transaction() as connection:
-            (highest,) = connection.execute(
-                "INSERT INTO epochs (volume_id, epoch) VALUES (?, ?) "
-                "ON CONFLICT (volume_id) DO UPDATE SET epoch = max(epoch, excluded.epoch) RETURNING epoch",
-                (volume_id, epoch),
-            ).fetchone()
-        self._highest[volume_id] = max(int(highest), self.highest(volume_id))
-        return self._highest[volume_id]
+            connection.execute(
+                "INSERT INTO epochs (volume_id, epoch, owner) VALUES (?, ?, ?) ON CONFLICT (volume_id) "
+                "DO UPDATE SET epoch = excluded.epoch, owner = excluded.owner WHERE excluded.epoch > epoch",
+                (volume_id, epoch, owner),
+            )
+        if epoch > self.highest(volume_id)[0]:
+            self._highest[volume_id] = (epoch, owner)
 
     def forget(self, volume_id: str) -> None:
         """Drop the record of a volume that was deleted.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from farpage.blockio import BlockIO, BlockLimits, Feature
+from farpage.device.claim import Claim
 from farpage.errors import InvalidInput
 
 BLOCK_BYTES: Final = 4096
@@ -31,15 +32,15 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 class VolumeStat:
     """A volume as it is on its device.
 
-    `id` (a UUID) tells a volume from an earlier one of the same name; `epoch` is the highest that
-    it was ever opened with through any VIOS, 0 for never.
+    `id` (a UUID) tells a volume from an earlier one of the same name; `claim` is the present one, through
+    whichever VIOS it came, with epoch 0 where there is none yet.
     """
 
     name: str
     id: str
     size_bytes: int
     used_bytes: int
-    epoch: int
+    claim: Claim
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class PagingDevice(abc.ABC):
         """
 
     @abc.abstractmethod
-    def raise_epoch(self, name: str, epoch: int) -> int:
-        """Record durably that `epoch` owns the volume unless a newer one does; return the highest.
+    def claim(self, name: str, claim: Claim) -> Claim:
+        """Record a claim of the volume durably, unless an earlier one refuses it; return the present one.
 
         From then on writes with an older epoch are refused, through whichever VIOS they come.
 

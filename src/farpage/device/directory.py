@@ -2,7 +2,7 @@
 
     PATH/label.json       what the device is
     PATH/volumes/NAME     the volumes
-    PATH/headers/NAME     their identities and epochs
+    PATH/headers/NAME     their identities and claims
 
 Several VIOS may share the directory. Volumes are made and deleted under a lock (flock(2)) on it.
 """
@@ -33,6 +33,7 @@ from farpage.device.base import (
     check_new_volume,
 )
 from farpage.device.buffers import BufferPool
+from farpage.device.claim import Claim
 from farpage.device.errors import CapacityExceeded, DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
 from farpage.device.file import FEATURES, Access, FileVolume
 from farpage.device.label import Header, Label, read_label, sync_folder, write_label
@@ -102,7 +103,7 @@ class DirectoryDevice(PagingDevice):
                 status = self._file(name).stat()
             except FileNotFoundError as error:
                 raise self._missing(name) from error
-            return VolumeStat(name, header.id, status.st_size, status.st_blocks * 512, header.epoch)
+            return VolumeStat(name, header.id, status.st_size, status.st_blocks * 512, header.current)
 
     def usage(self) -> Usage:
         """Add up the sizes and the allocated blocks of the files."""
@@ -155,17 +156,17 @@ class DirectoryDevice(PagingDevice):
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError as error:
                         raise VolumeInUse(name, self.name, ", maybe through another VIOS") from error
-                header.raise_epoch(EPOCH_MAX)
+                header.claim(Claim(EPOCH_MAX))
                 path.unlink()
                 sync_folder(path.parent)
                 self._header_path(name).unlink(missing_ok=True)
             finally:
                 os.close(descriptor)
 
-    def raise_epoch(self, name: str, epoch: int) -> int:
-        """Record the epoch in the volume's header, which every VIOS looks at before it writes."""
+    def claim(self, name: str, claim: Claim) -> Claim:
+        """Record the claim in the volume's header, which every VIOS looks at before it writes."""
         with self._problems_named(), self._header(name) as header:
-            return header.raise_epoch(epoch)
+            return header.claim(claim)
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run it in one of the device's threads."""
@@ -212,7 +213,7 @@ class DirectoryDevice(PagingDevice):
             header.close()
             return descriptor, size_bytes, None
         # The header stays open as long as the volume refers to this function.
-        return descriptor, size_bytes, lambda: header.epoch > epoch
+        return descriptor, size_bytes, lambda: header.current.epoch > epoch
 
     # Helpers
 

@@ -71,6 +71,17 @@ class VolumeFenced(FarpageError):
 
 
 @dataclass(eq=False)
+class VolumeTaken(VolumeFenced):
+    """Another owner has claimed the volume, maybe through another VIOS."""
+
+    code = "another_owner"
+    template = "volume {volume!r}: epoch {epoch} is refused, because another owner has it at epoch {current}"
+    remedy = (
+        "let only one hypervisor have the client: detach it from the other one first, then attach it anew"
+    )
+
+
+@dataclass(eq=False)
 class CapacityExceeded(FarpageError):
     """The volumes of a device may not add up to more than its size."""
 

@@ -7,18 +7,30 @@ import datetime
 import errno
 import os
 import struct
+import threading
 import uuid
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from farpage.device.base import EPOCH_MAX
+from farpage.device.claim import Claim, Claims
+
 LABEL_NAME = "label.json"
 
 _HEADER = struct.Struct("<8s16s")
 _MAGIC = b"farpage\x01"
-_RECORD_BYTES = 8
-_READ_BYTES = 512 * _RECORD_BYTES
+_WORD_BYTES = 8
+_READ_BYTES = 512 * _WORD_BYTES
+
+_OWNER_FOLLOWS = 1 << 63
+_HALF_OF_OWNER = 1 << 62
+_SECOND_HALF = 1 << 61
+"""Marks in a record's words; epochs are below 2**53, but for EPOCH_MAX of a deleted volume."""
+_HALF_BITS = 32
+_HALF_MASK = (1 << _HALF_BITS) - 1
+_LONGEST_RECORD = 3
 
 
 class Label(BaseModel):
@@ -86,12 +98,13 @@ def sync_folder(folder: Path) -> None:
 
 
 class Header:
-    """A volume's identity and epochs, in a small file that every VIOS looks at before it changes the volume.
+    """A volume's identity and claims, in a small file that every VIOS looks at before it changes the volume.
 
-    The file: magic, UUID, then one record (little-endian, 64 bits) for each time that an epoch was
-    raised; the highest counts. Records are only ever appended, which the kernel does one at a time, so no
-    lock is needed: a VIOS that is stopped in the middle holds nobody up. The file is read and not
-    mapped: a mapping would end the process with SIGBUS if somebody cut the file.
+    The file: magic, UUID, then a record for each claim, in words of 64 bits (little-endian): the epoch,
+    and where the owner gave a token, the epoch with a mark and the token's two halves with marks. Records
+    are only ever appended, which the kernel does one at a time, so no lock is needed: a VIOS that is
+    stopped in the middle holds nobody up, and of two claims of one epoch the first in the file counts. The
+    file is read and not mapped: a mapping would end the process with SIGBUS if somebody cut the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,13 +117,15 @@ class Header:
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         content = os.pread(self._descriptor, _HEADER.size, 0)
         size_bytes = os.fstat(self._descriptor).st_size
-        if not content.startswith(_MAGIC) or size_bytes % _RECORD_BYTES or len(content) != _HEADER.size:
+        if not content.startswith(_MAGIC) or size_bytes % _WORD_BYTES or len(content) != _HEADER.size:
             self.close()
             raise ValueError(f"{path} is not a volume's header")
         _magic, identity = _HEADER.unpack(content)
         self.id = str(uuid.UUID(bytes=identity))
-        self._known = (_HEADER.size, 0)
-        """Where the records end that were read, and their highest."""
+        self._end = _HEADER.size
+        """Where the records end that were read."""
+        self._claims = Claims()
+        self._lock = threading.Lock()
 
     @staticmethod
     def create(path: Path) -> None:
@@ -126,29 +141,39 @@ class Header:
         sync_folder(path.parent)
 
     @property
-    def epoch(self) -> int:
-        """The highest epoch that any process has recorded, 0 for none. Safe to ask from any thread."""
-        end, highest = self._known
-        while records := os.pread(self._descriptor, _READ_BYTES, end):
-            whole = len(records) // _RECORD_BYTES * _RECORD_BYTES
-            if whole == 0:
-                break
-            highest = max(highest, *struct.unpack(f"<{whole // _RECORD_BYTES}Q", records[:whole]))
-            end += whole
-        # One assignment, so that position and highest always belong together, whichever thread is last.
-        self._known = (end, highest)
-        return highest
+    def current(self) -> Claim:
+        """The present claim, whichever process has recorded it. Safe to ask from any thread."""
+        # Most often nothing was appended: then no lock is taken.
+        if os.pread(self._descriptor, 1, self._end):
+            with self._lock:
+                self._read_on()
+        return self._claims.current
 
-    def raise_epoch(self, epoch: int) -> int:
-        """Record an epoch durably if it is the highest; return the highest.
+    def _read_on(self) -> None:
+        while content := os.pread(self._descriptor, _READ_BYTES, self._end):
+            words = struct.unpack(f"<{len(content) // _WORD_BYTES}Q", content[: len(content) & -_WORD_BYTES])
+            used = 0
+            while record := _record(words[used : used + _LONGEST_RECORD]):
+                claim, length = record
+                if claim is not None:
+                    self._claims.add(claim)
+                used += length
+            if used == 0:
+                return
+            self._end += used * _WORD_BYTES
+
+    def claim(self, claim: Claim) -> Claim:
+        """Record a claim durably unless it is refused; return the present one, which then is another.
 
         :raise OSError: it could not be recorded.
         """
-        if epoch > self.epoch:
-            if os.write(self._descriptor, epoch.to_bytes(_RECORD_BYTES, "little")) != _RECORD_BYTES:
-                raise OSError(errno.ENOSPC, "the epoch was recorded in part")
+        current = self.current
+        if claim != current and not self._claims.refuses(claim):
+            record = _encode(claim)
+            if os.write(self._descriptor, record) != len(record):
+                raise OSError(errno.ENOSPC, "the claim was recorded in part")
             os.fdatasync(self._descriptor)
-        return self.epoch
+        return self.current
 
     def close(self) -> None:
         """Close the file."""
@@ -166,3 +191,33 @@ class Header:
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
+
+
+def _encode(claim: Claim) -> bytes:
+    if not claim.owner:
+        return claim.epoch.to_bytes(_WORD_BYTES, "little")
+    first, second = divmod(int(claim.owner, 16), 1 << _HALF_BITS)
+    return struct.pack(
+        "<3Q", claim.epoch | _OWNER_FOLLOWS, first | _HALF_OF_OWNER, second | _HALF_OF_OWNER | _SECOND_HALF
+    )
+
+
+def _record(words: tuple[int, ...]) -> tuple[Claim | None, int] | None:
+    """Take the first record from `words`; returns it and its length in words, None while it is not whole.
+
+    A record of which only a part was written, on a full device, counts as none.
+    """
+    if not words:
+        return None
+    epoch = words[0]
+    if epoch == EPOCH_MAX or epoch < _SECOND_HALF:
+        return Claim(epoch), 1
+    if not epoch & _OWNER_FOLLOWS:
+        return None, 1
+    for index, marks in enumerate((_HALF_OF_OWNER, _HALF_OF_OWNER | _SECOND_HALF), start=1):
+        if len(words) <= index:
+            return None
+        if words[index] >> 61 << 61 != marks:
+            return None, index
+    owner = (words[1] & _HALF_MASK) << _HALF_BITS | (words[2] & _HALF_MASK)
+    return Claim(epoch & ~_OWNER_FOLLOWS, f"{owner:016x}"), 3

@@ -20,6 +20,7 @@ from farpage.blockio import (
     ReadDone,
 )
 from farpage.device.base import BLOCK_BYTES, EPOCH_MAX, PagingDevice, Usage, VolumeStat, check_new_volume
+from farpage.device.claim import Claim, Claims
 from farpage.device.errors import CapacityExceeded, VolumeExists, VolumeInUse, VolumeMissing
 from farpage.device.file import client_errno
 from farpage.device.spec import MemorySpec
@@ -37,12 +38,13 @@ class _Stored:
         self.name = name
         self.id = str(uuid.uuid4())
         self.size_bytes = size_bytes
-        self.epoch = 0
+        self.claims = Claims()
         self.opened = 0
         self.descriptor = create_memfd(f"farpage-{name}", size_bytes)
 
     def stat(self) -> VolumeStat:
-        return VolumeStat(self.name, self.id, self.size_bytes, resident_bytes(self.descriptor), self.epoch)
+        used_bytes = resident_bytes(self.descriptor)
+        return VolumeStat(self.name, self.id, self.size_bytes, used_bytes, self.claims.current)
 
     def __del__(self) -> None:
         """Free the memory."""
@@ -114,15 +116,15 @@ class MemoryDevice(PagingDevice):
             stored = self._find(name)
             if stored.opened and not force:
                 raise VolumeInUse(name, self.name)
-            stored.epoch = EPOCH_MAX
+            stored.claims.add(Claim(EPOCH_MAX))
             del self._stored[name]
 
-    def raise_epoch(self, name: str, epoch: int) -> int:
-        """Record the epoch, as durably as the volume."""
+    def claim(self, name: str, claim: Claim) -> Claim:
+        """Record the claim, as durably as the volume."""
         with self._lock:
-            stored = self._find(name)
-            stored.epoch = max(stored.epoch, epoch)
-            return stored.epoch
+            claims = self._find(name).claims
+            claims.add(claim)
+            return claims.current
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run it at once: nothing here waits."""
@@ -241,7 +243,7 @@ class MemoryVolume:
         if self._epoch is None:
             done(errno.EPERM)
             return
-        if self._stored is None or self._stored.epoch > self._epoch:
+        if self._stored is None or self._stored.claims.current.epoch > self._epoch:
             done(errno.ESHUTDOWN)
             return
         try:

@@ -206,7 +206,7 @@ class Clients:
         limit = self._pool.limit_for(memory.length_bytes, limit_bytes or record.limit_bytes)
         self._pool.give(client, limit)
         try:
-            epoch = await self.records.claim(client)
+            claimed = await self.records.claim(client)
             replicas = self.records.replicas(client, turn=len(self.attached))
             worker = self._workers.least_loaded()
         except FarpageError:
@@ -217,7 +217,8 @@ class Clients:
         order = Attach(
             client=client,
             volume=record.volumes[0].name,
-            epoch=epoch,
+            epoch=claimed.epoch,
+            owner=claimed.owner,
             kind=memory.kind,
             pid=memory.pid,
             pages=pages,

@@ -117,6 +117,8 @@ class ClientInfo(Document):
     weight: int
     redundancy: Redundancy
     epoch: int
+    fenced: str = ""
+    """Why another owner has the volume instead; empty while this hypervisor has it."""
     worker: int | None
     stalled_faults: int
     counters: ClientCounters

@@ -5,6 +5,7 @@ Whatever fails half-way is undone: at once where a VIOS answers, else when one i
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
@@ -18,7 +19,7 @@ from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
 from farpage.hypervisor.errors import NoDirectAccess
 from farpage.hypervisor.model import ClientCreate
 from farpage.hypervisor.vioses import Vios
-from farpage.pager.messages import EndpointSpec, ReplicaSpec
+from farpage.pager.messages import EndpointSpec, EpochRaised, ReplicaSpec
 from farpage.vios.model import VolumeCreate
 from farpage.volume.resolve import Direct, NoAccess, ThroughSecond, resolve
 
@@ -122,7 +123,7 @@ class ClientRecords:
         """
         paths = rules.paths(self._keeper.current, client)
         # Under an epoch of its own, so that nobody who had the volume open still writes.
-        request = partial(Vios.delete_volume, name=paths[0].volume, epoch=await self.claim(client))
+        request = partial(Vios.delete_volume, name=paths[0].volume, epoch=(await self.claim(client)).epoch)
         try:
             await self._on_any_vios([path.vios for path in paths], request)
         except FarpageError as error:
@@ -158,9 +159,16 @@ class ClientRecords:
 
     # Claimed
 
-    async def claim(self, client: str) -> int:
-        """Raise the client's epoch above every one that a VIOS knows of, and return it."""
+    async def claim(self, client: str) -> ClientRecord:
+        """Take ownership: a new token, and an epoch above every one that a VIOS knows of.
+
+        Whoever had the client before is fenced by it.
+
+        :raise ClientMissing: there is none.
+        :raise FarpageError: the definition could not be changed.
+        """
         record = self.of(client)
+        owner = secrets.token_hex(8)
         known = record.epoch
         for vios in self._vioses.values():
             try:
@@ -168,23 +176,25 @@ class ClientRecords:
             except FarpageError:
                 continue  # its volumes are fenced when it is reached again
             known = max([known, *(v.epoch for v in volumes if v.name == record.volumes[0].name)])
-        definition = await self._keeper.change(lambda now: rules.raise_epoch(now, client, known + 1))
-        return definition.clients[client].epoch
+        definition = await self._keeper.change(
+            lambda now: rules.claim(now, client, owner, self._hypervisor, known + 1)
+        )
+        return definition.clients[client]
 
-    async def epoch_raised(self, client: str, epoch: int) -> None:
-        """Record in the definition that a client's volume was opened under a newer epoch."""
+    async def epoch_raised(self, raised: EpochRaised) -> None:
+        """Record in the definition that a client's volume was opened under a newer epoch of its owner."""
 
         def edit(definition: Definition) -> Definition:
-            record = definition.clients.get(client)
-            if record is None or record.epoch >= epoch:
+            record = definition.clients.get(raised.client)
+            if record is None or record.owner != raised.owner or record.epoch >= raised.epoch:
                 return definition
-            return rules.raise_epoch(definition, client, epoch)
+            return rules.raise_epoch(definition, raised.client, raised.epoch)
 
         try:
             await self._keeper.change(edit)
         except FarpageError as error:
             # The VIOS that opened the volume has the epoch stored; the definition follows later.
-            log.warning("epoch_not_recorded", client=client, epoch=epoch, problem=error.cause)
+            log.warning("epoch_not_recorded", client=raised.client, epoch=raised.epoch, problem=error.cause)
 
     def replicas(self, client: str, turn: int) -> tuple[ReplicaSpec, ...]:
         """List the replicas of the volume with the ways to each, beginning with another VIOS at each turn.

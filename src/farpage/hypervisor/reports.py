@@ -42,6 +42,7 @@ def client_info(
         weight=record.weight,
         redundancy=record.redundancy,
         epoch=report.epoch if report else record.epoch,
+        fenced=report.fenced if report else "",
         worker=worker,
         stalled_faults=report.stalled_faults if report else 0,
         counters=_counters(report),

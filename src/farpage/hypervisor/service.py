@@ -154,7 +154,7 @@ class Hypervisor:
                 self.alarms.raise_alarm(alarm.client, alarm.kind, alarm.message)
             case "epoch_raised":
                 raised = EpochRaised.model_validate(parameters)
-                self._start(self.clients.records.epoch_raised(raised.client, raised.epoch))
+                self._start(self.clients.records.epoch_raised(raised))
             case "client_gone":
                 self.clients.client_gone(ClientLost.model_validate(parameters).client)
 

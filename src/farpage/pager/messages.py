@@ -40,6 +40,8 @@ class Attach(Message):
     client: str
     volume: str
     epoch: int
+    owner: str
+    """Token of the claim that the epoch belongs to."""
     kind: ClientKind
     pid: int
     pages: int = Field(gt=0)
@@ -133,6 +135,8 @@ class ClientReport(Message):
     pages_by_state: dict[str, int]
     limit_pages: int
     epoch: int
+    fenced: str
+    """Why another owner has the volume instead; empty while this one has it."""
     stalled_faults: int
     counters: CounterReport
     paths: tuple[PathReport, ...]
@@ -140,10 +144,11 @@ class ClientReport(Message):
 
 
 class EpochRaised(Message):
-    """`epoch_raised`: the client's volume was opened under a newer epoch."""
+    """`epoch_raised`: the client's volume was opened under a newer epoch of its owner."""
 
     client: str
     epoch: int
+    owner: str
 
 
 class ClientLost(Message):

@@ -44,6 +44,7 @@ from farpage.pager.messages import (
 from farpage.pager.table import ENTRY_BYTES, PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.connector import Endpoint, connect_nbd
 from farpage.volume.multipath import MultipathVolume
+from farpage.volume.ownership import Ownership
 from farpage.volume.paged import PagedVolume
 
 log = structlog.get_logger()
@@ -74,12 +75,14 @@ class NotAttached(FarpageError):
 class _Events:
     """Passes what a client's volume has to tell on to the control process."""
 
-    def __init__(self, channel: Channel, client: str) -> None:
+    def __init__(self, channel: Channel, client: str, owner: str) -> None:
         self._channel = channel
         self._client = client
+        self._owner = owner
 
     def epoch_raised(self, epoch: int) -> None:
-        self._channel.tell("epoch_raised", EpochRaised(client=self._client, epoch=epoch))
+        raised = EpochRaised(client=self._client, epoch=epoch, owner=self._owner)
+        self._channel.tell("epoch_raised", raised)
 
     def alarm(self, kind: str, message: str) -> None:
         log.warning("alarm", client=self._client, kind=kind, message=message)
@@ -140,7 +143,7 @@ class Worker:
             memfd_offset_bytes=order.memfd_offset_bytes,
             remote_uffd=None,
         )
-        events = _Events(self._channel, order.client)
+        events = _Events(self._channel, order.client, order.owner)
         try:
             volume = await self._open_volume(order, events)
             try:
@@ -173,7 +176,7 @@ class Worker:
         volume = MultipathVolume(
             order.volume,
             order.pages * PAGE_BYTES,
-            order.epoch,
+            Ownership(order.owner, order.epoch),
             _endpoints(replica),
             connector=connect_nbd,
             events=events,
@@ -230,6 +233,7 @@ class Worker:
             pages_by_state=dict(zip(STATE_NAMES, space.table.counts, strict=True)),
             limit_pages=space.limit.pages,
             epoch=space.volume.epoch,
+            fenced=space.volume.ownership.fenced,
             stalled_faults=paged.faults.stalled,
             counters=CounterReport(**asdict(space.counters)),
             paths=tuple(

@@ -62,7 +62,7 @@ def make_app(service: ViosService, registry: CollectorRegistry) -> FastAPI:
     @app.post("/v1/volumes/{name}/open")
     async def open_volume(name: VolumeName, wanted: VolumeOpen) -> VolumeInfo:
         """Claim a volume; answered when no command of an older epoch can reach the device any more."""
-        return await service.open_volume(name, wanted.epoch)
+        return await service.open_volume(name, wanted.epoch, wanted.owner)
 
     @app.get("/v1/definition", response_model=Definition)
     async def get_definition() -> Response:

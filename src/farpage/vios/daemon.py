@@ -18,7 +18,7 @@ from farpage.api.log import configure_logging
 from farpage.api.serve import ControlServer
 from farpage.daemon import prepare_for_paging
 from farpage.definition.database import Database
-from farpage.definition.rules import epochs
+from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.device.errors import DeviceUnusable
 from farpage.errors import FarpageError, InvalidInput
@@ -98,7 +98,7 @@ async def _start(settings: ViosSettings, data: tuple[Address, ...], stack: Async
     )
     await stack.enter_async_context(_draining(service))
     await _open_devices(settings, service)
-    service.begin_claims(epochs(definitions.current()))
+    service.begin_claims(claims(definitions.current()))
     await service.exports.server.start(data)
     return service
 

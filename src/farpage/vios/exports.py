@@ -1,4 +1,4 @@
-"""What a VIOS serves over NBD: its volumes under the names `VOLUME@EPOCH` and `VOLUME`."""
+"""What a VIOS serves over NBD: its volumes under the names that `farpage.vios.names` describes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import structlog
 
 from farpage.blockio import BlockIO
-from farpage.device.errors import DeviceUnusable, VolumeFenced, VolumeMissing
+from farpage.device.claim import Claim
+from farpage.device.errors import DeviceUnusable, VolumeMissing
 from farpage.errors import FarpageError, InvalidInput
 from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import Counters, Export, ExportInfo, Peer
 from farpage.nbd.protocol import NBD_REP_ERR_PLATFORM, NBD_REP_ERR_UNKNOWN
 from farpage.nbd.server import Server
 from farpage.vios.commands import offered_features
-from farpage.vios.names import ExportName, parse_export_name
+from farpage.vios.names import ExportName, parse_export_name, refusal_text
 from farpage.vios.volumes import Located, Volumes
 
 log = structlog.get_logger()
@@ -54,7 +55,7 @@ class VolumeExports:
         """
         try:
             wanted = parse_export_name(name)
-            located, volume = await self._volumes.open(wanted.volume, wanted.epoch)
+            located, volume = await self._volumes.open(wanted.volume, _claim(wanted))
         except FarpageError as error:
             self.refused += 1
             raise _refusal(name, error) from error
@@ -80,9 +81,9 @@ class VolumeExports:
         try:
             wanted = parse_export_name(name)
             located = await self._volumes.find(wanted.volume)
-            epoch = self._volumes.epoch(located)
-            if wanted.epoch is not None and wanted.epoch < epoch:
-                raise VolumeFenced(wanted.volume, wanted.epoch, epoch)
+            claim = _claim(wanted)
+            if claim is not None:
+                self._volumes.refuse(located, claim)
         except FarpageError as error:
             raise _refusal(name, error) from error
         device = located.device
@@ -158,6 +159,11 @@ async def _close(volume: BlockIO) -> None:
         log.exception("close_failed")
 
 
+def _claim(wanted: ExportName) -> Claim | None:
+    """Return what an owner claims; None for a read-only view."""
+    return None if wanted.epoch is None else Claim(wanted.epoch, wanted.owner)
+
+
 def _description(located: Located, wanted: ExportName) -> str:
     view = "read-only view" if wanted.epoch is None else f"epoch {wanted.epoch}"
     return f"{wanted.volume} on device {located.device.name}, {view}"
@@ -172,4 +178,4 @@ def _refusal(name: str, error: FarpageError) -> ExportRefused:
             return ExportRefused(NBD_REP_ERR_UNKNOWN, str(error))
         case DeviceUnusable():
             return ExportRefused(NBD_REP_ERR_PLATFORM, error.cause)
-    return ExportRefused.forbidden(error.cause)
+    return ExportRefused.forbidden(refusal_text(error))

@@ -71,6 +71,8 @@ class VolumeInfo(Document):
     size_bytes: int
     used_bytes: int
     epoch: int
+    owner: str = ""
+    """Token of the claim that the epoch belongs to; empty where the owner gave none."""
     open_connections: int
 
 
@@ -83,9 +85,10 @@ class VolumeCreate(Document):
 
 
 class VolumeOpen(Document):
-    """`POST /v1/volumes/{name}/open`: claim the volume at `epoch`.
+    """`POST /v1/volumes/{name}/open`: claim the volume at `epoch`, for the owner with this token.
 
     The answer comes when no command of an older epoch can reach the device any more.
     """
 
     epoch: int = Field(ge=1, le=NUMBER_MAX)
+    owner: str = Field(default="", pattern=r"^([0-9a-f]{16})?$")

@@ -1,4 +1,8 @@
-"""Export names: `VOLUME@EPOCH` for its owner, `VOLUME` for a read-only view. Pure."""
+"""What owners and a VIOS say to each other beside NBD's commands: export names and refusals. Pure.
+
+Export names: `VOLUME@EPOCH` for an owner who has made no claim, `VOLUME@EPOCH:OWNER` for one who has,
+`VOLUME@EPOCH:OWNER:LEASE` where its writes stop with a lease, `VOLUME` for a read-only view.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,30 @@ import re
 from dataclasses import dataclass
 
 from farpage.definition.model import NUMBER_MAX
-from farpage.errors import InvalidInput
+from farpage.device.errors import VolumeFenced
+from farpage.errors import FarpageError, InvalidInput
 
-_EXPORT = re.compile(r"([a-z0-9][a-z0-9._-]{0,62})(?:@([1-9][0-9]{0,15}))?")
+_EXPORT = re.compile(
+    r"([a-z0-9][a-z0-9._-]{0,62})(?:@([1-9][0-9]{0,15})(?::([0-9a-f]{16})(?::([0-9a-f]{16}))?)?)?"
+)
 
 
 @dataclass(frozen=True)
 class ExportName:
-    """A volume, and the epoch of the owner who opens it; None for a read-only view."""
+    """A volume, and the epoch of the owner who opens it; None for a read-only view.
+
+    `owner` is the token of the owner's claim, `lease` the identifier of a lease; empty for none.
+    """
 
     volume: str
     epoch: int | None
+    owner: str = ""
+    lease: str = ""
 
     def __str__(self) -> str:
-        return self.volume if self.epoch is None else f"{self.volume}@{self.epoch}"
+        if self.epoch is None:
+            return self.volume
+        return ":".join(filter(None, (f"{self.volume}@{self.epoch}", self.owner, self.lease)))
 
 
 def parse_export_name(text: str) -> ExportName:
@@ -31,6 +45,15 @@ def parse_export_name(text: str) -> ExportName:
     epoch = int(match[2]) if match and match[2] else None
     if match is None or (epoch or 0) > NUMBER_MAX:
         raise InvalidInput(
-            "export", f"{text[:80]!r} is no export name", "ask for VOLUME@EPOCH, or VOLUME to read only"
+            "export",
+            f"{text[:80]!r} is no export name",
+            "ask for VOLUME@EPOCH or VOLUME@EPOCH:OWNER, or for VOLUME to read only",
         )
-    return ExportName(match[1], epoch)
+    return ExportName(match[1], epoch, match[3] or "", match[4] or "")
+
+
+def refusal_text(error: FarpageError) -> str:
+    """Say why an export is refused; `farpage.volume.refusal` reads what is for machines."""
+    if isinstance(error, VolumeFenced):
+        return f"{error.code} {error.current}: {error.cause}"
+    return error.cause

@@ -14,9 +14,10 @@ import structlog
 from farpage import __version__
 from farpage.definition.compare import diff
 from farpage.definition.model import Definition
-from farpage.definition.rules import epochs
+from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore
 from farpage.device.base import PagingDevice, Usage
+from farpage.device.claim import Claim
 from farpage.device.errors import VolumeFenced, VolumeMissing
 from farpage.device.open import open_device
 from farpage.errors import FarpageError
@@ -137,7 +138,8 @@ class ViosService:
             device=located.device.id,
             size_bytes=stat.size_bytes,
             used_bytes=stat.used_bytes,
-            epoch=self.volumes.epoch(located),
+            epoch=self.volumes.claim_of(located).epoch,
+            owner=self.volumes.claim_of(located).owner,
             open_connections=self.exports.connections(stat.id),
         )
 
@@ -164,16 +166,16 @@ class ViosService:
         located = await self.volumes.create(wanted.name, wanted.device, wanted.size_bytes)
         return self._volume_info(located)
 
-    async def open_volume(self, name: str, epoch: int) -> VolumeInfo:
+    async def open_volume(self, name: str, epoch: int, owner: str) -> VolumeInfo:
         """Make `epoch` the owner; on return no command of an older one can reach the device.
 
         :raise VolumeMissing: there is none.
-        :raise VolumeFenced: a newer epoch owns it.
+        :raise VolumeFenced: a newer epoch owns it, or another owner.
         """
-        return await self._on_data(self._open_volume(name, epoch))
+        return await self._on_data(self._open_volume(name, epoch, owner))
 
-    async def _open_volume(self, name: str, epoch: int) -> VolumeInfo:
-        await self.volumes.claim(name, epoch)
+    async def _open_volume(self, name: str, epoch: int, owner: str) -> VolumeInfo:
+        await self.volumes.claim(name, Claim(epoch, owner))
         return await self._volume(name)
 
     async def delete_volume(self, name: str, epoch: int | None) -> None:
@@ -195,22 +197,22 @@ class ViosService:
         stored = await asyncio.to_thread(self.definitions.compare_and_swap, expected_revision, definition)
         if before.revision != stored.revision:
             log.info("definition_stored", revision=stored.revision, changes=diff(before, stored))
-        known = epochs(before)
-        raised = {volume: epoch for volume, epoch in epochs(stored).items() if known.get(volume) != epoch}
+        known = claims(before)
+        raised = {volume: claim for volume, claim in claims(stored).items() if known.get(volume) != claim}
         if raised:
             self.loop.call_soon_threadsafe(self.begin_claims, raised)
         return stored
 
-    def begin_claims(self, wanted: dict[str, int]) -> None:
-        """Raise volumes to the epochs of the definition, in the background; in the data plane's loop."""
+    def begin_claims(self, wanted: dict[str, tuple[int, str]]) -> None:
+        """Give volumes to the owners in the definition, in the background; in the data plane's loop."""
         task = self.loop.create_task(self._claim_all(wanted))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _claim_all(self, wanted: dict[str, int]) -> None:
-        for volume, epoch in wanted.items():
+    async def _claim_all(self, wanted: dict[str, tuple[int, str]]) -> None:
+        for volume, (epoch, owner) in wanted.items():
             try:
-                await self.volumes.claim(volume, epoch)
+                await self.volumes.claim(volume, Claim(epoch, owner))
             except VolumeMissing:
                 continue
             except VolumeFenced as error:

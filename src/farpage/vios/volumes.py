@@ -13,10 +13,18 @@ import structlog
 from farpage.blockio import BlockIO
 from farpage.definition.errors import StoreFailed
 from farpage.definition.model import Definition, PagingCommand
-from farpage.definition.rules import epochs
+from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.device.base import PagingDevice, VolumeStat
-from farpage.device.errors import DeviceUnusable, VolumeExists, VolumeFenced, VolumeInUse, VolumeMissing
+from farpage.device.claim import Claim, Claims
+from farpage.device.errors import (
+    DeviceUnusable,
+    VolumeExists,
+    VolumeFenced,
+    VolumeInUse,
+    VolumeMissing,
+    VolumeTaken,
+)
 from farpage.vios.commands import ConvertedVolume, commands_of
 from farpage.vios.errors import CommandRefused, DeviceMissing, VolumeOwned
 
@@ -69,9 +77,9 @@ class Volumes:
         self._definitions = definitions
         self._epochs = epochs
         self._devices: dict[str, PagingDevice] = {}
-        self._highest: dict[str, int] = {}
-        """By volume identifier: no older epoch is let in from the moment that it is entered here."""
-        self._defined: tuple[Definition, dict[str, int]] = (Definition(), {})
+        self._seen: dict[str, Claims] = {}
+        """By volume identifier: nobody older is let in from the moment that a claim is entered here."""
+        self._defined: tuple[Definition, dict[str, tuple[int, str]]] = (Definition(), {})
         self._claims: dict[str, _CountedLock] = {}
         self.holders: Holders = Nobody()
 
@@ -154,6 +162,8 @@ class Volumes:
         """Delete a volume: with an epoch for its owner, from under everybody; without one if nobody uses it.
 
         :raise VolumeMissing: there is none.
+        The epoch alone is enough: whoever knows it acts for the client, whoever owns that.
+
         :raise VolumeFenced: the epoch is older than the owner's.
         :raise VolumeOwned: without an epoch, when a client has it.
         :raise VolumeInUse: without an epoch, when somebody has it open, through this VIOS or another.
@@ -169,40 +179,74 @@ class Volumes:
                 raise VolumeInUse(name, device.name, f" through {holders} connections here")
             await device.run(device.delete_volume, name)
         else:
-            await self.claim(name, epoch)
+            current = self.claim_of(located)
+            claim = current if epoch == current.epoch else Claim(epoch)
+            await self.claim(name, claim)
             async with self._claiming(volume_id):
-                self._refuse_older(name, volume_id, epoch)
+                self._refuse_seen(name, volume_id, claim)
                 await self.holders.fence(volume_id, None)
                 await device.run(lambda: device.delete_volume(name, force=True))
-        self._highest.pop(volume_id, None)
+        self._seen.pop(volume_id, None)
         await device.run(self._epochs.forget, volume_id)
         log.info("volume_deleted", volume=name, device=device.name, epoch=epoch)
 
     # Ownership
 
-    def epoch(self, located: Located) -> int:
-        """Return the highest epoch of the volume that the device, the database or the definition knows."""
+    def claim_of(self, located: Located) -> Claim:
+        """Return the newest claim of the volume that the device, the database or the definition knows."""
+        # Of two owners at one epoch the device's counts: it is what every VIOS looks at.
+        return max(self._known(located), key=lambda claim: claim.epoch)
+
+    def _known(self, located: Located) -> tuple[Claim, ...]:
         stat = located.stat
-        return max(
-            stat.epoch,
-            self._epochs.highest(stat.id),
-            self._highest.get(stat.id, 0),
-            self._defined_epoch(stat.name),
+        return (
+            stat.claim,
+            self._claims_seen(stat.id).current,
+            Claim(*self._epochs.highest(stat.id)),
+            self._defined_claim(stat.name),
         )
 
-    def _defined_epoch(self, name: str) -> int:
+    def _claims_seen(self, volume_id: str) -> Claims:
+        return self._seen.get(volume_id, _NO_CLAIMS)
+
+    def _defined_claim(self, name: str) -> Claim:
         definition = self._definitions.current()
         if definition is not self._defined[0]:
-            self._defined = (definition, epochs(definition))
-        return self._defined[1].get(name, 0)
+            self._defined = (definition, claims(definition))
+        return Claim(*self._defined[1].get(name, Claim()))
 
-    async def claim(self, name: str, epoch: int) -> Located:
-        """Make `epoch` the owner of a volume; on return no command of an older one can reach the device.
+    def refuse(self, located: Located, claim: Claim) -> None:
+        """Refuse a claim that may not write, as far as that is known here.
 
-        The epoch is durable, on the device and in the database, before anybody is cut off.
+        :raise VolumeFenced: its owner has a newer epoch.
+        :raise VolumeTaken: another owner has the volume.
+        """
+        name, current = located.stat.name, self.claim_of(located)
+        if claim.epoch <= current.epoch:
+            if claim != current:
+                raise _refusal(name, claim, current)
+            return
+        replaced = any(
+            known.owner == claim.owner and known.owner != current.owner and claim.owner
+            for known in self._known(located)
+        )
+        if replaced:
+            raise _refusal(name, claim, current)
+        self._refuse_seen(name, located.stat.id, claim)
+
+    def _refuse_seen(self, name: str, volume_id: str, claim: Claim) -> None:
+        seen = self._claims_seen(volume_id)
+        if seen.refuses(claim):
+            raise _refusal(name, claim, seen.current)
+
+    async def claim(self, name: str, claim: Claim) -> Located:
+        """Give a volume to an owner; on return no command of an older one can reach the device.
+
+        The claim is durable, on the device and in the database, before anybody is cut off.
 
         :raise VolumeMissing: there is none.
         :raise VolumeFenced: a newer epoch owns it.
+        :raise VolumeTaken: another owner has it.
         :raise CommandRefused: the device is not configured for being opened.
         """
         located = await self.find(name)
@@ -210,53 +254,50 @@ class Volumes:
         if PagingCommand.OPEN not in self.commands(device):
             raise CommandRefused(name, device.name, PagingCommand.OPEN)
         # Refused at once, however long the claim of a newer owner still waits for what it cuts off.
-        self._refuse_older(name, volume_id, epoch)
+        self._refuse_seen(name, volume_id, claim)
         async with self._claiming(volume_id):
-            highest = self.epoch(located)
-            if epoch < highest:
-                raise VolumeFenced(name, epoch, highest)
-            if epoch > located.stat.epoch:
-                highest = max(highest, await device.run(device.raise_epoch, name, epoch))
-            await device.run(self._store_epoch, volume_id, epoch)
+            self.refuse(located, claim)
+            present = claim
+            if claim != located.stat.claim:
+                present = await device.run(device.claim, name, claim)
+            await device.run(self._store_epoch, volume_id, present)
             # From here on, with no wait in between, nobody older gets in; those inside are cut off below.
-            self._highest[volume_id] = max(self._highest.get(volume_id, 0), highest, epoch)
-            self._refuse_older(name, volume_id, epoch)
-            await self.holders.fence(volume_id, epoch)
+            self._seen.setdefault(volume_id, Claims()).add(present)
+            if present != claim:
+                raise _refusal(name, claim, present)
+            self._refuse_seen(name, volume_id, claim)
+            await self.holders.fence(volume_id, claim.epoch)
         return located
 
-    async def open(self, name: str, epoch: int | None) -> tuple[Located, BlockIO]:
+    async def open(self, name: str, claim: Claim | None) -> tuple[Located, BlockIO]:
         """Open a volume for its owner, or read-only; the caller registers it before it waits for anything.
 
         :raise VolumeMissing: there is none.
         :raise VolumeFenced: a newer epoch owns it.
+        :raise VolumeTaken: another owner has it.
         :raise CommandRefused: the device is not configured for being opened.
         :raise DeviceUnusable: the device does not answer as it should.
         """
-        located = await (self.find(name) if epoch is None else self.claim(name, epoch))
+        located = await (self.find(name) if claim is None else self.claim(name, claim))
         commands = self.commands(located.device)
         if PagingCommand.OPEN not in commands:
             raise CommandRefused(name, located.device.name, PagingCommand.OPEN)
-        volume = await located.device.open_volume(name, epoch)
+        volume = await located.device.open_volume(name, claim.epoch if claim else None)
         try:
-            if epoch is not None:
+            if claim is not None:
                 # A newer owner may have come while the file was opened, and found nobody to cut off.
-                self._refuse_older(name, located.stat.id, epoch)
+                self._refuse_seen(name, located.stat.id, claim)
         except VolumeFenced:
             await volume.close()
             raise
         return located, ConvertedVolume(volume, commands)
 
-    def _store_epoch(self, volume_id: str, epoch: int) -> None:
+    def _store_epoch(self, volume_id: str, claim: Claim) -> None:
         try:
-            self._epochs.raise_to(volume_id, epoch)
+            self._epochs.raise_to(volume_id, claim.epoch, claim.owner)
         except StoreFailed as error:
-            # The device has the epoch too; a full disk must not keep a client from its other path.
-            log.error("epoch_not_stored", volume_id=volume_id, epoch=epoch, problem=error.cause)
-
-    def _refuse_older(self, name: str, volume_id: str, epoch: int) -> None:
-        highest = self._highest.get(volume_id, 0)
-        if epoch < highest:
-            raise VolumeFenced(name, epoch, highest)
+            # The device has the claim too; a full disk must not keep a client from its other path.
+            log.error("epoch_not_stored", volume_id=volume_id, epoch=claim.epoch, problem=error.cause)
 
     @asynccontextmanager
     async def _claiming(self, volume_id: str) -> AsyncIterator[None]:
@@ -270,6 +311,14 @@ class Volumes:
             counted.users -= 1
             if counted.users == 0:
                 del self._claims[volume_id]
+
+
+_NO_CLAIMS = Claims()
+
+
+def _refusal(name: str, claim: Claim, current: Claim) -> VolumeFenced:
+    kind = VolumeTaken if claim.owner != current.owner else VolumeFenced
+    return kind(name, claim.epoch, current.epoch)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from farpage.blockio import CONNECTION_LOST
 from farpage.errors import FarpageError
 from farpage.volume.command import Command
 from farpage.volume.connector import Connector, Endpoint, PathConnection
+from farpage.volume.ownership import Ownership
 from farpage.volume.path import PathMachine
 from farpage.volume.server import ServerProcess
 from farpage.volume.state import PathState
@@ -58,8 +59,11 @@ class Held:
 class PathLink:
     """One path: its machine, its connection and its commands."""
 
-    def __init__(self, endpoint: Endpoint, connector: Connector, now_seconds: float) -> None:
+    def __init__(
+        self, endpoint: Endpoint, ownership: Ownership, connector: Connector, now_seconds: float
+    ) -> None:
         self.endpoint = endpoint
+        self._ownership = ownership
         self.machine = PathMachine(now_seconds)
         self.connection: PathConnection | None = None
         self.epoch = 0
@@ -94,7 +98,8 @@ class PathLink:
 
         :raise FarpageError: when the server cannot be reached, refuses, or has a smaller volume.
         """
-        connection = await self._connector(self.endpoint, f"{volume}@{epoch}", timeout_seconds)
+        name = self._ownership.export_name(volume, epoch)
+        connection = await self._connector(self.endpoint, name, timeout_seconds)
         if connection.size_bytes < size_bytes:
             connection.abort()
             raise VolumeTooSmall(volume, self.endpoint.vios, connection.size_bytes, size_bytes)

@@ -31,8 +31,10 @@ from farpage.volume.connector import Connector, Endpoint
 from farpage.volume.failover import Failover, FailoverLog
 from farpage.volume.full import FullDevice
 from farpage.volume.link import Held, PathLink, PathStatus
+from farpage.volume.ownership import Ownership
 from farpage.volume.paged import ReplicaHealth, ReplicaStatus
 from farpage.volume.path import PathEvent
+from farpage.volume.refusal import RefusalKind, refusal_of
 from farpage.volume.rewrite import RewriteGate
 from farpage.volume.state import PathState
 from farpage.volume.watch import AgeWatch
@@ -63,6 +65,18 @@ class NoPath(FarpageError):
     reasons: str
 
 
+@dataclass(eq=False)
+class ClientFenced(FarpageError):
+    """Another owner has claimed the volume."""
+
+    code = "fenced"
+    template = "volume {volume!r} is fenced: {reason}"
+    remedy = "end the client here if it runs elsewhere now; attach it anew to claim it back"
+    exit_status = ExitStatus.CONFLICT
+    volume: str
+    reason: str
+
+
 class MultipathVolume:
     """A `BlockIO` that waits out the loss of servers and paths."""
 
@@ -70,7 +84,7 @@ class MultipathVolume:
         self,
         name: str,
         size_bytes: int,
-        epoch: int,
+        ownership: Ownership,
         endpoints: list[Endpoint],
         *,
         connector: Connector,
@@ -84,7 +98,9 @@ class MultipathVolume:
         self.name = name
         self.device = device
         """Identifier of the device that all paths lead to."""
-        self.epoch = epoch
+        self.ownership = ownership
+        self.epoch = ownership.epoch
+        """What this volume is opened with; the ownership's may be higher, by another replica's takeover."""
         self.failovers = FailoverLog()
         self.on_active: Callable[[], None] = lambda: None
         """Called when a path has taken over: what was held up can go on."""
@@ -102,9 +118,10 @@ class MultipathVolume:
         self._events = events
         self._path_timeout = path_timeout_seconds
         self._probe_interval = probe_interval_seconds
-        self._paths = [PathLink(endpoint, connector, loop.time()) for endpoint in endpoints]
+        self._paths = [PathLink(endpoint, ownership, connector, loop.time()) for endpoint in endpoints]
         self._active: PathLink | None = None
         self._was_active = False
+        self._written_epoch = 0
         self._waiting: deque[Command] = deque()
         self._retrying: dict[Command, asyncio.TimerHandle] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -116,6 +133,7 @@ class MultipathVolume:
         self._idle.set()
         self._unfinished = 0
         self._closing = False
+        self._forget_fenced = ownership.when_fenced(self._fenced)
 
     # What it looks like
 
@@ -172,6 +190,7 @@ class MultipathVolume:
         """Connect all paths and wait until one is active.
 
         :raise NoPath: when none is after `timeout_seconds`; the volume is closed then.
+        :raise ClientFenced: another owner has it; the volume is closed then.
         """
         self._tasks = [self._loop.create_task(self._maintain(path)) for path in self._paths]
         try:
@@ -181,6 +200,9 @@ class MultipathVolume:
             reasons = "; ".join(f"{p.endpoint.vios}: {p.machine.reason}" for p in self._paths)
             await self.abandon()
             raise NoPath(self.name, reasons or "it has none") from None
+        if self.ownership.fenced:
+            await self.abandon()
+            raise ClientFenced(self.name, self.ownership.fenced)
 
     async def close(self) -> None:
         """Wait for the commands in flight, then let go of the paths."""
@@ -190,6 +212,7 @@ class MultipathVolume:
     async def abandon(self) -> None:
         """Let go of the paths at once; commands not finished end with ESHUTDOWN."""
         self._closing = True
+        self._forget_fenced()
         running = [*self._tasks, *([self._takeover] if self._takeover else [])]
         for task in running:
             task.cancel()
@@ -462,7 +485,7 @@ class MultipathVolume:
 
     def _choose(self) -> None:
         """Let the first standby path take over, unless a path carries the commands or is about to."""
-        if self._active is not None or self._takeover is not None or self._closing:
+        if self._active is not None or self._takeover is not None or self._closing or self.ownership.fenced:
             return
         path = self._standby()
         if path is not None:
@@ -482,7 +505,7 @@ class MultipathVolume:
         problem = ""
         if self._was_active:
             # The epoch rises above any that was written under, so that opening fences whoever wrote.
-            self.epoch += 1
+            self.epoch = self.ownership.raise_above(self._written_epoch)
             path.disconnect()
             try:
                 await self._open(path)
@@ -497,6 +520,7 @@ class MultipathVolume:
         if self._was_active:
             self._events.epoch_raised(self.epoch)
         self._was_active = True
+        self._written_epoch = path.epoch
         now = self._loop.time()
         path.machine.apply(PathEvent.ACTIVATED, now)
         self._active = path
@@ -513,33 +537,68 @@ class MultipathVolume:
         self.push()
         self.on_active()
 
+    def _fenced(self) -> None:
+        """Give every path up: another owner has the volume. Commands wait until the volume is abandoned."""
+        for path in self._paths:
+            self._fail(path, self.ownership.fenced)
+        if self._was_active and self._activated.is_set():
+            self.on_no_path(True)
+        self._activated.set()  # whoever waits for a path in vain must hear of it
+
+    def _refused_to_open(self, path: PathLink, error: FarpageError) -> None:
+        """Learn from a refusal who has the volume."""
+        refusal = refusal_of(error)
+        if refusal is None:
+            return
+        if refusal.kind is RefusalKind.STALE_EPOCH:
+            self.ownership.learn(refusal.epoch)
+            self.epoch = max(self.epoch, refusal.epoch)
+        elif not self.ownership.fenced:
+            self.ownership.fence(f"another owner has the volume at epoch {refusal.epoch}")
+            self._alarm(
+                "fenced",
+                f"VIOS {path.endpoint.vios} lets this hypervisor in no more: {self.ownership.fenced}; "
+                "accesses to paged-out memory wait for good",
+            )
+
     async def _open(self, path: PathLink) -> None:
-        await path.open(self.name, self._size_bytes, self.epoch, self._path_timeout, self._lost)
+        await self._open_once(path)
         while path.epoch < self.epoch:
             # Another path took over meanwhile. Only under its epoch does this server fence what it held.
             path.disconnect()
-            await path.open(self.name, self._size_bytes, self.epoch, self._path_timeout, self._lost)
+            await self._open_once(path)
         for held in list(path.held):
             if held.epoch < path.epoch:
                 self._release(path, held)
+
+    async def _open_once(self, path: PathLink) -> None:
+        try:
+            await path.open(self.name, self._size_bytes, self.epoch, self._path_timeout, self._lost)
+        except FarpageError as error:
+            self._refused_to_open(path, error)
+            raise
+        if self.ownership.fenced:
+            path.disconnect()
+            raise ClientFenced(self.name, self.ownership.fenced)
 
     # Keeping the paths
 
     async def _maintain(self, path: PathLink) -> None:
         """Connect a failed path again and again; probe a connected one when it is idle."""
         pause = FIRST_PAUSE_SECONDS
-        while True:
+        while not self.ownership.fenced:
             if path.machine.state is PathState.FAILED:
                 try:
                     await self._open(path)
                     await path.probe(self._size_bytes, self._path_timeout)
                 except (FarpageError, OSError) as error:
                     path.disconnect()
-                    path.machine.apply(PathEvent.LOST, self._loop.time(), _cause(error))
+                    reason = self.ownership.fenced or _cause(error)
+                    path.machine.apply(PathEvent.LOST, self._loop.time(), reason)
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
                     continue
-                if path.epoch < self.epoch:
+                if path.connection is None or path.epoch < self.epoch:
                     path.disconnect()  # another path took over meanwhile: only its epoch fences this server
                     continue
                 pause = FIRST_PAUSE_SECONDS

@@ -14,6 +14,7 @@ from typing import Protocol
 from farpage.blockio import Done, ReadDone
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
+from farpage.volume.ownership import Ownership
 
 
 class ReplicaHealth(enum.StrEnum):
@@ -49,6 +50,8 @@ class ReplicaStatus:
 class PagedVolume(Protocol):
     """A client's volume. No error of a path or a device reaches the caller of read, write and zero."""
 
+    ownership: Ownership
+    """What all replicas are written under; its `fenced` says why not any more."""
     failovers: FailoverLog
     on_active: Callable[[], None]
     """Called when a path has taken over: what was held up can go on."""

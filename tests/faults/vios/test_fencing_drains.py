@@ -15,6 +15,7 @@ from farpage.blockio import read_bytes
 from farpage.definition.database import Database
 from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.device import file
+from farpage.device.claim import Claim
 from farpage.device.open import open_device
 from farpage.nbd.client import Connection
 from farpage.nbd.errors import ServerRefused
@@ -77,9 +78,9 @@ async def test_the_answer_waits_for_a_write_that_hangs_in_the_device(
         old = await Connection.open(address, "vm1@1")
         hanging = asyncio.create_task(write(old, 0, b"slow" * 1024))
         await asyncio.to_thread(stuck.wait)
-        claiming = asyncio.create_task(volumes.claim("vm1", 2))
+        claiming = asyncio.create_task(volumes.claim("vm1", Claim(2)))
         opening = asyncio.create_task(Connection.open(address, "vm1@2"))
-        await until(lambda: volumes._highest.get(device.volume("vm1").id) == 2)
+        await until(lambda: volumes._claims_seen(device.volume("vm1").id).current == Claim(2))
         # Refused at once although the drain is under way, for new opens and for further commands.
         with pytest.raises(ServerRefused, match="older"):
             await Connection.open(address, "vm1@1")

@@ -130,12 +130,14 @@ def test_of_two_writers_at_once_one_wins_each_revision(database: Database) -> No
 
 def test_an_epoch_only_rises(database: Database) -> None:
     epochs = EpochStore(database)
-    assert epochs.highest("volume") == 0
-    assert epochs.raise_to("volume", 5) == 5
-    assert epochs.raise_to("volume", 3) == 5
-    assert epochs.highest("volume") == 5
+    assert epochs.highest("volume") == (0, "")
+    epochs.raise_to("volume", 5, "00000000000000aa")
+    epochs.raise_to("volume", 3)
+    epochs.raise_to("volume", 5, "00000000000000bb")
+    assert epochs.highest("volume") == (5, "00000000000000aa")
+    assert EpochStore(database).highest("volume") == (5, "00000000000000aa")
     epochs.forget("volume")
-    assert epochs.highest("volume") == 0
+    assert epochs.highest("volume") == (0, "")
 
 
 WRITE_UNTIL_KILLED = """
@@ -164,7 +166,7 @@ def test_an_epoch_that_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
     process.wait()
     process.stdout.close()
     database = Database(path)
-    assert EpochStore(database).highest("volume") >= int(last)
+    assert EpochStore(database).highest("volume")[0] >= int(last)
     database.close()
 
 
@@ -210,6 +212,24 @@ def test_a_layout_of_a_newer_farpage_is_left_alone(tmp_path: Path) -> None:
         Database(path)
 
 
+def test_a_layout_without_owners_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "vios.db"
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        "CREATE TABLE definitions (number INTEGER PRIMARY KEY AUTOINCREMENT, document TEXT NOT NULL,"
+        " stored_at TEXT NOT NULL);"
+        "CREATE TABLE epochs (volume_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL) WITHOUT ROWID;"
+        "CREATE TABLE devices (spec TEXT PRIMARY KEY, name TEXT, size_bytes INTEGER, added_at TEXT NOT NULL)"
+        " WITHOUT ROWID;"
+        "INSERT INTO epochs VALUES ('volume', 3); PRAGMA user_version=1;"
+    )
+    connection.close()
+    for _ in range(2):
+        database = Database(path)
+        assert EpochStore(database).highest("volume") == (3, "")
+        database.close()
+
+
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StoreFailed, match="check that the folder exists"):
         Database(tmp_path / "nothing" / "vios.db")
@@ -217,7 +237,8 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
 
 def test_a_failed_change_is_undone_whole(database: Database) -> None:
     with pytest.raises(RuntimeError), database.transaction() as connection:
-        connection.execute("INSERT INTO epochs VALUES ('volume', 3)")
+        connection.execute("INSERT INTO epochs VALUES ('volume', 3, '')")
         raise RuntimeError
-    assert EpochStore(database).highest("volume") == 0
-    assert EpochStore(database).raise_to("volume", 1) == 1
+    assert EpochStore(database).highest("volume") == (0, "")
+    EpochStore(database).raise_to("volume", 1)
+    assert EpochStore(database).highest("volume") == (1, "")

@@ -12,6 +12,7 @@ import pytest
 
 from farpage.device import directory
 from farpage.device.base import PagingDevice
+from farpage.device.claim import Claim
 from farpage.device.directory import prepare_directory
 from farpage.device.errors import (
     CapacityExceeded,
@@ -40,9 +41,9 @@ async def test_two_that_share_a_directory_see_each_other_s_volumes(tmp_path: Pat
     async with opening(f"dir:{tmp_path}/a?size=8M") as one, opening(f"dir:{tmp_path}/a") as other:
         made = one.create_volume("vm1", 1 << 20)
         assert other.volume("vm1") == made
-        other.raise_epoch("vm1", 7)
-        assert one.volume("vm1").epoch == 7
-        assert one.raise_epoch("vm1", 5) == 7
+        other.claim("vm1", Claim(7))
+        assert one.volume("vm1").claim == Claim(7)
+        assert one.claim("vm1", Claim(5)) == Claim(7)
 
 
 async def test_the_size_defaults_to_the_room_of_the_file_system(tmp_path: Path) -> None:
@@ -195,11 +196,11 @@ async def test_a_volume_that_somebody_has_open_is_deleted_only_by_force(device: 
 
 async def test_a_volume_made_anew_is_another_one_and_starts_at_epoch_zero(device: PagingDevice) -> None:
     old = device.create_volume("vm1", 4096)
-    device.raise_epoch("vm1", 9)
+    device.claim("vm1", Claim(9))
     device.delete_volume("vm1")
     new = device.create_volume("vm1", 4096)
     assert new.id != old.id
-    assert new.epoch == 0
+    assert new.claim == Claim()
 
 
 async def test_a_volume_of_another_vios_cannot_be_deleted_from_under_it(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ async def test_a_volume_without_its_header_gets_a_new_one(tmp_path: Path) -> Non
     async with opening(f"dir:{tmp_path}/a?size=8M") as device:
         (tmp_path / "a" / "volumes" / "vm1").write_bytes(bytes(8192))
         found = device.volume("vm1")
-        assert (found.size_bytes, found.epoch) == (8192, 0)
+        assert (found.size_bytes, found.claim) == (8192, Claim())
         assert device.volume("vm1").id == found.id
 
 
@@ -258,7 +259,7 @@ def test_epochs_raised_by_many_at_once_keep_the_highest(tmp_path: Path) -> None:
         with Header(tmp_path / "vm1") as header:
             barrier.wait()
             for epoch in range(first, 2000, 8):
-                assert header.raise_epoch(epoch) >= epoch
+                assert header.claim(Claim(epoch)).epoch >= epoch
 
     threads = [threading.Thread(target=raise_many, args=(first,)) for first in range(1, 9)]
     for thread in threads:
@@ -266,7 +267,7 @@ def test_epochs_raised_by_many_at_once_keep_the_highest(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     with Header(tmp_path / "vm1") as header:
-        assert header.epoch == 1999
+        assert header.current == Claim(1999)
 
 
 async def test_a_stopped_process_that_holds_the_lock_delays_no_owner(
@@ -276,9 +277,9 @@ async def test_a_stopped_process_that_holds_the_lock_delays_no_owner(
     async with opening(f"dir:{tmp_path}/a?size=8M") as device:
         device.create_volume("vm1", 4096)
         with directory.folder_locked(tmp_path / "a"):
-            assert device.raise_epoch("vm1", 3) == 3
+            assert device.claim("vm1", Claim(3)) == Claim(3)
             opened = await device.open_volume("vm1", 3)
-            assert device.volumes()[0].epoch == 3
+            assert device.volumes()[0].claim == Claim(3)
             with pytest.raises(DeviceUnusable, match="lock is held"):
                 device.create_volume("vm2", 4096)
             with pytest.raises(DeviceUnusable, match="lock is held"):

@@ -12,6 +12,7 @@ import pytest
 
 from farpage.blockio import Allocation, BlockIO, Feature, read_bytes
 from farpage.device.base import PagingDevice
+from farpage.device.claim import Claim
 from farpage.kernel.memory import AlignedBuffer
 from tests.support.volumes import cache, extents, flush, read_error, trim, write, zero
 
@@ -21,7 +22,7 @@ SIZE = 1 << 20
 @pytest.fixture
 async def volume(device: PagingDevice) -> AsyncIterator[BlockIO]:
     device.create_volume("vm1", SIZE)
-    device.raise_epoch("vm1", 1)
+    device.claim("vm1", Claim(1))
     opened = await device.open_volume("vm1", 1)
     yield opened
     await opened.close()
@@ -125,7 +126,7 @@ async def test_a_read_only_volume_is_not_changed(volume: BlockIO, device: Paging
 
 
 async def test_a_write_of_an_older_owner_is_refused(volume: BlockIO, device: PagingDevice) -> None:
-    device.raise_epoch("vm1", 2)
+    device.claim("vm1", Claim(2))
     assert await write(volume, 0, b"x" * 4096) == errno.ESHUTDOWN
     assert await zero(volume, 0, 4096) == errno.ESHUTDOWN
     assert await trim(volume, 0, 4096) == errno.ESHUTDOWN

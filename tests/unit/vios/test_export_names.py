@@ -14,6 +14,12 @@ def test_an_owner_names_volume_and_epoch() -> None:
     assert parse_export_name("vm1@7") == ExportName("vm1", 7)
 
 
+def test_an_owner_may_name_its_claim_and_its_lease_too() -> None:
+    owner, lease = "00000000000000aa", "00000000000000ee"
+    assert parse_export_name(f"vm1@7:{owner}") == ExportName("vm1", 7, owner)
+    assert parse_export_name(f"vm1@7:{owner}:{lease}") == ExportName("vm1", 7, owner, lease)
+
+
 def test_without_an_epoch_it_is_a_read_only_view() -> None:
     assert parse_export_name("vm1") == ExportName("vm1", None)
 
@@ -23,7 +29,8 @@ def test_without_an_epoch_it_is_a_read_only_view() -> None:
     [
         "", "@1", "vm1@", "vm1@0", "vm1@01", "vm1@-1", "vm1@1.0", "vm1@1@2", "vm1@x", "VM1@1", "../vm1@1",
         "vm1/../vm2", "vm1 @1", "vm1@1\n", "vm1\0@1", "vm1@9007199254740992", "vm1@" + "9" * 4000,
-        "vm1@٣", "a" * 64 + "@1",
+        "vm1@٣", "a" * 64 + "@1", "vm1:00000000000000aa", "vm1@1:", "vm1@1:aa", "vm1@1:00000000000000AA",
+        "vm1@1:00000000000000aa:", "vm1@1:00000000000000aa:00000000000000bb:",
     ],
 )  # fmt: skip
 def test_what_is_no_export_name_is_refused_with_a_remedy(text: str) -> None:

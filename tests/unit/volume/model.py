@@ -9,12 +9,19 @@ from dataclasses import dataclass, field
 
 from farpage.address import UnixAddress
 from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.device.claim import Claim, Claims
+from farpage.device.errors import VolumeFenced, VolumeTaken
 from farpage.errors import Unreachable
+from farpage.nbd.errors import ServerRefused
+from farpage.vios.names import parse_export_name, refusal_text
 from farpage.volume.connector import Endpoint, PathConnection
 from farpage.volume.multipath import MultipathVolume
+from farpage.volume.ownership import Ownership
 
 PAGE = 4096
 SIZE = 64 * PAGE
+OWNER = "00000000000000aa"
+OTHER = "00000000000000bb"
 
 
 @dataclass
@@ -32,7 +39,7 @@ class ModelVios:
     disk: Disk
     up: bool = True
     hung: bool = False
-    epoch: int = 0
+    claims: Claims = field(default_factory=Claims)
     error: int = 0
     write_error: Callable[[int], int] | None = None
     """Tells what a write at an offset is answered with."""
@@ -62,6 +69,13 @@ class ModelVios:
         self.backlog.clear()
         self.resumed.set()
 
+    def claim(self, claim: Claim) -> None:
+        """Give the volume to an owner and cut off who is older."""
+        self.claims.add(claim)
+        for connection in list(self.connections):
+            if connection.epoch < self.epoch:
+                connection.drop()
+
     def kill(self) -> None:
         """End every connection and refuse new ones."""
         self.up = False
@@ -69,18 +83,27 @@ class ModelVios:
         for connection in list(self.connections):
             connection.drop()
 
-    async def open(self, epoch: int) -> ModelConnection:
-        """Open the volume; older epochs are drained and refused."""
+    @property
+    def epoch(self) -> int:
+        """The newest epoch that it has let in."""
+        return self.claims.current.epoch
+
+    def refuse(self, error: VolumeFenced) -> ServerRefused:
+        """Say so as a VIOS does."""
+        return ServerRefused("vm1", self.name, refusal_text(error), "NBD_REP_ERR_POLICY")
+
+    async def open(self, claim: Claim) -> ModelConnection:
+        """Open the volume; who is older is drained and refused."""
         if self.hung:
             await self.resumed.wait()
-        if not self.up or epoch < self.epoch:
+        if not self.up:
             raise Unreachable("the server", self.name, "refused", "")
-        for connection in list(self.connections):
-            if connection.epoch < epoch:
-                connection.drop()
-        self.epoch = epoch
-        self.opened.append(epoch)
-        connection = ModelConnection(self, epoch)
+        if self.claims.refuses(claim):
+            kind = VolumeTaken if self.claims.of_another(claim) else VolumeFenced
+            raise self.refuse(kind("vm1", claim.epoch, self.epoch))
+        self.claim(claim)
+        self.opened.append(claim.epoch)
+        connection = ModelConnection(self, claim.epoch)
         self.connections.append(connection)
         return connection
 
@@ -213,7 +236,7 @@ class Rig:
         self.volume = MultipathVolume(
             "vm1",
             SIZE,
-            1,
+            Ownership(OWNER, 1),
             [Endpoint(name, UnixAddress(f"/{name}"), "disk") for name in self.vioses],
             connector=self.connect,
             events=self.events,
@@ -223,9 +246,11 @@ class Rig:
         )
 
     async def connect(self, endpoint: Endpoint, export_name: str, timeout_seconds: float) -> PathConnection:
-        epoch = int(export_name.partition("@")[2])
+        wanted = parse_export_name(export_name)
+        assert wanted.epoch is not None
+        claim = Claim(wanted.epoch, wanted.owner)
         try:
-            return await asyncio.wait_for(self.vioses[endpoint.vios].open(epoch), timeout_seconds)
+            return await asyncio.wait_for(self.vioses[endpoint.vios].open(claim), timeout_seconds)
         except TimeoutError as error:
             raise Unreachable("the server", endpoint.vios, "no answer", "") from error
 

@@ -5,9 +5,12 @@ import errno
 import subprocess
 from collections.abc import Awaitable, Callable
 
-from farpage.volume.multipath import NoPath
+import pytest
+
+from farpage.device.claim import Claim
+from farpage.volume.multipath import ClientFenced, NoPath
 from tests.support.simulated_loop import run_simulated
-from tests.unit.volume.model import PAGE, Rig
+from tests.unit.volume.model import OTHER, OWNER, PAGE, Rig
 
 
 def with_rig(test: Callable[[Rig], Awaitable[None]], paths: int = 2) -> None:
@@ -270,6 +273,74 @@ def test_opening_without_any_server_says_why() -> None:
             assert "vios2" in str(error)
         else:
             raise AssertionError("it opened")
+
+    run_simulated(main)
+
+
+def test_an_owner_whose_client_was_claimed_anew_is_fenced_and_never_comes_back() -> None:
+    async def test(rig: Rig) -> None:
+        for vios in rig.vioses.values():
+            vios.claim(Claim(2, OTHER))
+        read: list[int] = []
+        rig.volume.read(0, PAGE, lambda error, _: read.append(error))
+        written = rig.write(1, 7)
+        await rig.until(lambda: bool(rig.volume.ownership.fenced))
+        await asyncio.sleep(300)
+        assert (read, written) == ([], [])
+        assert {path.reason for path in rig.volume.status()} == {"another owner has the volume at epoch 2"}
+        assert set(rig.states().values()) == {"failed"}
+        assert rig.events.alarms.count("fenced") == 1
+        assert all(vios.claims.current == Claim(2, OTHER) for vios in rig.vioses.values())
+
+    with_rig(test)
+
+
+def test_an_owner_cut_off_for_long_comes_back_to_no_epoch_above_the_new_owner_s() -> None:
+    async def test(rig: Rig) -> None:
+        first, second = rig.vioses.values()
+        for vios in (first, second):
+            vios.kill()
+        await asyncio.sleep(60)
+        second.claims.add(Claim(2, OTHER))
+        second.up = True
+        await rig.until(lambda: bool(rig.volume.ownership.fenced))
+        assert second.claims.current == Claim(2, OTHER)
+
+    with_rig(test)
+
+
+def test_a_volume_shares_its_epochs_with_the_client_s_other_replica() -> None:
+    async def test(rig: Rig) -> None:
+        rig.volume.ownership.raise_epoch()
+        rig.volume.ownership.raise_epoch()
+        assert rig.volume.epoch == 1, "what another replica does moves this one only when it takes over"
+        rig.vioses["vios1"].kill()
+        await rig.until(lambda: rig.states()["vios2"] == "active")
+        assert (rig.volume.epoch, rig.vioses["vios2"].epoch) == (3, 3)
+        assert rig.volume.ownership.epoch == 3
+
+    with_rig(test)
+
+
+def test_an_older_epoch_of_its_own_makes_an_owner_come_back_under_the_newer() -> None:
+    async def test(rig: Rig) -> None:
+        for vios in rig.vioses.values():
+            vios.claim(Claim(5, OWNER))
+        read = rig.read(0)
+        await rig.until(lambda: read == [0])
+        assert rig.volume.epoch >= 5
+        assert rig.volume.ownership.fenced == ""
+
+    with_rig(test)
+
+
+def test_opening_what_another_owner_has_says_so() -> None:
+    async def main() -> None:
+        rig = Rig()
+        for vios in rig.vioses.values():
+            vios.claim(Claim(1, OTHER))
+        with pytest.raises(ClientFenced, match="another owner has the volume at epoch 1"):
+            await rig.volume.open(2.0)
 
     run_simulated(main)
 
