@@ -70,8 +70,14 @@ class PathLink:
         self.in_flight: dict[Command, None] = {}
         self.held: list[Held] = []
         self.failed = asyncio.Event()
+        self.wanted = asyncio.Event()
+        """Clear while the path is to stay away from its VIOS, which is about to stop."""
+        self.wanted.set()
+        self.left = ""
+        """Why the path was given up on purpose; empty again once it is back."""
         self._connector = connector
         self._server: ServerProcess | None = None
+        self._away: asyncio.TimerHandle | None = None
 
     def status(self) -> PathStatus:
         """Return what users see."""
@@ -116,6 +122,22 @@ class PathLink:
                 self._server = ServerProcess(connection.peer_pid)
             except OSError:  # it died since; the connection's loss will tell
                 self._server = None
+
+    def stay_away(self, reason: str, seconds: float) -> None:
+        """Do not use the path until `come_back`, or for so long."""
+        self.left = reason
+        self.wanted.clear()
+        if self._away:
+            self._away.cancel()
+        self._away = asyncio.get_running_loop().call_later(seconds, self.wanted.set)
+
+    def come_back(self, reason: str) -> None:
+        """Use the path again as soon as its VIOS answers; until then `reason` says why it does not."""
+        self.left = reason
+        self.wanted.set()
+        if self._away:
+            self._away.cancel()
+            self._away = None
 
     def disconnect(self) -> None:
         """End the connection at once."""

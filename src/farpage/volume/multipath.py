@@ -41,6 +41,11 @@ from farpage.volume.watch import AgeWatch
 
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
+DRAIN_POLL_SECONDS = 0.001
+AWAY_SECONDS = 30.0
+"""A path that was left is tried again by itself after this, should nobody say that its VIOS has stopped."""
+
+BEING_STOPPED = "being stopped"
 
 
 class VolumeEvents(Protocol):
@@ -231,6 +236,56 @@ class MultipathVolume:
                 path.forget(held)
         for command in left:
             self._finish(command, errno.ESHUTDOWN, None)
+
+    # Leaving a VIOS on purpose
+
+    async def leave(self, vios: str) -> None:
+        """Move off a VIOS that is about to stop; on return it has no command of this volume any more.
+
+        Its path stays away from it until `rejoin`. When it carries the commands, they finish first, or are
+        replayed if they do not within the path timeout, while new ones wait; then another path takes over.
+
+        :raise NoPath: no other path can take over; the VIOS goes on being used then.
+        """
+        leaving = [path for path in self._paths if path.endpoint.vios == vios]
+        for path in leaving:
+            path.stay_away(BEING_STOPPED, AWAY_SECONDS)
+        await self._settled()
+        if self._active in leaving:
+            self._takeover = self._loop.create_task(self._hand_over(self._active))
+            await self._settled()
+        if self._active is None or self._active in leaving:
+            self.rejoin(vios)
+            raise NoPath(self.name, f"no path but the one over VIOS {vios} can carry its commands")
+        for path in leaving:
+            self._fail(path, BEING_STOPPED, PathEvent.LEFT)
+
+    def rejoin(self, vios: str, reason: str = "") -> None:
+        """Try the paths over a VIOS again from now on; until one is back its reason is `reason`."""
+        for path in self._paths:
+            if path.endpoint.vios == vios and path.left:
+                path.come_back(reason)
+                if path.machine.state is PathState.FAILED:
+                    path.machine.apply(PathEvent.LEFT, self._loop.time(), reason)
+
+    async def _settled(self) -> None:
+        """Wait until no path is about to take over."""
+        while self._takeover is not None and not self._closing:
+            await asyncio.wait([self._takeover])
+
+    async def _hand_over(self, path: PathLink) -> None:
+        """Let the active path finish what it has, then another one take over; new commands wait meanwhile."""
+        patience_ends = self._loop.time() + self._path_timeout
+        while path is self._active and path.in_flight and self._loop.time() < patience_ends:  # noqa: ASYNC110
+            # Polled: an event would cost every command something.
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        self._takeover = None
+        if self._active is not path:
+            self._choose()  # it was lost meanwhile
+        elif self._standby() is None:
+            self._drain_waiting()
+        else:
+            self._fail(path, BEING_STOPPED, PathEvent.LEFT)
 
     # Commands: the hot path
 
@@ -436,15 +491,17 @@ class MultipathVolume:
     # Failing and taking over
 
     def _standby(self) -> PathLink | None:
-        return next((p for p in self._paths if p.machine.state is PathState.STANDBY), None)
+        return next(
+            (p for p in self._paths if p.machine.state is PathState.STANDBY and p.wanted.is_set()), None
+        )
 
     def _lost(self, path: PathLink, error: Exception) -> None:
         self._fail(path, f"connection lost: {_cause(error)}")
 
-    def _fail(self, path: PathLink, reason: str) -> None:
+    def _fail(self, path: PathLink, reason: str, event: PathEvent = PathEvent.LOST) -> None:
         """Give a path up: replay its reads, hold its writes, let another take over."""
         carried = path.machine.carries
-        path.machine.apply(PathEvent.LOST, self._loop.time(), reason)
+        path.machine.apply(event, self._loop.time(), reason)
         commands = list(path.in_flight)
         path.in_flight.clear()
         reads = [command for command in commands if not command.mutates]
@@ -468,7 +525,8 @@ class MultipathVolume:
                 quarantined_bytes=sum(command.length_bytes for command in writes),
             )
         )
-        self._alarm("path_failed", f"VIOS {path.endpoint.vios}: {reason}")
+        if event is PathEvent.LOST:
+            self._alarm("path_failed", f"VIOS {path.endpoint.vios}: {reason}")
         self._choose()
 
     def _release(self, path: PathLink, held: Held) -> None:
@@ -588,12 +646,13 @@ class MultipathVolume:
         pause = FIRST_PAUSE_SECONDS
         while not self.ownership.fenced:
             if path.machine.state is PathState.FAILED:
+                await path.wanted.wait()
                 try:
                     await self._open(path)
                     await path.probe(self._size_bytes, self._path_timeout)
                 except (FarpageError, OSError) as error:
                     path.disconnect()
-                    reason = self.ownership.fenced or _cause(error)
+                    reason = self.ownership.fenced or path.left or _cause(error)
                     path.machine.apply(PathEvent.LOST, self._loop.time(), reason)
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
@@ -601,6 +660,10 @@ class MultipathVolume:
                 if path.connection is None or path.epoch < self.epoch:
                     path.disconnect()  # another path took over meanwhile: only its epoch fences this server
                     continue
+                if not path.wanted.is_set():
+                    path.disconnect()
+                    continue
+                path.left = ""
                 pause = FIRST_PAUSE_SECONDS
                 path.failed.clear()
                 path.machine.apply(PathEvent.PROBED, self._loop.time())

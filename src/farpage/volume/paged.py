@@ -112,6 +112,15 @@ class PagedVolume(Protocol):
         for it. Finishes with ESTALE when the replica is not, or no longer, in sync.
         """
 
+    async def leave(self, vios: str) -> None:
+        """Move off a VIOS that is about to stop; on return it has no command of this volume any more.
+
+        :raise NoPath: nothing can be read or written without it; the VIOS goes on being used then.
+        """
+
+    def rejoin(self, vios: str, reason: str = "") -> None:
+        """Try the paths over a VIOS again from now on; until one is back its reason is `reason`."""
+
     async def close(self) -> None:
         """Wait for the commands in flight, then let go of the paths."""
 

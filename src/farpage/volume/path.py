@@ -21,20 +21,26 @@ class PathEvent(enum.Enum):
     """A command finished."""
     LOST = enum.auto()
     """The connection ended, was refused, or was given up."""
+    LEFT = enum.auto()
+    """Given up on purpose: its VIOS is about to stop."""
 
 
 _TRANSITIONS: dict[tuple[PathState, PathEvent], PathState] = {
     (PathState.FAILED, PathEvent.PROBED): PathState.STANDBY,
     (PathState.FAILED, PathEvent.LOST): PathState.FAILED,
+    (PathState.FAILED, PathEvent.LEFT): PathState.FAILED,
     (PathState.STANDBY, PathEvent.ACTIVATED): PathState.ACTIVE,
     (PathState.STANDBY, PathEvent.ANSWERED): PathState.STANDBY,
     (PathState.STANDBY, PathEvent.LOST): PathState.FAILED,
+    (PathState.STANDBY, PathEvent.LEFT): PathState.FAILED,
     (PathState.ACTIVE, PathEvent.OVERDUE): PathState.SUSPECT,
     (PathState.ACTIVE, PathEvent.ANSWERED): PathState.ACTIVE,
     (PathState.ACTIVE, PathEvent.LOST): PathState.FAILED,
+    (PathState.ACTIVE, PathEvent.LEFT): PathState.FAILED,
     (PathState.SUSPECT, PathEvent.OVERDUE): PathState.SUSPECT,
     (PathState.SUSPECT, PathEvent.ANSWERED): PathState.ACTIVE,
     (PathState.SUSPECT, PathEvent.LOST): PathState.FAILED,
+    (PathState.SUSPECT, PathEvent.LEFT): PathState.FAILED,
 }
 
 
@@ -60,14 +66,12 @@ class PathMachine:
         new = _TRANSITIONS.get((self.state, event))
         if new is None:
             raise InvalidTransition(f"{event.name} in state {self.state}")
-        if event is PathEvent.LOST:
+        if event is PathEvent.LOST and self.carries:
+            self.losses += 1
+        if new is not self.state or event in (PathEvent.LOST, PathEvent.LEFT):
             self.reason = reason
-            if self.carries:
-                self.losses += 1
         if new is self.state:
             return False
-        if event is not PathEvent.LOST:
-            self.reason = reason
         self.state = new
         self.since_seconds = now_seconds
         return True

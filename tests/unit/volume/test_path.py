@@ -49,6 +49,11 @@ def test_only_losses_of_a_path_that_carried_commands_count() -> None:
     assert machine.losses == 1
 
 
+def test_a_path_that_was_left_on_purpose_is_failed_without_a_loss() -> None:
+    machine = after(PathEvent.PROBED, PathEvent.ACTIVATED, PathEvent.LEFT, PathEvent.LEFT)
+    assert (machine.state, machine.losses, machine.reason) == (PathState.FAILED, 0, "reason 4")
+
+
 @given(st.lists(st.sampled_from(list(PathEvent))))
 def test_every_sequence_of_events_is_taken_or_refused_without_a_change(events: list[PathEvent]) -> None:
     machine = PathMachine(0.0)
