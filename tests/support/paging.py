@@ -221,6 +221,12 @@ class ModelVolume(MemoryIO):
     async def open(self, timeout_seconds: float) -> None:
         """Be open."""
 
+    async def leave(self, vios: str) -> None:
+        """Stay: there is no VIOS."""
+
+    def rejoin(self, vios: str, reason: str = "") -> None:
+        """Stay: there is no VIOS."""
+
     async def abandon(self) -> None:
         self.closed = True
 

@@ -122,7 +122,8 @@ async def test_a_vios_may_have_addresses_and_a_launcher_of_its_own(state: Path) 
         assert near == f"unix:{embedded.layout.vios_dir('vios1') / 'data.sock'}"
         assert far.startswith("tcp:127.0.0.1:")
         environments = [
-            Path(f"/proc/{embedded.vios_pid(vios)}/environ").read_bytes() for vios in embedded.vioses
+            Path(f"/proc/{embedded.vios_pid(vios)}/environ").read_bytes()  # noqa: ASYNC240
+            for vios in embedded.vioses
         ]
         assert [b"FARPAGE_TEST_LAUNCHED=1" in environment for environment in environments] == [False, True]
     finally:
