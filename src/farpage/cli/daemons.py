@@ -20,6 +20,7 @@ def run_hypervisor(
     vioses: Sequence[str],
     workers: int | None,
     path_timeout_seconds: float,
+    no_path_timeout_seconds: float | None,
     default_limit_bytes: int | None,
     pool_size_bytes: int | None,
 ) -> None:
@@ -40,6 +41,7 @@ def run_hypervisor(
         vioses=dict(_named_address(text) for text in vioses),
         workers=workers,
         path_timeout_seconds=path_timeout_seconds,
+        no_path_timeout_seconds=no_path_timeout_seconds,
         default_limit_bytes=default_limit_bytes,
         pool_size_bytes=pool_size_bytes,
     )

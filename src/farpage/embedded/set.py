@@ -70,6 +70,7 @@ class SetSettings:
     devices: tuple[str, ...] = ()
     workers: int | None = None
     path_timeout_seconds: float = 1.0
+    no_path_timeout_seconds: float | None = None
     default_limit_bytes: int | None = None
     pool_size_bytes: int | None = None
     placements: Mapping[str, ViosPlacement] = field(default_factory=dict)
@@ -282,6 +283,8 @@ class EmbeddedSet:
         for name, vios in self.document.vioses.items():
             arguments += ["--vios", f"{name}={vios.control}"]
         arguments += ["--path-timeout", f"{settings.path_timeout_seconds * 1000:g}ms"]
+        if settings.no_path_timeout_seconds is not None:
+            arguments += ["--no-path-timeout", f"{settings.no_path_timeout_seconds * 1000:g}ms"]
         for option, value in (
             ("--workers", settings.workers),
             ("--limit", settings.default_limit_bytes),

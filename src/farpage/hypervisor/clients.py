@@ -227,6 +227,7 @@ class Clients:
             limit_pages=limit // PAGE_BYTES,
             replicas=replicas,
             path_timeout_seconds=self._settings.path_timeout_seconds,
+            no_path_timeout_seconds=self._settings.no_path_timeout_seconds,
             open_timeout_seconds=OPEN_TIMEOUT_SECONDS,
         )
         worker.clients.add(client)

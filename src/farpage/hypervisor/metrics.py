@@ -93,13 +93,21 @@ class _Collector(Collector):
             "farpage_client_stalled_faults", "Accesses that wait now", labels=["client"]
         )
         epoch = GaugeMetricFamily("farpage_client_epoch", "Epoch of a client's volume", labels=["client"])
+        without_path = GaugeMetricFamily(
+            "farpage_client_without_path", "1 while no path to a client's volume works", labels=["client"]
+        )
+        full = GaugeMetricFamily(
+            "farpage_client_device_full", "1 while no device has room for page-outs", labels=["client"]
+        )
         for report in self._reports:
             for state, pages in report.pages_by_state.items():
                 memory.add_metric([report.client, state], pages * PAGE_BYTES)
             limit.add_metric([report.client], report.limit_pages * PAGE_BYTES)
             stalled.add_metric([report.client], report.stalled_faults)
             epoch.add_metric([report.client], report.epoch)
-        yield from (memory, limit, stalled, epoch)
+            without_path.add_metric([report.client], float(report.without_path_seconds is not None))
+            full.add_metric([report.client], float(report.device_full))
+        yield from (memory, limit, stalled, epoch, without_path, full)
 
     def _paths(self) -> Metric:
         family = GaugeMetricFamily(

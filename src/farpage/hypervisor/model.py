@@ -121,6 +121,10 @@ class ClientInfo(Document):
     """Why another owner has the volume instead; empty while this hypervisor has it."""
     worker: int | None
     stalled_faults: int
+    without_path_seconds: float | None
+    """For how long no path to the volume has worked; None while one does."""
+    device_full: bool
+    """No device has room for the client's page-outs."""
     counters: ClientCounters
     paths: tuple[PathInfo, ...]
     failovers: tuple[FailoverInfo, ...]

@@ -35,7 +35,7 @@ def client_info(
         pid=pid,
         memory_bytes=record.memory_bytes,
         limit_bytes=limit_bytes,
-        resident_bytes=sum(pages.get(state, 0) for state in RESIDENT_STATES) * PAGE_BYTES,
+        resident_bytes=resident_bytes(report) if report else 0,
         on_device_bytes=(pages.get("on_device", 0) + pages.get("reading", 0)) * PAGE_BYTES,
         zero_bytes=pages.get("zero", 0) * PAGE_BYTES,
         entitlement_bytes=record.entitlement_bytes,
@@ -45,10 +45,17 @@ def client_info(
         fenced=report.fenced if report else "",
         worker=worker,
         stalled_faults=report.stalled_faults if report else 0,
+        without_path_seconds=report.without_path_seconds if report else None,
+        device_full=report.device_full if report else False,
         counters=_counters(report),
         paths=tuple(_path(name, path, report, now_seconds) for path in report.paths) if report else (),
         failovers=_failovers(name, report) if report else (),
     )
+
+
+def resident_bytes(report: ClientReport) -> int:
+    """Return what a client has in memory."""
+    return sum(report.pages_by_state[state] for state in RESIDENT_STATES) * PAGE_BYTES
 
 
 def _counters(report: ClientReport | None) -> ClientCounters:

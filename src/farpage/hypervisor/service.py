@@ -17,6 +17,7 @@ from farpage.errors import FarpageError
 from farpage.hypervisor.alarms import AlarmLog
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
+from farpage.hypervisor.fullness import FullDevices
 from farpage.hypervisor.model import HypervisorInfo, WorkerInfo
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
@@ -45,6 +46,7 @@ class Hypervisor:
         )
         records = ClientRecords(settings.name, self.keeper, self.vioses)
         self.clients = Clients(settings, records, self.workers, self.pool)
+        self._full_devices = FullDevices(self.clients, self.pool)
         self._started_seconds = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -61,6 +63,7 @@ class Hypervisor:
 
     async def stop(self) -> None:
         """Give every client its memory back, then end the workers."""
+        self._full_devices.stop()
         for task in list(self._tasks):
             task.cancel()
         await self.clients.detach_all()
@@ -155,6 +158,8 @@ class Hypervisor:
             case "epoch_raised":
                 raised = EpochRaised.model_validate(parameters)
                 self._start(self.clients.records.epoch_raised(raised))
+            case "outage":
+                self._full_devices.check()
             case "client_gone":
                 self.clients.client_gone(ClientLost.model_validate(parameters).client)
 

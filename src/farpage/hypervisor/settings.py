@@ -26,6 +26,8 @@ class HypervisorSettings(BaseModel):
     workers: int | None = Field(default=None, ge=1)
     """Data workers; None for one per core."""
     path_timeout_seconds: float = Field(default=1.0, gt=0)
+    no_path_timeout_seconds: float | None = Field(default=None, gt=0)
+    """After so long without a path waiting accesses are answered with poison; None for never."""
     default_limit_bytes: int | None = Field(default=None, gt=0)
     """Limit of a client that asks for none."""
     pool_size_bytes: int | None = Field(default=None, gt=0)

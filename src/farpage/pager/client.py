@@ -11,6 +11,7 @@ from farpage.pager.eviction import Eviction
 from farpage.pager.faults import Faults
 from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
+from farpage.pager.outage import Outage
 from farpage.pager.replacement import Replacement
 from farpage.pager.space import Space
 from farpage.pager.table import DIRTY, ON_DEVICE, READING, REWRITTEN, WRITING, ZERO, PageTable
@@ -34,13 +35,19 @@ class PagedClient:
         *,
         alarm: Callable[[str, str], None],
         on_gone: Callable[[], None],
+        on_outage: Callable[[], None] = lambda: None,
+        no_path_timeout_seconds: float | None = None,
     ) -> None:
+        """`on_outage` is called when the volume stalls, or its device is full, and when no longer."""
         self.space = Space(memory, table, volume, Limit(limit_pages), buffers, alarm, on_gone)
         self.faults = Faults(self.space)
         self.eviction = Eviction(self.space, self.faults.admit)
         self.faults.on_pressure = self.eviction.wake
         # Pages held back from a failed server leave room for others to be written over the next path.
         volume.on_active = self.eviction.wake
+        self.outage = Outage(self.space, self.faults, self.eviction, no_path_timeout_seconds, on_outage)
+        volume.on_no_path = self.outage.no_path
+        volume.on_full = self.outage.full
         self._loop = asyncio.get_running_loop()
 
     def start(self) -> None:
@@ -70,9 +77,8 @@ class PagedClient:
         """
         self.eviction.stop()
         self.faults.stopped = True
-        counts = self.space.table.counts
         await self._bring_in_all()
-        while counts[READING] or counts[WRITING] or counts[REWRITTEN] or counts[ON_DEVICE]:
+        while self._still_moving():
             await self._settle()
             await self._bring_in_all()
         try:
@@ -80,7 +86,13 @@ class PagedClient:
         except OSError as error:
             raise ClientGone("the client exited while it was detached") from error
         self.abandon()
-        await self.space.volume.close()
+        # What waits for room on a full device is in memory, and wanted there.
+        await (self.space.volume.abandon() if self.space.full else self.space.volume.close())
+
+    def _still_moving(self) -> bool:
+        counts = self.space.table.counts
+        coming = counts[READING] or counts[ON_DEVICE]
+        return bool(coming or (not self.space.full and (counts[WRITING] or counts[REWRITTEN])))
 
     async def _bring_in_all(self) -> None:
         table = self.space.table
@@ -105,6 +117,7 @@ class PagedClient:
         if not self.space.closed:
             self.space.closed = True
             self.eviction.stop()
+            self.outage.cancel()
             self._loop.remove_reader(self.space.memory.fileno())
             # These refer to each other in circles; the table's memory must not wait for the collector.
             self.space.table = PageTable(0)

@@ -62,7 +62,8 @@ class Eviction:
         space = self._space
         if space.limit.pages >= space.table.pages:
             return 0  # it may have all of its memory
-        staying = space.taken - max(space.table.counts[WRITING] - self._held_pages, 0)
+        leaving = 0 if space.full else max(space.table.counts[WRITING] - self._held_pages, 0)
+        staying = space.taken - leaving
         if staying > space.limit.high:
             self._running = True
         excess = staying - space.limit.low
@@ -78,6 +79,9 @@ class Eviction:
     def _slice(self) -> None:
         self._scheduled = None
         space = self._space
+        if space.full:
+            self._release_clean_ones()
+            return
         counts = space.table.counts
         budget = space.limit.in_flight + self._held_pages - counts[WRITING] - counts[REWRITTEN]
         victims = space.replacement.victims(max(min(self._excess(), SLICE_PAGES, budget), 0))
@@ -92,6 +96,18 @@ class Eviction:
         if freed:
             self._on_room()
         self.wake()
+
+    def _release_clean_ones(self) -> None:
+        """Give back what the volume has already; it has no room for the others, which go on in the queue."""
+        space = self._space
+        states = space.table.state
+        victims = sorted(space.replacement.victims(min(self._excess(), SLICE_PAGES)))
+        for page in victims:
+            if states[page] == DIRTY:
+                space.replacement.added(page)
+        if self._release_clean([page for page in victims if states[page] == CLEAN]):
+            self._on_room()
+            self.wake()
 
     def _release_clean(self, pages: list[int]) -> int:
         """Give back pages whose content is on the volume already."""

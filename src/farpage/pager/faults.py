@@ -290,7 +290,9 @@ class Faults:
 
     @ends_with_client
     def _copy_again(self, first: int, count: int, content: bytes, at: int) -> None:
-        self._copy_in(first, count, address_of(content) + at, memoryview(content))
+        source = address_of(content) + at
+        for start, length in self._still_reading(first, count):
+            self._copy_in(start, length, source + (start - first) * PAGE_BYTES, memoryview(content))
 
     def _came_in(self, first: int, count: int, state: int) -> None:
         space = self._space
@@ -344,6 +346,20 @@ class Faults:
             self._give_up(page, "no replica has what was paged out")
         else:
             self._space.table.put(page, ON_DEVICE)
+
+    def give_up_waiting(self, before_seconds: float, why: str) -> None:
+        """Poison the pages of the accesses that have waited since `before_seconds` of the loop's clock."""
+        for page in [page for page, began in self._waiting.items() if began <= before_seconds]:
+            self._give_up(page, why)
+        deferred, self._deferred = self._deferred, deque()
+        states = self._space.table.state
+        for fault in deferred:
+            if fault.began_seconds > before_seconds:
+                self._deferred.append(fault)
+            elif states[fault.page] in (ZERO, ON_DEVICE):
+                self._give_up(fault.page, why)
+            else:  # another access brought it in, or it was given up already
+                self._answer(fault)
 
     def _give_up(self, page: int, why: str) -> None:
         space = self._space

@@ -52,6 +52,8 @@ class Attach(Message):
     recover: bool = False
     """Go on with what a worker that ended has left, instead of beginning with nothing paged out."""
     path_timeout_seconds: float = Field(gt=0)
+    no_path_timeout_seconds: float | None = Field(default=None, gt=0)
+    """Accesses that waited so long without a path are answered with poison; None for never."""
     open_timeout_seconds: float = Field(gt=0)
 
 
@@ -138,6 +140,9 @@ class ClientReport(Message):
     fenced: str
     """Why another owner has the volume instead; empty while this one has it."""
     stalled_faults: int
+    without_path_seconds: float | None
+    """For how long no path has worked; None while one does."""
+    device_full: bool
     counters: CounterReport
     paths: tuple[PathReport, ...]
     failovers: tuple[FailoverReport, ...]
@@ -149,6 +154,14 @@ class EpochRaised(Message):
     client: str
     epoch: int
     owner: str
+
+
+class OutageChanged(Message):
+    """`outage`: the client's volume is without a path or without room, or no longer."""
+
+    client: str
+    without_path: bool
+    device_full: bool
 
 
 class ClientLost(Message):

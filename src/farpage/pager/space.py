@@ -29,6 +29,8 @@ class Space:
     on_gone: Callable[[], None]
     replacement: Replacement = field(init=False)
     counters: Counters = field(default_factory=Counters)
+    full: bool = False
+    """No device has room: nothing can be written out."""
     closed: bool = False
     """The client is gone or detached: nothing may touch its memory any more."""
 

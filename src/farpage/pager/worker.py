@@ -36,6 +36,7 @@ from farpage.pager.messages import (
     EpochRaised,
     FailoverReport,
     Nothing,
+    OutageChanged,
     PathReport,
     Query,
     ReplicaSpec,
@@ -164,6 +165,8 @@ class Worker:
             self._buffers,
             alarm=events.alarm,
             on_gone=gone,
+            on_outage=partial(self._outage, order.client),
+            no_path_timeout_seconds=order.no_path_timeout_seconds,
         )
         self._clients[order.client] = _Attached(paged, memory, pidfd)
         self._loop.add_reader(pidfd, gone)
@@ -204,6 +207,17 @@ class Worker:
         attached.memory.close()
         return Nothing()
 
+    def _outage(self, client: str) -> None:
+        """Tell the control process of what the client's volume lacks, or has again."""
+        if client in self._clients:
+            paged = self._clients[client].paged
+            outage = OutageChanged(
+                client=client,
+                without_path=paged.outage.without_path_seconds is not None,
+                device_full=paged.space.full,
+            )
+            self._channel.tell("outage", outage)
+
     def _forget(self, client: str) -> None:
         attached = self._clients.pop(client, None)
         if attached:
@@ -235,6 +249,8 @@ class Worker:
             epoch=space.volume.epoch,
             fenced=space.volume.ownership.fenced,
             stalled_faults=paged.faults.stalled,
+            without_path_seconds=paged.outage.without_path_seconds,
+            device_full=space.full,
             counters=CounterReport(**asdict(space.counters)),
             paths=tuple(
                 PathReport(

@@ -29,6 +29,13 @@ def up(
     path_timeout: Annotated[
         float, duration_option("--path-timeout", "A command that waits longer makes its path suspect.")
     ] = 1.0,
+    no_path_timeout: Annotated[
+        float | None,
+        duration_option(
+            "--no-path-timeout",
+            "After so long without a path, accesses that wait fail for good; by default they wait on.",
+        ),
+    ] = None,
     limit: Annotated[int | None, size_option("--limit", "Limit of clients that name none.")] = None,
     pool_size: Annotated[int | None, size_option("--pool-size", "Size of the memory pool.")] = None,
     as_json: AsJson = False,
@@ -47,6 +54,7 @@ def up(
         devices=tuple(devices or ()),
         workers=workers,
         path_timeout_seconds=path_timeout,
+        no_path_timeout_seconds=no_path_timeout,
         default_limit_bytes=limit,
         pool_size_bytes=pool_size,
     )

@@ -77,6 +77,7 @@ def details(info: ClientInfo) -> Iterator[RenderableType]:
             ("epoch", str(info.epoch)),
             ("worker", "-" if info.worker is None else str(info.worker)),
             ("stalled faults", str(info.stalled_faults)),
+            ("volume", _volume(info)),
             ("longest stall", format_duration(counters.longest_stall_ms / 1000)),
         ]
     )
@@ -104,6 +105,12 @@ def details(info: ClientInfo) -> Iterator[RenderableType]:
     if info.failovers:
         yield ""
         yield _failovers(info.failovers)
+
+
+def _volume(info: ClientInfo) -> str:
+    if info.without_path_seconds is not None:
+        return f"no path for {format_duration(info.without_path_seconds)}"
+    return "its device is full" if info.device_full else "served"
 
 
 def _failovers(failovers: Sequence[FailoverInfo]) -> Table:
