@@ -1,0 +1,1 @@
+"""Deterministic simulation of the code that ships, on a simulated event loop, clock, network and disks."""

@@ -1,0 +1,288 @@
+"""Simulated disks, and the paging devices through which VIOS reach them.
+
+A command goes the way that it goes on a real device: a thread looks at the epoch in the volume's header, then calls
+the kernel. Between the two the process may be stopped; once in the kernel the command is carried out
+whatever becomes of the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from farpage.blockio import BlockIO, BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.device.base import EPOCH_MAX, PagingDevice, Usage, VolumeStat
+from farpage.device.errors import DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
+from farpage.pager.table import PAGE_BYTES
+from tests.simulation.world import Process, World
+
+Result = TypeVar("Result")
+
+ZEROS = bytes(PAGE_BYTES)
+
+
+@dataclass
+class StoredVolume:
+    """What a disk holds of a volume."""
+
+    id: str
+    size_bytes: int
+    epoch: int = 0
+    pages: dict[int, bytes] = field(default_factory=dict)
+
+
+class Disk:
+    """Storage that one or more VIOS reach."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.volumes: dict[str, StoredVolume] = {}
+        self.full = False
+        self.failing = False
+        self.hung = False
+        self.slowness = 1.0
+        self.on_change: Callable[[Disk, int, bytes, int], None] = lambda *_: None
+        """Told of each page that is written: disk, page, content, epoch of the writer's open."""
+        self._chance = world.random(f"disk {name}")
+        self._waiting: list[Callable[[], None]] = []
+
+    def thread_seconds(self) -> float:
+        """Draw how long it takes until a thread has got from one system call to the next."""
+        chance = self._chance.random()
+        return 0.00002 if chance > 0.05 else 0.02 * chance
+
+    def seconds(self) -> float:
+        """Draw how long a command takes in the device."""
+        chance = self._chance.random()
+        return self.slowness * (0.0001 + (0.0004 * chance if chance < 0.97 else 0.05 * self._chance.random()))
+
+    def command(self, process: Process, work: Callable[[], int], done: Callable[[int], None]) -> None:
+        """Carry out a command for a process; on a disk that hangs, when that goes on."""
+
+        def checked() -> int:
+            return errno.EIO if self.failing else work()
+
+        if not self.hung:
+            process.system_call(self.seconds(), checked, done)
+            return
+
+        def again() -> None:
+            self.command(process, work, done)
+            process.release()
+
+        process.hold()
+        self._waiting.append(again)
+
+    def resume(self) -> None:
+        """Go on with what waits."""
+        self.hung = False
+        waiting, self._waiting = self._waiting, []
+        for command in waiting:
+            command()
+
+    def store(self, volume: StoredVolume, page: int, content: bytes, epoch: int) -> int:
+        """Change a page; returns an errno."""
+        if self.full and page not in volume.pages:
+            return errno.ENOSPC
+        volume.pages[page] = content
+        self.on_change(self, page, content, epoch)
+        return 0
+
+    def flip(self, page: int) -> bool:
+        """Change a bit of a stored page of each volume; returns whether there was one."""
+        flipped = False
+        for volume in self.volumes.values():
+            content = volume.pages.get(page)
+            if content is not None:
+                at = self._chance.randrange(PAGE_BYTES)
+                changed = bytearray(content)
+                changed[at] ^= 1 << self._chance.randrange(8)
+                volume.pages[page] = bytes(changed)
+                flipped = True
+        return flipped
+
+
+class SimulatedDevice(PagingDevice):
+    """One VIOS' view of a disk."""
+
+    kind = "dir"
+    access = "simulated"
+    features = Feature.FLUSH | Feature.FUA | Feature.TRIM | Feature.ZERO | Feature.EXTENTS | Feature.MULTI_CONN
+
+    def __init__(self, disk: Disk, process: Process) -> None:
+        self.id = f"00000000-0000-4000-8000-{disk.name:0>12}"
+        self.name = disk.name
+        self.spec = f"dir:/{disk.name}"
+        self.size_bytes = 1 << 40
+        self._disk = disk
+        self._process = process
+
+    def volumes(self) -> list[VolumeStat]:
+        return [self.volume(name) for name in self.names()]
+
+    def names(self) -> list[str]:
+        return sorted(self._disk.volumes)
+
+    def volume(self, name: str) -> VolumeStat:
+        stored = self._find(name)
+        used_bytes = len(stored.pages) * PAGE_BYTES
+        return VolumeStat(name, stored.id, stored.size_bytes, used_bytes, stored.epoch)
+
+    def usage(self) -> Usage:
+        stats = self.volumes()
+        return Usage(sum(s.size_bytes for s in stats), sum(s.used_bytes for s in stats), len(stats))
+
+    def create_volume(self, name: str, size_bytes: int) -> VolumeStat:
+        if name in self._disk.volumes:
+            raise VolumeExists(name, self.name)
+        self._disk.volumes[name] = StoredVolume(f"{self._disk.name}/{name}", size_bytes)
+        return self.volume(name)
+
+    def delete_volume(self, name: str, *, force: bool = False) -> None:
+        if not force:
+            raise VolumeInUse(name, self.name)
+        self._find(name).epoch = EPOCH_MAX
+        del self._disk.volumes[name]
+
+    def raise_epoch(self, name: str, epoch: int) -> int:
+        stored = self._find(name)
+        stored.epoch = max(stored.epoch, epoch)
+        return stored.epoch
+
+    async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Run something in a thread of the process; a disk that hangs makes it wait."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        outcome: list[Result] = []
+        problem: list[Exception] = []
+
+        def carry_out() -> int:
+            try:
+                outcome.append(work(*arguments))
+            except Exception as error:
+                problem.append(error)
+            return 0
+
+        def done(_: int) -> None:
+            if future.done():
+                return
+            if problem:
+                future.set_exception(problem[0])
+            elif outcome:
+                future.set_result(outcome[0])
+            else:
+                future.set_exception(DeviceUnusable(self.spec, "I/O error", "replace it"))
+
+        self._disk.command(self._process, carry_out, done)
+        return await future
+
+    async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
+        stored = await self.run(self._find, name)
+        return SimulatedVolume(self._disk, stored, epoch, self._process)
+
+    async def close(self) -> None:
+        """Keep nothing."""
+
+    def _find(self, name: str) -> StoredVolume:
+        if name not in self._disk.volumes:
+            raise VolumeMissing(name, f"device {self.name!r}")
+        return self._disk.volumes[name]
+
+
+class SimulatedVolume:
+    """An open volume on a simulated disk."""
+
+    limits = BlockLimits(minimum=1, preferred=PAGE_BYTES, maximum=32 << 20)
+    features = SimulatedDevice.features
+
+    def __init__(self, disk: Disk, stored: StoredVolume, epoch: int | None, process: Process) -> None:
+        self.size_bytes = stored.size_bytes
+        self.read_only = epoch is None
+        self._disk = disk
+        self._stored = stored
+        self._epoch = epoch or 0
+        self._process = process
+
+    def read_now(self, offset: int, into: memoryview) -> bool:
+        return False
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        content = bytearray()
+
+        def work() -> int:
+            pages = self._stored.pages
+            first = offset // PAGE_BYTES
+            for page in range(first, first + length // PAGE_BYTES):
+                content.extend(pages.get(page, ZEROS))
+            return 0
+
+        self._disk.command(
+            self._process, work, lambda error: done(error, None if error else memoryview(content))
+        )
+
+    def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
+        content = bytes(data)
+        first = offset // PAGE_BYTES
+
+        def work() -> int:
+            for index in range(len(content) // PAGE_BYTES):
+                page = content[index * PAGE_BYTES : (index + 1) * PAGE_BYTES]
+                error = self._disk.store(self._stored, first + index, page, self._epoch)
+                if error:
+                    return error
+            return 0
+
+        self._change(work, done)
+
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        done: Done,
+        *,
+        punch: bool = True,
+        fast: bool = False,
+        fua: bool = False,
+    ) -> None:
+        self.trim(offset, length, done)
+
+    def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
+        def work() -> int:
+            first = offset // PAGE_BYTES
+            for page in range(first, first + length // PAGE_BYTES):
+                self._disk.store(self._stored, page, ZEROS, self._epoch)
+            return 0
+
+        self._change(work, done)
+
+    def _change(self, work: Callable[[], int], done: Done) -> None:
+        """Look at the epoch in a thread, and then call the kernel."""
+        loop = asyncio.get_running_loop()
+
+        def thread() -> None:
+            if self.superseded:
+                loop.call_later(self._disk.thread_seconds(), done, errno.ESHUTDOWN)
+            else:
+                loop.call_later(self._disk.thread_seconds(), self._disk.command, self._process, work, done)
+
+        loop.call_later(self._disk.thread_seconds(), thread)
+
+    @property
+    def superseded(self) -> bool:
+        """Whether the header in the device says that a newer epoch owns the volume."""
+        return self._stored.epoch > self._epoch
+
+    def cache(self, offset: int, length: int, done: Done) -> None:
+        done(0)
+
+    def flush(self, done: Done) -> None:
+        self._disk.command(self._process, lambda: 0, done)
+
+    def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
+        done(errno.ENOTSUP, None)
+
+    async def close(self) -> None:
+        """Keep nothing."""

@@ -1,0 +1,178 @@
+"""A VIOS process: the real volumes, exports, definition and fencing over simulated disks and connections."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from asyncio.events import _set_running_loop  # type: ignore[attr-defined]
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from farpage.definition.database import Database
+from farpage.definition.store import DefinitionStore, EpochStore
+from farpage.nbd.errors import ExportRefused
+from farpage.nbd.export import Export, Peer
+from farpage.vios.exports import VolumeExports
+from farpage.vios.service import ViosService
+from farpage.vios.volumes import Volumes
+from tests.simulation.disk import Disk, SimulatedDevice
+from tests.simulation.network import Pipe
+from tests.simulation.world import Process, World
+
+Item = TypeVar("Item")
+Reply = Callable[[int, "bytes | None"], None]
+
+
+class OrderedSet(dict[Item, None]):
+    """Stands in for a set of objects, whose order would depend on their addresses."""
+
+    def add(self, item: Item) -> None:
+        self[item] = None
+
+    def discard(self, item: Item) -> None:
+        self.pop(item, None)
+
+
+@contextmanager
+def running(process: Process) -> Iterator[None]:
+    """Run something as if the process did it."""
+    before = asyncio._get_running_loop()
+    _set_running_loop(process.loop)
+    try:
+        yield
+    finally:
+        _set_running_loop(before)
+
+
+class SimulatedVios:
+    """One VIOS. Its database and disks outlive its process."""
+
+    def __init__(self, world: World, name: str, disks: list[Disk]) -> None:
+        self.world = world
+        self.name = name
+        self.disks = disks
+        self.database = Database(":memory:")
+        self.process = world.process(name)
+        self.process.kill()
+        self.service: ViosService
+
+    def start(self) -> None:
+        """Start a process."""
+        self.process = process = self.world.process(self.name)
+        with running(process):
+            definitions = DefinitionStore(self.database)
+            volumes = Volumes(self.name, definitions, EpochStore(self.database))
+            exports = VolumeExports(volumes)
+            exports._holds = OrderedSet()  # type: ignore[assignment]
+            exports.server._connections = OrderedSet()  # type: ignore[assignment]
+            self.service = ViosService(
+                name=self.name,
+                loop=process.loop,
+                volumes=volumes,
+                exports=exports,
+                definitions=definitions,
+                remembered=None,  # type: ignore[arg-type]
+            )
+            for disk in self.disks:
+                volumes.add_device(SimulatedDevice(disk, process))
+        self.world.note(f"{self.name} starts")
+
+    def accept(self, pipe: Pipe) -> SimulatedServerConnection:
+        """Accept a connection."""
+        return SimulatedServerConnection(self, pipe)
+
+
+class SimulatedServerConnection:
+    """Stands in for `farpage.nbd.server.ServerConnection` and its transmission, without the wire."""
+
+    def __init__(self, vios: SimulatedVios, pipe: Pipe) -> None:
+        self.export: Export | None = None
+        self.in_flight = 0
+        self._vios = vios
+        self._exports = vios.service.exports
+        self._process = pipe.server
+        self._pipe = pipe
+        self._fenced = False
+        self._hung_up = False
+        self._opening = False
+        self._closed = asyncio.Event()
+        self._idle: list[asyncio.Future[None]] = []
+        self._exports.server._connections.add(self)  # type: ignore[arg-type]
+        pipe.on_end[pipe.server] = self.disconnect
+
+    def open(self, export_name: str, opened: Callable[[Export | None, str], None]) -> None:
+        """Open an export for the client."""
+        self._opening = True
+        self._process.loop.create_task(self._open(export_name, opened))
+
+    async def _open(self, export_name: str, opened: Callable[[Export | None, str], None]) -> None:
+        refusal = ""
+        try:
+            self.export = await self._exports.open(export_name, Peer(self._vios.name))
+        except ExportRefused as error:
+            refusal = error.message
+        self._opening = False
+        if self._hung_up:
+            self._ended()
+            return
+        export = self.export
+        self._pipe.send(self._pipe.client, lambda: opened(export, refusal))
+        if not export:
+            self.disconnect()
+
+    def request(self, kind: str, arguments: tuple[Any, ...], reply: Reply) -> None:
+        """Take a command of the client."""
+        if self._hung_up:
+            return
+        if self._fenced:
+            self._answer(reply, errno.ESHUTDOWN, None)
+            return
+        assert self.export is not None
+        self.in_flight += 1
+
+        def done(error: int, payload: memoryview | None = None) -> None:
+            self.in_flight -= 1
+            self._answer(reply, error, None if payload is None else bytes(payload))
+            if not self.in_flight:
+                waiting, self._idle = self._idle, []
+                for waiter in waiting:
+                    if not waiter.done():
+                        waiter.set_result(None)
+                if self._hung_up:
+                    self._process.loop.call_soon(self._ended)
+
+        getattr(self.export.io, kind)(*arguments, done)
+
+    def _answer(self, reply: Reply, error: int, payload: bytes | None) -> None:
+        if not self._hung_up:
+            self._pipe.send(self._pipe.client, lambda: reply(error, payload))
+
+    async def fence(self) -> None:
+        """Answer further commands with ESHUTDOWN, wait for those in flight, then disconnect."""
+        self._fenced = True
+        if self.in_flight:
+            waiter = self._process.loop.create_future()
+            self._idle.append(waiter)
+            await waiter
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Close; what is in flight goes on."""
+        if not self._hung_up:
+            self._hung_up = True
+            self._pipe.close(self._process)
+            if not self.in_flight and not self._opening:
+                self._process.loop.call_soon(self._ended)
+
+    async def wait_closed(self) -> None:
+        """Return when it is closed and nothing is in flight."""
+        await self._closed.wait()
+
+    def _ended(self) -> None:
+        if self._closed.is_set():
+            return
+        if self.export is not None:
+            self.export.on_closed()
+        self._exports.server._forget(self)  # type: ignore[arg-type]
+        self._closed.set()
