@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 
+from tests.simulation.mutations import MUTATIONS
 from tests.simulation.scenario import run_seed
 
 
@@ -15,20 +16,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, help="run one seed")
     parser.add_argument("--seeds", help="run the seeds FIRST-LAST")
+    parser.add_argument("--mutation", choices=sorted(MUTATIONS), help="take a protection away")
+    parser.add_argument("--first", action="store_true", help="end at the first seed with a violation")
+    parser.add_argument("--digests", action="store_true", help="print the hash of each trace")
     parser.add_argument("-v", "--verbose", action="store_true", help="print the trace")
     arguments = parser.parse_args()
-    seeds = range(arguments.seed, arguments.seed + 1) if arguments.seed is not None else _range(arguments.seeds)
+    seeds = (
+        range(arguments.seed, arguments.seed + 1) if arguments.seed is not None else _range(arguments.seeds)
+    )
     began = time.process_time()
     bad = reads = events = 0
     for seed in seeds:
-        outcome = run_seed(seed, trace=print if arguments.verbose else None)
+        outcome = run_seed(seed, mutation=arguments.mutation, trace=print if arguments.verbose else None)
         reads += outcome.reads
         events += outcome.events
+        if arguments.digests:
+            print(f"seed {seed}: {outcome.digest}")
         if outcome.violations:
             bad += 1
             print(f"seed {seed}: {outcome.violations[0]}")
             if arguments.verbose and outcome.error:
                 traceback.print_exception(outcome.error)
+            if arguments.first:
+                break
     seconds = time.process_time() - began
     print(
         f"{len(seeds)} seeds, {bad} with violations, {reads} reads checked, {events} events, "

@@ -9,7 +9,7 @@ from typing import Any
 
 from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, ExtentsDone, Feature, ReadDone
 from farpage.errors import Unreachable
-from farpage.nbd.errors import ConnectionEnded
+from farpage.nbd.errors import ConnectionEnded, ServerRefused
 from farpage.nbd.export import Export
 from farpage.volume.connector import Endpoint, PathConnection
 from tests.simulation.network import Network, Pipe
@@ -44,13 +44,13 @@ class Connector:
         opened: asyncio.Future[Export] = asyncio.get_running_loop().create_future()
         pipe = Pipe(self._network, self._process, vios.process, client_host=self._host)
 
-        def fail(reason: str) -> None:
+        def fail(error: Exception) -> None:
             if not opened.done():
-                opened.set_exception(Unreachable("VIOS", endpoint.vios, reason, "start it"))
+                opened.set_exception(error)
 
         def answered(export: Export | None, refusal: str) -> None:
             if export is None:
-                fail(f"refused: {refusal}")
+                fail(ServerRefused(export_name, endpoint.vios, refusal, "NBD_REP_ERR_POLICY"))
             elif not opened.done():
                 opened.set_result(export)
 
@@ -64,7 +64,9 @@ class Connector:
 
         vios_process = pipe.server
         servers: list[SimulatedServerConnection] = []
-        pipe.on_end[self._process] = lambda: fail("connection closed")
+        pipe.on_end[self._process] = lambda: fail(
+            ConnectionEnded(export_name, endpoint.vios, "the server closed it")
+        )
         pipe.send(vios_process, accept)
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -220,8 +222,12 @@ class SimulatedServerProcess:
         if self._process.gone:
             watcher.call_soon(exited)
         else:
-            self._process.on_gone.append(lambda: watcher.call_soon(exited) and None)
+            self._process.on_gone.append(lambda: _discard(watcher.call_soon(exited)))
 
     def close(self) -> None:
         """Stop watching."""
         self._closed = True
+
+
+def _discard(_handle: asyncio.Handle) -> None:
+    pass

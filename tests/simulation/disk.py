@@ -1,8 +1,8 @@
 """Simulated disks, and the paging devices through which VIOS reach them.
 
-A command goes the way that it goes on a real device: a thread looks at the epoch in the volume's header, then calls
-the kernel. Between the two the process may be stopped; once in the kernel the command is carried out
-whatever becomes of the process.
+A command goes the way that it goes on a real device: a thread looks at the epoch in the volume's header,
+then calls the kernel. Between the two the process may be stopped; once in the kernel the command is carried
+out whatever becomes of the process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from farpage.blockio import BlockIO, BlockLimits, Done, ExtentsDone, Feature, ReadDone
 from farpage.device.base import EPOCH_MAX, PagingDevice, Usage, VolumeStat
+from farpage.device.claim import Claim, Claims
 from farpage.device.errors import DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
 from farpage.pager.table import PAGE_BYTES
 from tests.simulation.world import Process, World
@@ -30,7 +31,7 @@ class StoredVolume:
 
     id: str
     size_bytes: int
-    epoch: int = 0
+    claims: Claims = field(default_factory=Claims)
     pages: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -45,6 +46,7 @@ class Disk:
         self.failing = False
         self.hung = False
         self.slowness = 1.0
+        self.thread_slowness = 1.0
         self.on_change: Callable[[Disk, int, bytes, int], None] = lambda *_: None
         """Told of each page that is written: disk, page, content, epoch of the writer's open."""
         self._chance = world.random(f"disk {name}")
@@ -53,7 +55,7 @@ class Disk:
     def thread_seconds(self) -> float:
         """Draw how long it takes until a thread has got from one system call to the next."""
         chance = self._chance.random()
-        return 0.00002 if chance > 0.05 else 0.02 * chance
+        return self.thread_slowness * (0.00002 if chance > 0.05 else 0.02 * chance)
 
     def seconds(self) -> float:
         """Draw how long a command takes in the device."""
@@ -111,7 +113,9 @@ class SimulatedDevice(PagingDevice):
 
     kind = "dir"
     access = "simulated"
-    features = Feature.FLUSH | Feature.FUA | Feature.TRIM | Feature.ZERO | Feature.EXTENTS | Feature.MULTI_CONN
+    features = (
+        Feature.FLUSH | Feature.FUA | Feature.TRIM | Feature.ZERO | Feature.EXTENTS | Feature.MULTI_CONN
+    )
 
     def __init__(self, disk: Disk, process: Process) -> None:
         self.id = f"00000000-0000-4000-8000-{disk.name:0>12}"
@@ -130,7 +134,7 @@ class SimulatedDevice(PagingDevice):
     def volume(self, name: str) -> VolumeStat:
         stored = self._find(name)
         used_bytes = len(stored.pages) * PAGE_BYTES
-        return VolumeStat(name, stored.id, stored.size_bytes, used_bytes, stored.epoch)
+        return VolumeStat(name, stored.id, stored.size_bytes, used_bytes, stored.claims.current)
 
     def usage(self) -> Usage:
         stats = self.volumes()
@@ -145,13 +149,13 @@ class SimulatedDevice(PagingDevice):
     def delete_volume(self, name: str, *, force: bool = False) -> None:
         if not force:
             raise VolumeInUse(name, self.name)
-        self._find(name).epoch = EPOCH_MAX
+        self._find(name).claims.add(Claim(EPOCH_MAX))
         del self._disk.volumes[name]
 
-    def raise_epoch(self, name: str, epoch: int) -> int:
-        stored = self._find(name)
-        stored.epoch = max(stored.epoch, epoch)
-        return stored.epoch
+    def claim(self, name: str, claim: Claim) -> Claim:
+        claims = self._find(name).claims
+        claims.add(claim)
+        return claims.current
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run something in a thread of the process; a disk that hangs makes it wait."""
@@ -273,7 +277,7 @@ class SimulatedVolume:
     @property
     def superseded(self) -> bool:
         """Whether the header in the device says that a newer epoch owns the volume."""
-        return self._stored.epoch > self._epoch
+        return self._stored.claims.current.epoch > self._epoch
 
     def cache(self, offset: int, length: int, done: Done) -> None:
         done(0)

@@ -1,8 +1,9 @@
-"""What goes wrong when: drawn from the seed before the run begins, carried out by the world."""
+"""What goes wrong when: drawn from the seed, carried out by the world."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,102 +12,148 @@ from tests.simulation.network import Network
 from tests.simulation.vios import SimulatedVios
 from tests.simulation.world import World
 
+Action = Callable[[], None]
+
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: what begins it, what ends it, and how long it lasts."""
+    """One fault: what begins it and what ends it."""
 
     name: str
-    begin: Callable[[], None]
-    end: Callable[[], None]
-    seconds: float
+    begin: Action
+    end: Action
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What can fail; `hosts` are those of the clients, as their connections name them."""
+
+    network: Network
+    vioses: Sequence[SimulatedVios]
+    disks: Sequence[Disk]
+    hosts: Sequence[str]
+
+
+def nothing() -> None:
+    """End a fault that ends by itself."""
+
+
+# Kinds of faults, each drawn with its weight
+
+
+def stop_vios(parts: Parts, chance: random.Random) -> Fault:
+    """SIGSTOP, and SIGCONT."""
+    vios = chance.choice(parts.vioses)
+    return Fault(f"stop {vios.name}", vios.process.stop, vios.process.cont)
+
+
+def kill_vios(parts: Parts, chance: random.Random) -> Fault:
+    """SIGKILL, and a new start."""
+    vios = chance.choice(parts.vioses)
+    return Fault(f"kill {vios.name}", vios.process.kill, vios.start_again)
+
+
+def cut(parts: Parts, chance: random.Random) -> Fault:
+    """Break the connections of a VIOS; one side or the other may not hear of it."""
+    vios = chance.choice(parts.vioses)
+    sides = chance.choice(((True, True), (True, False), (False, True)))
+    return Fault(f"cut {vios.name}", lambda: _cut(parts.network, vios, *sides), nothing)
+
+
+def _cut(network: Network, vios: SimulatedVios, clients: bool, server: bool) -> None:
+    for pipe in list(network.pipes):
+        if pipe.server is vios.process:
+            if clients:
+                pipe.reset(pipe.client)
+            if server:
+                pipe.reset(pipe.server)
+
+
+def block(parts: Parts, chance: random.Random) -> Fault:
+    """Let nothing through, one way or both."""
+    vios, host = chance.choice(parts.vioses), chance.choice(parts.hosts)
+    there, back = (host, vios.name), (vios.name, host)
+    ways = chance.choice(((there,), (back,), (there, back)))
+    names = ",".join(f"{source}>{target}" for source, target in ways)
+
+    def begin() -> None:
+        parts.network.blocked.update(ways)
+
+    return Fault(f"block {names}", begin, partial(parts.network.heal, ways))
+
+
+def hang_disk(parts: Parts, chance: random.Random) -> Fault:
+    """Carry no command out for a while."""
+    disk = chance.choice(parts.disks)
+    return Fault(f"hang {disk.name}", partial(setattr, disk, "hung", True), disk.resume)
+
+
+def fill_disk(parts: Parts, chance: random.Random) -> Fault:
+    """Have no room for new pages."""
+    disk = chance.choice(parts.disks)
+    return Fault(
+        f"fill {disk.name}", partial(setattr, disk, "full", True), partial(setattr, disk, "full", False)
+    )
+
+
+def fail_disk(parts: Parts, chance: random.Random) -> Fault:
+    """Answer with I/O errors."""
+    disk = chance.choice(parts.disks)
+    return Fault(
+        f"fail {disk.name}", partial(setattr, disk, "failing", True), partial(setattr, disk, "failing", False)
+    )
+
+
+Kind = Callable[[Parts, random.Random], Fault]
+
+PATH_KINDS: dict[Kind, int] = {
+    stop_vios: 6,
+    kill_vios: 5,
+    cut: 3,
+    block: 4,
+    hang_disk: 2,
+    fill_disk: 1,
+    fail_disk: 1,
+}
 
 
 class FaultSchedule:
     """The faults of one run."""
 
-    def __init__(
-        self,
-        world: World,
-        network: Network,
-        vioses: dict[str, SimulatedVios],
-        disks: list[Disk],
-        hosts: list[str],
-        seconds: float,
-    ) -> None:
-        """`hosts` are those of the clients, as their connections name them."""
+    def __init__(self, world: World, parts: Parts, kinds: dict[Kind, int]) -> None:
         self.done: list[str] = []
         self._world = world
-        self._network = network
-        self._vioses = vioses
-        self._disks = disks
-        self._hosts = hosts
+        self._parts = parts
+        self._kinds = kinds
         self._chance = world.random("faults")
-        self._seconds = seconds
         self._healed = False
 
-    def start(self) -> None:
-        """Let them happen from now on."""
+    def start(self, seconds: float) -> None:
+        """Let them happen within the next `seconds`."""
         chance = self._chance
         for _ in range(chance.choice((0, 2, 4, 8, 14))):
-            self._world.after(chance.random() * self._seconds, self._begin)
+            self._world.after(chance.random() * seconds, self._begin)
 
     def _begin(self) -> None:
         if self._healed:
             return
-        fault = self._draw()
-        self.done.append(fault.name)
-        self._world.note(f"fault: {fault.name} for {fault.seconds:.3f} s")
-        fault.begin()
-        self._world.after(fault.seconds, fault.end)
-
-    def _draw(self) -> Fault:
         chance = self._chance
+        (kind,) = chance.choices(list(self._kinds), list(self._kinds.values()))
         seconds = chance.choice((0.01, 0.3, 0.8, 1.2, 2.5, 5.0)) * (0.5 + chance.random())
-        vios = chance.choice(list(self._vioses.values()))
-        disk = chance.choice(self._disks)
-        host = chance.choice(self._hosts)
-        kinds: list[tuple[int, Callable[[], Fault]]] = [
-            (6, lambda: Fault(f"stop {vios.name}", partial(self._stop, vios), partial(self._cont, vios), seconds)),
-            (5, lambda: Fault(f"kill {vios.name}", vios.process.kill, partial(self._restart, vios), seconds)),
-            (3, lambda: Fault(f"cut {host}-{vios.name}", partial(self._cut, vios), _nothing, seconds)),
-            (2, lambda: Fault(f"block {host}>{vios.name}", partial(self._network.block, host, vios.name), self._network.heal, seconds)),
-            (2, lambda: Fault(f"block {vios.name}>{host}", partial(self._network.block, vios.name, host), self._network.heal, seconds)),
-            (2, lambda: Fault(f"hang {disk.name}", partial(setattr, disk, "hung", True), disk.resume, seconds)),
-            (1, lambda: Fault(f"fill {disk.name}", partial(setattr, disk, "full", True), partial(setattr, disk, "full", False), seconds)),
-            (1, lambda: Fault(f"fail {disk.name}", partial(setattr, disk, "failing", True), partial(setattr, disk, "failing", False), seconds)),
-        ]  # fmt: skip
-        (kind,) = chance.choices([make for _, make in kinds], [weight for weight, _ in kinds])
-        return kind()
-
-    def _stop(self, vios: SimulatedVios) -> None:
-        vios.process.stop()
-
-    def _cont(self, vios: SimulatedVios) -> None:
-        vios.process.cont()
-
-    def _restart(self, vios: SimulatedVios) -> None:
-        if not vios.process.alive:
-            vios.start()
-
-    def _cut(self, vios: SimulatedVios) -> None:
-        for pipe in list(self._network.pipes):
-            if pipe.server is vios.process:
-                pipe.reset(pipe.client)
-                pipe.reset(pipe.server)
+        fault = kind(self._parts, chance)
+        self.done.append(fault.name)
+        self._world.note(f"fault: {fault.name} for {seconds:.3f} s")
+        fault.begin()
+        self._world.after(seconds, fault.end)
 
     def heal(self) -> None:
         """End every fault."""
         self._healed = True
         self._world.note("healed")
-        self._network.heal()
-        for disk in self._disks:
+        self._parts.network.heal()
+        for disk in self._parts.disks:
             disk.full = disk.failing = False
             disk.resume()
-        for vios in self._vioses.values():
+        for vios in self._parts.vioses:
             vios.process.cont()
-            self._restart(vios)
-
-
-def _nothing() -> None:
-    pass
+            vios.start_again()

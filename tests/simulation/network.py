@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from tests.simulation.world import Process, World
@@ -20,7 +20,7 @@ class Network:
         self.slow = 0.02
         """Share of messages that take much longer."""
         self.blocked: set[tuple[str, str]] = set()
-        """Ways (from, to) on which nothing arrives; what is sent meanwhile arrives, or breaks the connection, later."""
+        """Ways (from, to) on which nothing arrives; what is sent meanwhile arrives later."""
         self.pipes: list[Pipe] = []
 
     def delay_seconds(self) -> float:
@@ -30,14 +30,10 @@ class Network:
             return USUAL_SECONDS * (0.2 + chance)
         return 0.001 + 0.2 * self.chance.random() ** 3
 
-    def block(self, source: str, target: str) -> None:
-        """Let nothing through on a way."""
-        self.blocked.add((source, target))
-
-    def heal(self) -> None:
-        """Let everything through again."""
-        self.blocked.clear()
-        for pipe in self.pipes:
+    def heal(self, ways: Iterable[tuple[str, str]] | None = None) -> None:
+        """Let everything through again, on all ways or some."""
+        self.blocked.difference_update(list(self.blocked) if ways is None else ways)
+        for pipe in list(self.pipes):
             pipe.flush()
 
 

@@ -13,10 +13,12 @@ import structlog
 from farpage.address import UnixAddress
 from farpage.volume.connector import Endpoint
 from farpage.volume.multipath import MultipathVolume
+from farpage.volume.ownership import Ownership
 from tests.simulation.checker import History, wrong_reads
 from tests.simulation.connection import Connector, SimulatedServerProcess
 from tests.simulation.disk import Disk, SimulatedDevice
-from tests.simulation.faults import FaultSchedule
+from tests.simulation.faults import PATH_KINDS, FaultSchedule, Parts
+from tests.simulation.mutations import mutated
 from tests.simulation.network import Network
 from tests.simulation.stamps import content_of, version_of
 from tests.simulation.vios import SimulatedVios, running
@@ -147,6 +149,7 @@ class PathScenario:
         self.history = History()
         self.disk = Disk(world, "disk1")
         self.disk.slowness = chance.choice((1.0, 1.0, 20.0))
+        self.disk.thread_slowness = chance.choice((1.0, 1.0, 500.0))
         self.vioses = {name: SimulatedVios(world, name, [self.disk]) for name in ("vios1", "vios2")}
         for vios in self.vioses.values():
             vios.start()
@@ -155,7 +158,8 @@ class PathScenario:
         self.connector = Connector(
             self.network, self.vioses, self.process, host="host1", same_host=chance.random() < 0.5
         )
-        self.faults = FaultSchedule(world, self.network, self.vioses, [self.disk], ["host1"], FAULTY_SECONDS)
+        parts = Parts(self.network, list(self.vioses.values()), [self.disk], ["host1"])
+        self.faults = FaultSchedule(world, parts, PATH_KINDS)
         self.user: VolumeUser | None = None
 
     def run(self) -> None:
@@ -165,7 +169,7 @@ class PathScenario:
             volume = MultipathVolume(
                 "vm1",
                 PAGES * PAGE,
-                1,
+                Ownership("a" * 16, 1),
                 [Endpoint(name, UnixAddress(f"/{name}"), "disk1") for name in self.vioses],
                 connector=self.connector,
                 events=Events(world, "worker"),
@@ -174,7 +178,7 @@ class PathScenario:
         world.run_until(30.0, opening.done)
         user = self.user = VolumeUser(world, self.process, volume, self.history)
         self.process.loop.call_soon(user.step)
-        self.faults.start()
+        self.faults.start(FAULTY_SECONDS)
         world.run_until(world.now_seconds + FAULTY_SECONDS)
         user.stopped = True
         self.faults.heal()
@@ -189,11 +193,14 @@ class PathScenario:
             world.violated("the last reads do not come back")
 
 
-def run_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Outcome:
-    """Run one seed."""
+def run_seed(
+    seed: int, *, mutation: str | None = None, trace: Callable[[str], None] | None = None
+) -> Outcome:
+    """Run one seed, with a mutation if one is named."""
     world = World(seed, trace=trace)
     with ExitStack() as stack:
         stack.enter_context(quiet())
+        stack.enter_context(mutated(mutation))
         stack.enter_context(mock.patch("farpage.volume.link.ServerProcess", SimulatedServerProcess))
         SimulatedServerProcess.find = partial(_process_of, world)
         scenario = PathScenario(world)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from asyncio.events import _set_running_loop  # type: ignore[attr-defined]
+from asyncio.events import _set_running_loop
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -77,6 +77,11 @@ class SimulatedVios:
             for disk in self.disks:
                 volumes.add_device(SimulatedDevice(disk, process))
         self.world.note(f"{self.name} starts")
+
+    def start_again(self) -> None:
+        """Start a process if there is none."""
+        if not self.process.alive:
+            self.start()
 
     def accept(self, pipe: Pipe) -> SimulatedServerConnection:
         """Accept a connection."""

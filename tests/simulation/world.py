@@ -1,9 +1,9 @@
 """Simulated time, and processes in it that can be stopped, continued and killed.
 
 Each process has an event loop of its own. All of them share one queue of what happens when, so that one
-seed decides the order of everything. A stopped process keeps what comes for it, timers too, as SIGSTOP does. A
-killed one drops it. What the kernel and the hardware do (messages under way, commands in a disk) belongs to the
-world, and goes on without the process.
+seed decides the order of everything. A stopped process keeps what comes for it, timers too, as under
+SIGSTOP; a killed one drops it. What the kernel and the hardware do (messages under way, commands in a
+disk) belongs to the world, and goes on without the process.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import enum
 import hashlib
 import heapq
 import random
-from asyncio.events import _set_running_loop  # type: ignore[attr-defined]
+from asyncio.events import _set_running_loop
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from farpage.errors import FarpageError
 
@@ -56,7 +56,7 @@ class World:
         """An error in the code under test, for its traceback."""
         self._trace = trace
         self._digest = hashlib.blake2b(digest_size=8)
-        self._hardware = ProcessLoop(self, None)
+        self._hardware = _loop_of(self, None)
 
     def random(self, use: str) -> random.Random:
         """Return a source of chance of its own for one use, so that uses do not disturb each other."""
@@ -148,7 +148,7 @@ class Process:
         self.name = name
         self.pid = len(world.processes) + 1000
         self.state = ProcessState.RUNNING
-        self.loop = ProcessLoop(world, self)
+        self.loop = _loop_of(world, self)
         self.on_killed: list[Callable[[], None]] = []
         """What the kernel does when the process ends: its sockets close."""
         self.on_gone: list[Callable[[], None]] = []
@@ -245,21 +245,21 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def is_closed(self) -> bool:
         return False
 
-    def call_soon(
+    def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         self._world._ready.append((self._process, handle))
         return handle
 
-    call_soon_threadsafe = call_soon
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
-    def call_later(
+    def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
         handle = asyncio.TimerHandle(when, callback, args, self, context)
@@ -317,7 +317,9 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self.call_later(0.0001, work)
         return future
 
-    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
+    def add_reader(  # type: ignore[override]
+        self, fd: Any, callback: Callable[..., Any], *args: Any
+    ) -> None:
         self._readers[fd] = asyncio.Handle(callback, args, self)
 
     def remove_reader(self, fd: Any) -> bool:
@@ -342,8 +344,12 @@ class ProcessLoop(asyncio.AbstractEventLoop):
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 if not task.done():
                     with contextlib.suppress(Exception):
-                        task.get_coro().close()  # type: ignore[union-attr]
+                        cast(Coroutine[Any, Any, Any], task.get_coro()).close()
         finally:
             _set_running_loop(None)
         self._tasks.clear()
         self._readers.clear()
+
+
+_loop_of = cast("Callable[[World, Process | None], ProcessLoop]", ProcessLoop)
+"""Makes a loop; asyncio's abstract one has more methods than farpage needs."""

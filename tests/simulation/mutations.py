@@ -1,0 +1,60 @@
+"""Faults built into the code under test, one at a time, to show that the simulation finds them.
+
+Each takes one protection away, by replacing a method of the shipped code while a run lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from farpage.device.claim import Claims
+from farpage.vios.exports import VolumeExports
+from farpage.vios.volumes import Volumes
+from farpage.volume.command import Command
+from farpage.volume.link import Held, PathLink
+from tests.simulation.disk import SimulatedVolume
+
+
+def _replace(stack: ExitStack, owner: object, name: str, replacement: Any) -> None:
+    stack.enter_context(mock.patch.object(owner, name, replacement))
+
+
+def _quarantine_off(stack: ExitStack) -> None:
+    """Repeat the writes of a failed path at once, whatever its server may still do with them."""
+
+    def hold(
+        link: PathLink, writes: list[Command], on_gone: Callable[[PathLink, Held], None]
+    ) -> list[Command]:
+        return writes
+
+    _replace(stack, PathLink, "hold", hold)
+
+
+def _epoch_checks_off(stack: ExitStack) -> None:
+    """Let any owner in and cut nobody off, at the servers and at the devices."""
+
+    async def fence(exports: VolumeExports, volume_id: str, epoch: int | None) -> None:
+        del exports, volume_id, epoch
+
+    _replace(stack, Volumes, "refuse", lambda *_: None)
+    _replace(stack, Claims, "refuses", lambda *_: False)
+    _replace(stack, VolumeExports, "fence", fence)
+    _replace(stack, SimulatedVolume, "superseded", False)
+
+
+MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
+    "quarantine_off": _quarantine_off,
+    "epoch_checks_off": _epoch_checks_off,
+}
+
+
+@contextmanager
+def mutated(name: str | None) -> Iterator[None]:
+    """Take a protection away while the context lasts; none without a name."""
+    with ExitStack() as stack:
+        if name is not None:
+            MUTATIONS[name](stack)
+        yield

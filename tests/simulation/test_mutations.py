@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.mutations import MUTATIONS
+from tests.simulation.scenario import run_seed
+
+FOUND_BY = {
+    "quarantine_off": 313,
+    "epoch_checks_off": 125,
+}
+"""The first seed that finds each: `python -m tests.simulation --seeds 1-2000 --mutation NAME --first`."""
+
+
+def test_every_mutation_is_found() -> None:
+    assert FOUND_BY.keys() == MUTATIONS.keys()
+
+
+@pytest.mark.parametrize("mutation", FOUND_BY)
+def test_a_mutation_is_found(mutation: str) -> None:
+    seed = FOUND_BY[mutation]
+    assert run_seed(seed, mutation=mutation).violations
+    assert not run_seed(seed).violations

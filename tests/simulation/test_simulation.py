@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.simulation.scenario import run_seed
+
+ROOT = Path(__file__).parents[2]
+SEEDS = 2000
+PROCESSES = 2
+
+
+def simulate(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Run seeds in a process of their own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.simulation", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.timeout(900)
+def test_no_seed_violates_anything() -> None:
+    share = SEEDS // PROCESSES
+    runs = [simulate("--seeds", f"{first}-{first + share - 1}") for first in range(1, SEEDS, share)]
+    results = [(run.communicate()[0], run.returncode) for run in runs]
+    assert all(status == 0 for _, status in results), "\n".join(output for output, _ in results)
+
+
+def test_a_seed_replays_exactly() -> None:
+    assert run_seed(7).digest == run_seed(7).digest
+
+
+def test_a_seed_replays_exactly_in_another_process_with_another_order_of_hashes() -> None:
+    runs = [simulate("--seeds", "1-10", "--digests", PYTHONHASHSEED=hash_seed) for hash_seed in ("1", "2")]
+    outputs = [run.communicate()[0].splitlines()[:10] for run in runs]
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs[0])) == 10
+
+
+def test_a_trace_says_what_went_wrong_when() -> None:
+    lines: list[str] = []
+    outcome = run_seed(2, trace=lines.append)
+    assert outcome.faults
+    assert all(any(f"fault: {fault}" in line for line in lines) for fault in outcome.faults)
