@@ -22,7 +22,9 @@ from farpage.device.threads import IoThreads
 from farpage.kernel.libc import last_error, libc
 from farpage.kernel.memory import AlignedBuffer, address_of
 
-_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE, _FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10
+_FALLOC_KEEP_SIZE: Final = 0x01
+FALLOC_PUNCH_HOLE: Final = 0x02
+FALLOC_ZERO_RANGE: Final = 0x10
 """linux/falloc.h"""
 
 EXTENTS_MAX: Final = 1024
@@ -39,7 +41,7 @@ FEATURES: Final = (
 )
 
 _ZEROS: Final = bytes(1 << 20)
-_NOT_SUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
+NOT_SUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 _CLIENT_ERRNO: Final = {
     errno.EDQUOT: errno.ENOSPC,
     errno.EFBIG: errno.ENOSPC,
@@ -67,7 +69,8 @@ class FileVolume:
     """`BlockIO` over an open file whose descriptor it owns; `size_bytes` is a multiple of `BLOCK_BYTES`.
 
     `superseded` is asked just before each change: True refuses it with ESHUTDOWN. `gate` is
-    common to all who have the file open in this process.
+    common to all who have the file open in this process. The volume begins at `origin_bytes` of the file, a
+    multiple of `BLOCK_BYTES`.
     """
 
     limits = BlockLimits(minimum=1, preferred=BLOCK_BYTES, maximum=32 << 20)
@@ -82,12 +85,14 @@ class FileVolume:
         buffers: BufferPool,
         gate: SpanGate,
         superseded: Callable[[], bool] | None,
+        origin_bytes: int = 0,
     ) -> None:
         """Take over `descriptor`; `superseded` is None for a read-only volume."""
         self.size_bytes = size_bytes
         self.read_only = superseded is None
         self.features = FEATURES | (Feature.CACHE if access is Access.BUFFERED else Feature.NONE)
         self._descriptor = descriptor
+        self._origin = origin_bytes
         self._superseded = superseded if superseded is not None else lambda: False
         self._direct = access is Access.DIRECT
         self._drop = access is Access.DROP
@@ -106,12 +111,12 @@ class FileVolume:
         if not self._nowait:
             return False
         try:
-            return os.preadv(self._descriptor, [into], offset, os.RWF_NOWAIT) == len(into)
+            return os.preadv(self._descriptor, [into], self._origin + offset, os.RWF_NOWAIT) == len(into)
         except BlockingIOError:
             return False
         except OSError as error:
             # The file system cannot; any other error is found again, and reported, by `read`.
-            self._nowait = error.errno not in _NOT_SUPPORTED
+            self._nowait = error.errno not in NOT_SUPPORTED
             return False
 
     def read(self, offset: int, length: int, done: ReadDone) -> None:
@@ -282,22 +287,26 @@ class FileVolume:
 
     # System calls, in the threads
 
+    def _is_whole(self) -> bool:
+        """Tell whether the file reaches to the volume's end."""
+        return os.fstat(self._descriptor).st_size >= self._origin + self.size_bytes
+
     def _do_read(self, buffer: AlignedBuffer, offset: int, length: int) -> int:
         with buffer.view[:length] as view:
-            _read_fully(self._descriptor, view, offset)
+            read_fully(self._descriptor, view, self._origin + offset)
         if self._drop:
-            os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+            self._advise(offset, length, os.POSIX_FADV_DONTNEED)
         return 0
 
     def _do_write(self, data: memoryview, offset: int, fua: bool) -> int:
         if self._superseded():
             return errno.ESHUTDOWN
         # Beyond the end of a file that was cut, a write would make what is missing before it read as zeros.
-        if os.fstat(self._descriptor).st_size < self.size_bytes:
+        if not self._is_whole():
             return errno.EIO
-        _write_fully(self._descriptor, data, offset)
+        write_fully(self._descriptor, data, self._origin + offset)
         if self._drop:
-            os.posix_fadvise(self._descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+            self._advise(offset, len(data), os.POSIX_FADV_DONTNEED)
         return self._sync() if fua else 0
 
     def _do_write_copied(self, buffer: AlignedBuffer, data: memoryview, offset: int, fua: bool) -> int:
@@ -312,21 +321,21 @@ class FileVolume:
         start, end = span
         with buffer.view[: end - start] as view:
             with view[:BLOCK_BYTES] as first:
-                _read_fully(self._descriptor, first, start)
+                read_fully(self._descriptor, first, self._origin + start)
             if end - start > BLOCK_BYTES:
                 with view[-BLOCK_BYTES:] as last:
-                    _read_fully(self._descriptor, last, end - BLOCK_BYTES)
+                    read_fully(self._descriptor, last, self._origin + end - BLOCK_BYTES)
             view[offset - start : offset - start + len(data)] = data
             return self._do_write(view, start, fua)
 
     def _do_zero(self, offset: int, length: int, punch: bool, fast: bool, fua: bool) -> int:
         if self._superseded():
             return errno.ESHUTDOWN
-        mode = _FALLOC_PUNCH_HOLE if punch else _FALLOC_ZERO_RANGE
+        mode = FALLOC_PUNCH_HOLE if punch else FALLOC_ZERO_RANGE
         try:
-            _fallocate(self._descriptor, mode, offset, length)
+            self._allocate(mode, offset, length)
         except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
+            if error.errno not in NOT_SUPPORTED:
                 raise
             if fast:
                 return errno.ENOTSUP
@@ -337,10 +346,10 @@ class FileVolume:
         """Write zeros through the page cache, which takes any alignment."""
         descriptor = os.open(f"/proc/self/fd/{self._descriptor}", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            at, end = offset, offset + length
+            at, end = self._origin + offset, self._origin + offset + length
             while at < end:
                 size = min(len(_ZEROS), end - at)
-                _write_fully(descriptor, memoryview(_ZEROS)[:size], at)
+                write_fully(descriptor, memoryview(_ZEROS)[:size], at)
                 at += size
             if self._direct:
                 # What is read with direct I/O next must not miss it (open(2), NOTES).
@@ -352,21 +361,28 @@ class FileVolume:
         if self._superseded():
             return errno.ESHUTDOWN
         try:
-            _fallocate(self._descriptor, _FALLOC_PUNCH_HOLE, offset, length)
+            self._allocate(FALLOC_PUNCH_HOLE, offset, length)
         except OSError as error:
             # A trim is a hint; a file system without holes keeps the contents.
-            if error.errno not in _NOT_SUPPORTED:
+            if error.errno not in NOT_SUPPORTED:
                 raise
         return self._sync() if fua else 0
 
     def _do_cache(self, offset: int, length: int) -> int:
-        os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        self._advise(offset, length, os.POSIX_FADV_WILLNEED)
         return 0
+
+    def _allocate(self, mode: int, offset: int, length: int) -> None:
+        """Make a range a hole, or zeros (fallocate(2)); the file's size stays."""
+        fallocate(self._descriptor, mode, self._origin + offset, length)
+
+    def _advise(self, offset: int, length: int, advice: int) -> None:
+        os.posix_fadvise(self._descriptor, self._origin + offset, length, advice)
 
     def _do_flush(self) -> int:
         error = self._sync()
         if self._drop:
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._advise(0, self.size_bytes, os.POSIX_FADV_DONTNEED)
         return error
 
     def _sync(self) -> int:
@@ -380,9 +396,9 @@ class FileVolume:
 
     def _do_extents(self, offset: int, length: int, found: list[Extent]) -> int:
         descriptor = self._descriptor
-        if os.fstat(descriptor).st_size < self.size_bytes:
+        if not self._is_whole():
             return errno.EIO
-        end = offset + length
+        offset, end = self._origin + offset, self._origin + offset + length
         while offset < end and len(found) < EXTENTS_MAX:
             data = min(_seek(descriptor, offset, os.SEEK_DATA, end), end)
             if data > offset:
@@ -406,7 +422,7 @@ def _blocks(offset: int, length: int) -> tuple[int, int]:
     )
 
 
-def _read_fully(descriptor: int, into: memoryview, offset: int) -> None:
+def read_fully(descriptor: int, into: memoryview, offset: int) -> None:
     """Fill `into`; the file's end before that means that somebody has cut the file."""
     filled = os.preadv(descriptor, [into], offset)
     while filled < len(into):
@@ -417,7 +433,11 @@ def _read_fully(descriptor: int, into: memoryview, offset: int) -> None:
         filled += count
 
 
-def _write_fully(descriptor: int, data: memoryview, offset: int) -> None:
+def write_fully(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data`.
+
+    :raise OSError:
+    """
     written = os.pwritev(descriptor, [data], offset)
     while written < len(data):
         with data[written:] as rest:
@@ -427,7 +447,11 @@ def _write_fully(descriptor: int, data: memoryview, offset: int) -> None:
         written += count
 
 
-def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+    """Change the allocation of a range; the file's size stays (fallocate(2)).
+
+    :raise OSError:
+    """
     if libc.fallocate(descriptor, mode | _FALLOC_KEEP_SIZE, offset, length):
         raise last_error()
 

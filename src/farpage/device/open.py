@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 
 from farpage.device.base import PagingDevice
+from farpage.device.block import BlockDevice, open_block_device
 from farpage.device.directory import DirectoryDevice, prepare_directory
 from farpage.device.errors import DeviceUnusable
 from farpage.device.memory import MemoryDevice
-from farpage.device.spec import MemorySpec, parse_spec
+from farpage.device.remote import open_remote_device
+from farpage.device.spec import BlockSpec, MemorySpec, RemoteSpec, parse_spec
 
 
 async def open_device(
@@ -24,6 +26,13 @@ async def open_device(
         if size_bytes is not None and size_bytes != parsed.size_bytes:
             raise DeviceUnusable(spec, f"the size given is {size_bytes}", "give the size once")
         return MemoryDevice(parsed, name=name, text=spec)
+    if isinstance(parsed, BlockSpec):
+        storage, block_label = await asyncio.to_thread(
+            open_block_device, parsed, text=spec, name=name, size_bytes=size_bytes, force=force
+        )
+        return BlockDevice(storage, block_label, text=spec)
+    if isinstance(parsed, RemoteSpec):
+        return await open_remote_device(parsed, text=spec, name=name, size_bytes=size_bytes, force=force)
     label = await asyncio.to_thread(
         prepare_directory, parsed, text=spec, name=name, size_bytes=size_bytes, force=force
     )

@@ -1,4 +1,7 @@
-"""Device specifications as users write them: `dir:PATH[?size=10G&cache=direct]`, `memory:SIZE`."""
+"""Device specifications as users write them.
+
+`dir:PATH[?size=10G&cache=direct]`, `block:PATH`, `memory:SIZE` and NBD URIs.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from farpage.errors import InvalidInput
+from farpage.nbd.uri import NbdUri, parse_uri
 
 _SIZE = re.compile(r"(\d{1,19})(?:([KMGTP])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _SIZE_MAX_BYTES = (1 << 53) - 1
@@ -33,8 +37,7 @@ class DirectorySpec:
         options = {} if self.size_bytes is None else {"size": str(self.size_bytes)}
         if self.cache is not CacheMode.DIRECT:
             options["cache"] = str(self.cache)
-        path = urllib.parse.quote(self.path, safe="/ :@!$'()*,;=+~")
-        return f"dir:{path}" + (f"?{urllib.parse.urlencode(options)}" if options else "")
+        return f"dir:{_quoted(self.path)}" + (f"?{urllib.parse.urlencode(options)}" if options else "")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,27 @@ class MemorySpec:
         return f"memory:{self.size_bytes}"
 
 
-DeviceSpec: TypeAlias = DirectorySpec | MemorySpec
+@dataclass(frozen=True)
+class BlockSpec:
+    """One whole block device."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"block:{_quoted(self.path)}"
+
+
+@dataclass(frozen=True)
+class RemoteSpec:
+    """An export of an NBD server."""
+
+    uri: NbdUri
+
+    def __str__(self) -> str:
+        return str(self.uri)
+
+
+DeviceSpec: TypeAlias = DirectorySpec | BlockSpec | RemoteSpec | MemorySpec
 
 
 def parse_size(text: str, *, field: str = "size") -> int:
@@ -70,29 +93,51 @@ def parse_size(text: str, *, field: str = "size") -> int:
 def parse_spec(text: str) -> DeviceSpec:
     """Parse a device specification.
 
-    In a `dir:` path `%`, `?` and `#` are written as in URLs: `%25`, `%3F`, `%23`.
+    In the path of a `dir:` or `block:` `%`, `?` and `#` are written as in URLs: `%25`, `%3F`, `%23`.
 
     :raise InvalidInput: naming the field, for anything else.
     """
     kind, _, rest = text.partition(":")
     if kind == "dir":
         return _parse_directory(rest)
+    if kind == "block":
+        return _parse_block(rest)
+    if kind in ("nbd", "nbd+unix", "nbds", "nbds+unix"):
+        return RemoteSpec(parse_uri(text, field="device"))
     if kind == "memory":
         return MemorySpec(parse_size(rest, field="device.size"))
     raise InvalidInput(
         "device",
         f"{text!r} is not a device specification",
-        "write dir:PATH, dir:PATH?size=10G&cache=buffered or memory:SIZE",
+        "write dir:PATH, dir:PATH?size=10G&cache=buffered, block:PATH, nbd://HOST:PORT/EXPORT, "
+        "nbd+unix:///EXPORT?socket=PATH or memory:SIZE",
     )
+
+
+def _quoted(path: str) -> str:
+    return urllib.parse.quote(path, safe="/ :@!$'()*,;=+~")
+
+
+def _absolute_path(kind: str, quoted: str) -> str:
+    path = urllib.parse.unquote(quoted)
+    if not path.startswith("/") or "\0" in path:
+        raise InvalidInput(
+            "device.path", f"{path!r} is not an absolute path", f"write {kind}: and a path that starts with /"
+        )
+    return path.rstrip("/") or "/"
+
+
+def _parse_block(rest: str) -> BlockSpec:
+    quoted, _, query = rest.partition("?")
+    path = _absolute_path("block", quoted)
+    for name, _ in urllib.parse.parse_qsl(query, keep_blank_values=True):
+        raise InvalidInput(f"device.{name}", "a block device has no options", "write block:PATH alone")
+    return BlockSpec(path)
 
 
 def _parse_directory(rest: str) -> DirectorySpec:
     quoted, _, query = rest.partition("?")
-    path = urllib.parse.unquote(quoted)
-    if not path.startswith("/") or "\0" in path:
-        raise InvalidInput(
-            "device.path", f"{path!r} is not an absolute path", "write dir: and a path that starts with /"
-        )
+    path = _absolute_path("dir", quoted)
     size_bytes: int | None = None
     cache = CacheMode.DIRECT
     for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
@@ -106,4 +151,4 @@ def _parse_directory(rest: str) -> DirectorySpec:
             raise InvalidInput(
                 f"device.{name}", "a directory has no such option", "the options are size and cache"
             )
-    return DirectorySpec(path.rstrip("/") or "/", size_bytes, cache)
+    return DirectorySpec(path, size_bytes, cache)

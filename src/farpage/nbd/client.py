@@ -81,10 +81,13 @@ class Connection:
         export_name: str,
         *,
         handshake_timeout_seconds: float = HANDSHAKE_TIMEOUT_SECONDS,
+        dead_peer_seconds: float | None = None,
         structured_replies: bool = True,
         block_status: bool = True,
     ) -> Connection:
         """Connect and negotiate. The two flags leave features out although the server may have them.
+
+        Over TCP the connection ends when the peer's host acknowledges nothing for `dead_peer_seconds`.
 
         :raise ConnectFailed: as one of `ServerUnreachable`, `HandshakeTimedOut`, `ServerRefused`,
             `ServerViolatedProtocol`.
@@ -96,6 +99,8 @@ class Connection:
             structured_replies=structured_replies,
             block_status=block_status,
         )
+        if dead_peer_seconds is not None:
+            connecting.end_with_dead_peer(sock, dead_peer_seconds)
         return cls(sock, address, export_name, negotiated)
 
     # What it is

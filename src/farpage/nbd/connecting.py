@@ -93,6 +93,17 @@ def peer_pid(sock: socket.socket) -> int | None:
     return pid or None
 
 
+def end_with_dead_peer(sock: socket.socket, seconds: float) -> None:
+    """Have the kernel end a TCP connection whose peer acknowledges nothing for so long (tcp(7))."""
+    if sock.family == socket.AF_UNIX:
+        return
+    interval = max(1, round(seconds / 4))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    # Counts for probes of an idle connection too, in place of their number.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+
 @asynccontextmanager
 async def _handshake(address: Address, export: str, timeout_seconds: float) -> AsyncIterator[_Handshake]:
     """Connect and greet; turn a failure into a `ConnectFailed`; close the socket unless it is detached."""

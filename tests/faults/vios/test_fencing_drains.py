@@ -57,7 +57,7 @@ async def test_the_answer_waits_for_a_write_that_hangs_in_the_device(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stuck, release = threading.Event(), threading.Event()
-    really = file._write_fully
+    really = file.write_fully
 
     def slow(descriptor: int, data: memoryview, offset: int) -> None:
         if bytes(data[:4]) == b"slow":
@@ -65,7 +65,7 @@ async def test_the_answer_waits_for_a_write_that_hangs_in_the_device(
             release.wait()
         really(descriptor, data, offset)
 
-    monkeypatch.setattr(file, "_write_fully", slow)
+    monkeypatch.setattr(file, "write_fully", slow)
     database = Database(folder / "vios.db")
     volumes = Volumes("one", DefinitionStore(database), EpochStore(database))
     device = await open_device(f"dir:{folder}/disk?size=16M")

@@ -6,8 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farpage.device.spec import CacheMode, DirectorySpec, MemorySpec, parse_size, parse_spec
+from farpage.address import TcpAddress, UnixAddress
+from farpage.device.spec import (
+    BlockSpec,
+    CacheMode,
+    DirectorySpec,
+    MemorySpec,
+    RemoteSpec,
+    parse_size,
+    parse_spec,
+)
 from farpage.errors import InvalidInput
+from farpage.nbd.uri import NbdUri
 
 
 def test_a_directory_may_have_a_size_and_a_cache_mode() -> None:
@@ -19,6 +29,23 @@ def test_a_directory_may_have_a_size_and_a_cache_mode() -> None:
 
 def test_memory_has_a_size() -> None:
     assert parse_spec("memory:64M") == MemorySpec(64 << 20)
+
+
+def test_a_block_device_has_a_path() -> None:
+    assert parse_spec("block:/dev/disk/by-id/a%3Fb") == BlockSpec("/dev/disk/by-id/a?b")
+    assert str(BlockSpec("/dev/a?b")) == "block:/dev/a%3Fb"
+
+
+@pytest.mark.parametrize(
+    ("text", "uri"),
+    [
+        ("nbd://host:9000/vm1", NbdUri(TcpAddress("host", 9000), "vm1")),
+        ("nbd+unix:///vm1?socket=/run/s", NbdUri(UnixAddress("/run/s"), "vm1")),
+    ],
+)
+def test_a_remote_export_is_an_nbd_uri(text: str, uri: NbdUri) -> None:
+    assert parse_spec(text) == RemoteSpec(uri)
+    assert str(parse_spec(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -39,7 +66,11 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     ("text", "field"),
     [
         ("/srv/a", "device"),
-        ("block:/dev/sda", "device"),
+        ("block:sda", "device.path"),
+        ("block:/dev/sda?size=1G", "device.size"),
+        ("nbds://host/", "device"),
+        ("nbd://host:x/", "device.port"),
+        ("nbd+unix:///a", "device.socket"),
         ("dir:", "device.path"),
         ("dir:relative", "device.path"),
         ("dir:/a%00b", "device.path"),
