@@ -21,6 +21,7 @@ from farpage.hypervisor.model import (
     PathInfo,
     PoolInfo,
     PoolSet,
+    ScrubStart,
     ViosStatus,
 )
 from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeInfo
@@ -81,6 +82,14 @@ class HypervisorControl(_Control):
         return await self._client.post(
             f"/v1/clients/{name}/detach", None, ClientInfo, timeout_seconds=DETACH_TIMEOUT_SECONDS
         )
+
+    async def start_scrub(self, name: str, wanted: ScrubStart) -> ClientInfo:
+        """Begin to read what every replica holds of a client's pages, and to repair it."""
+        return await self._client.post(f"/v1/clients/{name}/scrub", wanted, ClientInfo)
+
+    async def stop_scrub(self, name: str) -> None:
+        """End a client's scrub, if one runs."""
+        await self._client.delete(f"/v1/clients/{name}/scrub")
 
     async def vioses(self) -> tuple[ViosStatus, ...]:
         """List the VIOSes as the hypervisor sees them."""

@@ -30,6 +30,7 @@ from farpage.hypervisor.model import (
     PoolInfo,
     PoolMember,
     PoolSet,
+    ScrubStart,
     ViosStatus,
 )
 from farpage.hypervisor.reports import client_info
@@ -74,6 +75,10 @@ class _Operations:
 
     async def attach(self, name: str, wanted: ClientAttach) -> ClientInfo:
         await self._hypervisor.clients.attach_process(name, wanted)
+        return await self.client(name)
+
+    async def start_scrub(self, name: str, wanted: ScrubStart) -> ClientInfo:
+        await self._hypervisor.clients.start_scrub(name, wanted.rate_bytes)
         return await self.client(name)
 
     async def detach(self, name: str) -> ClientInfo:
@@ -178,6 +183,16 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
     async def detach_client(name: ClientName) -> ClientInfo:
         """Page everything back in and let go of the process."""
         return await on_loop(operations.detach(name))
+
+    @app.post("/v1/clients/{name}/scrub")
+    async def scrub_client(name: ClientName, wanted: ScrubStart) -> ClientInfo:
+        """Begin to read what every replica holds and to repair what is wrong; goes on in the background."""
+        return await on_loop(operations.start_scrub(name, wanted))
+
+    @app.delete("/v1/clients/{name}/scrub", status_code=HTTPStatus.NO_CONTENT)
+    async def stop_scrub(name: ClientName) -> None:
+        """End the scrub of a client, if one runs."""
+        await on_loop(hypervisor.clients.stop_scrub(name))
 
     @app.get("/v1/vioses")
     async def get_vioses() -> tuple[ViosStatus, ...]:

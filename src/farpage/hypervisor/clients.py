@@ -33,7 +33,16 @@ from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.memory import create_memfd
 from farpage.pager.channel import PeerGone
-from farpage.pager.messages import Attach, ClientReport, Detach, Nothing, Query, SetLimit
+from farpage.pager.messages import (
+    Attach,
+    ClientReport,
+    Detach,
+    Nothing,
+    Query,
+    SetLimit,
+    StartScrub,
+    StopScrub,
+)
 from farpage.pager.table import ENTRY_BYTES
 
 log = structlog.get_logger()
@@ -291,6 +300,30 @@ class Clients:
             if error.code in ("not_attached", "worker_gone"):
                 return None
             raise
+
+    # Scrubbing
+
+    async def start_scrub(self, client: str, rate_bytes: int) -> None:
+        """Begin to compare what every replica holds with what was paged out.
+
+        :raise ClientNotAttached: only then is it known what that is.
+        :raise FarpageError: it is being scrubbed already.
+        """
+        await self._scrub(client, "start_scrub", StartScrub(client=client, rate_bytes=rate_bytes))
+
+    async def stop_scrub(self, client: str) -> None:
+        """End a client's scrub, if one runs.
+
+        :raise ClientNotAttached: nothing pages it.
+        """
+        await self._scrub(client, "stop_scrub", StopScrub(client=client))
+
+    async def _scrub(self, client: str, method: str, order: StartScrub | StopScrub) -> None:
+        self.records.of(client)
+        attached = self.attached.get(client)
+        if attached is None:
+            raise ClientNotAttached(client)
+        await attached.worker.channel.call(method, order, Nothing)
 
     # Detaching
 

@@ -28,6 +28,7 @@ COUNTERS = {
     "cancelled_pages": "Page-outs made useless by a write meanwhile",
     "read_ahead_pages": "Pages read ahead of a fault",
     "checksum_errors": "Pages that came back with other content than was paged out, or that a scrub found so",
+    "scrubbed_pages": "Pages that scrubs compared, once for each replica",
     "poisoned_pages": "Pages lost: every access to them fails",
 }
 
@@ -99,7 +100,15 @@ class _Collector(Collector):
         full = GaugeMetricFamily(
             "farpage_client_device_full", "1 while no device has room for page-outs", labels=["client"]
         )
+        scrub = GaugeMetricFamily(
+            "farpage_client_scrub_progress",
+            "Share of a client's pages that its scrub has gone through; none without one",
+            labels=["client", "state"],
+        )
         for report in self._reports:
+            if report.scrub:
+                share = report.scrub.pages_done / max(report.scrub.pages_total, 1)
+                scrub.add_metric([report.client, report.scrub.state], share)
             for state, pages in report.pages_by_state.items():
                 memory.add_metric([report.client, state], pages * PAGE_BYTES)
             limit.add_metric([report.client], report.limit_pages * PAGE_BYTES)
@@ -107,7 +116,7 @@ class _Collector(Collector):
             epoch.add_metric([report.client], report.epoch)
             without_path.add_metric([report.client], float(report.without_path_seconds is not None))
             full.add_metric([report.client], float(report.device_full))
-        yield from (memory, limit, stalled, epoch, without_path, full)
+        yield from (memory, limit, stalled, epoch, without_path, full, scrub)
 
     def _paths(self) -> Metric:
         family = GaugeMetricFamily(

@@ -7,6 +7,7 @@ import enum
 from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.definition.model import NUMBER_MAX, PAGE_BYTES, Name, Redundancy, ViosRedundancy
+from farpage.pager.progress import ScrubState
 from farpage.volume.state import PathState
 
 PID_MAX = (1 << 22) - 1
@@ -77,12 +78,35 @@ class ClientCounters(Document):
     read_ahead_pages: int = 0
     checksum_errors: int = 0
     repaired_pages: int = 0
+    scrubbed_pages: int = 0
     poisoned_pages: int = 0
     stalls_over_100ms: int = 0
     longest_stall_ms: float = 0.0
     wrong_by_device: dict[str, int] = Field(default_factory=dict)
     """Pages whose replica was not what was paged out, by the name of the device."""
     repaired_by_device: dict[str, int] = Field(default_factory=dict)
+
+
+class ScrubStart(Document):
+    """`POST /v1/clients/{name}/scrub`: compare what every replica holds with its checksum, and repair it."""
+
+    rate_bytes: int = Field(default=64 << 20, ge=PAGE_BYTES, le=NUMBER_MAX)
+    """The most that is read from each replica per second."""
+
+
+class ScrubInfo(Document):
+    """The latest scrub of a client. Pages wrong, repaired and compared count once for each replica."""
+
+    state: ScrubState
+    rate_bytes: int
+    pages_total: int
+    pages_done: int
+    compared_pages: int
+    wrong_pages: int
+    repaired_pages: int
+    lost_pages: int
+    seconds: float
+    """How long it has run, or ran."""
 
 
 class FailoverInfo(Document):
@@ -125,6 +149,7 @@ class ClientInfo(Document):
     """For how long no path to the volume has worked; None while one does."""
     device_full: bool
     """No device has room for the client's page-outs."""
+    scrub: ScrubInfo | None
     counters: ClientCounters
     paths: tuple[PathInfo, ...]
     failovers: tuple[FailoverInfo, ...]

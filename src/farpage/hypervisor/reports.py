@@ -9,8 +9,9 @@ from farpage.hypervisor.model import (
     ClientInfo,
     FailoverInfo,
     PathInfo,
+    ScrubInfo,
 )
-from farpage.pager.messages import ClientReport, PathReport
+from farpage.pager.messages import ClientReport, PathReport, ScrubReport
 from farpage.pager.table import IN_MEMORY, STATE_NAMES
 
 RESIDENT_STATES = tuple(STATE_NAMES[state] for state in IN_MEMORY)
@@ -47,6 +48,7 @@ def client_info(
         stalled_faults=report.stalled_faults if report else 0,
         without_path_seconds=report.without_path_seconds if report else None,
         device_full=report.device_full if report else False,
+        scrub=_scrub(report.scrub, now_seconds) if report and report.scrub else None,
         counters=_counters(report),
         paths=tuple(_path(name, path, report, now_seconds) for path in report.paths) if report else (),
         failovers=_failovers(name, report) if report else (),
@@ -62,6 +64,14 @@ def _counters(report: ClientReport | None) -> ClientCounters:
     if report is None:
         return ClientCounters()
     return ClientCounters(**{field: getattr(report.counters, field) for field in ClientCounters.model_fields})
+
+
+def _scrub(scrub: ScrubReport, now_seconds: float) -> ScrubInfo:
+    ended = now_seconds if scrub.ended_seconds is None else scrub.ended_seconds
+    return ScrubInfo(
+        seconds=round(max(ended - scrub.started_seconds, 0.0), 3),
+        **scrub.model_dump(exclude={"started_seconds", "ended_seconds"}),
+    )
 
 
 def _path(client: str, path: PathReport, report: ClientReport, now_seconds: float) -> PathInfo:

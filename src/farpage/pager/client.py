@@ -13,6 +13,7 @@ from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.outage import Outage
 from farpage.pager.replacement import Replacement
+from farpage.pager.scrub import Scrub
 from farpage.pager.space import Space
 from farpage.pager.table import DIRTY, ON_DEVICE, READING, REWRITTEN, WRITING, ZERO, PageTable
 from farpage.volume.paged import PagedVolume
@@ -48,6 +49,8 @@ class PagedClient:
         self.outage = Outage(self.space, self.faults, self.eviction, no_path_timeout_seconds, on_outage)
         volume.on_no_path = self.outage.no_path
         volume.on_full = self.outage.full
+        self.scrub: Scrub | None = None
+        """The latest one."""
         self._loop = asyncio.get_running_loop()
 
     def start(self) -> None:
@@ -68,6 +71,21 @@ class PagedClient:
         self.eviction.wake()
         self.faults.admit()
 
+    def start_scrub(self, rate_bytes: int) -> bool:
+        """Read every stored page from every replica, in the background, and repair what is wrong.
+
+        Returns False when one is running already, which goes on.
+        """
+        if self.scrub and self.scrub.running:
+            return False
+        self.scrub = Scrub(self.space, self.faults, rate_bytes)
+        return True
+
+    def stop_scrub(self) -> None:
+        """End the scrub that runs, if any."""
+        if self.scrub:
+            self.scrub.stop()
+
     async def detach(self) -> None:
         """Bring every page back into memory, stop reporting faults and close the volume.
 
@@ -75,6 +93,7 @@ class PagedClient:
 
         :raise ClientGone: when the client exits meanwhile.
         """
+        self.stop_scrub()
         self.eviction.stop()
         self.faults.stopped = True
         await self._bring_in_all()
@@ -118,6 +137,7 @@ class PagedClient:
             self.space.closed = True
             self.eviction.stop()
             self.outage.cancel()
+            self.stop_scrub()
             self._loop.remove_reader(self.space.memory.fileno())
             # These refer to each other in circles; the table's memory must not wait for the collector.
             self.space.table = PageTable(0)

@@ -25,6 +25,7 @@ class Counters:
     read_ahead_pages: int = 0
     checksum_errors: int = 0
     repaired_pages: int = 0
+    scrubbed_pages: int = 0
     poisoned_pages: int = 0
     stalls_over_100ms: int = 0
     longest_stall_ms: float = 0.0

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.attach.memory import ClientKind
 from farpage.definition.model import ReplicaState
+from farpage.pager.progress import ScrubState
 from farpage.volume.state import PathState
 
 
@@ -71,6 +72,19 @@ class SetLimit(Message):
     limit_pages: int = Field(gt=0)
 
 
+class StartScrub(Message):
+    """`start_scrub`: read what every replica holds, at most so much a second from each, and repair it."""
+
+    client: str
+    rate_bytes: int = Field(gt=0)
+
+
+class StopScrub(Message):
+    """`stop_scrub`."""
+
+    client: str
+
+
 class Query(Message):
     """`query`: answer with a `ClientReport`."""
 
@@ -121,6 +135,7 @@ class CounterReport(Message):
     read_ahead_pages: int
     checksum_errors: int
     repaired_pages: int
+    scrubbed_pages: int
     poisoned_pages: int
     stalls_over_100ms: int
     longest_stall_ms: float
@@ -128,6 +143,21 @@ class CounterReport(Message):
     wait_buckets: tuple[int, ...]
     wrong_by_device: dict[str, int]
     repaired_by_device: dict[str, int]
+
+
+class ScrubReport(Message):
+    """`farpage.pager.scrub.ScrubProgress` as it stands."""
+
+    state: ScrubState
+    rate_bytes: int
+    pages_total: int
+    pages_done: int
+    compared_pages: int
+    wrong_pages: int
+    repaired_pages: int
+    lost_pages: int
+    started_seconds: float
+    ended_seconds: float | None
 
 
 class ClientReport(Message):
@@ -143,6 +173,8 @@ class ClientReport(Message):
     without_path_seconds: float | None
     """For how long no path has worked; None while one does."""
     device_full: bool
+    scrub: ScrubReport | None
+    """The latest one since the worker pages the client."""
     counters: CounterReport
     paths: tuple[PathReport, ...]
     failovers: tuple[FailoverReport, ...]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from farpage.pager.checksum import page_checksums
+from farpage.pager.checksum import page_checksum, page_checksums
 from farpage.pager.space import Space
 from farpage.pager.table import CLEAN, ON_DEVICE, PAGE_BYTES, READING, runs_of
 
@@ -24,10 +24,15 @@ NAMED_PAGES: Final = 8
 
 @dataclass
 class Salvaged:
-    """What came of some pages: the content of those found, the others are lost."""
+    """What came of some pages: the content of those found, and which are lost.
+
+    `wrong_pages` and `repaired_pages` count a page once for each replica.
+    """
 
     found: dict[int, bytes] = field(default_factory=dict)
     lost: list[int] = field(default_factory=list)
+    wrong_pages: int = 0
+    repaired_pages: int = 0
 
 
 @dataclass
@@ -55,27 +60,50 @@ class Salvage:
     async def search(self, pages: Sequence[int]) -> Salvaged:
         """Find the content of pages, rising, whose checksum did not match, and repair the replicas.
 
-        The pages are stored on the volume, and stay so unless the client writes to one that is clean: then
-        what is returned for it is of no use. Returns nothing when the client ends meanwhile.
+        Pages that are not stored on the volume, or that change meanwhile, are left out, all of them when the
+        client ends. A page that is clean in memory may be found there.
         """
         async with self._one_at_a_time:
             space = self._space
             if space.closed:
                 return Salvaged()
-            checksums = space.table.checksums[list(pages)].tolist()
-            search = _Search(list(pages), dict(zip(pages, checksums, strict=True)))
+            stored = [page for page in pages if self.is_stored(page)]
+            checksums = space.table.checksums[stored].tolist()
+            search = _Search(stored, dict(zip(stored, checksums, strict=True)))
             for other_path in (False, True):
                 for device in space.volume.replicas:
                     await self._read(
                         search, device, search.missing if other_path else search.pages, other_path
                     )
+                if space.closed:
+                    return Salvaged()
+                self._leave_out_changed(search)
+                self._look_in_memory(search)
                 if not search.missing:
                     break
             repaired = await self._repair(search)
             if space.closed:
                 return Salvaged()
             self._tell(search, repaired)
-            return Salvaged(search.found, search.missing)
+            wrong = sum(len(pages) for pages in search.wrong.values())
+            return Salvaged(search.found, search.missing, wrong, sum(repaired.values()))
+
+    def _leave_out_changed(self, search: _Search) -> None:
+        search.pages = [page for page in search.pages if self.still_stored(page, search.expected[page])]
+        for pages in search.wrong.values():
+            pages.intersection_update(search.pages)
+        for page in search.found.keys() - set(search.pages):
+            del search.found[page]
+
+    def _look_in_memory(self, search: _Search) -> None:
+        """Take what no replica has from memory: a clean page is protected there, so it does not change."""
+        space = self._space
+        for page in search.missing:
+            if space.table.state[page] == CLEAN:
+                content = bytearray(PAGE_BYTES)
+                space.memory.read_out(page, memoryview(content))
+                if page_checksum(memoryview(content)) == search.expected[page]:
+                    search.found[page] = bytes(content)
 
     async def _read(self, search: _Search, device: str, pages: list[int], other_path: bool) -> None:
         """Compare what one replica holds of the pages; ends early for one that is no longer in sync."""
@@ -131,10 +159,13 @@ class Salvage:
         space.volume.push()
         return await answer == 0
 
+    def is_stored(self, page: int) -> bool:
+        """Tell whether the volume is to hold the page's content, and nothing is changing that."""
+        return self._space.table.state[page] in STORED
+
     def still_stored(self, page: int, checksum: int) -> bool:
-        """Tell whether the volume is to hold content with this checksum, and nothing is changing that."""
-        table = self._space.table
-        return table.state[page] in STORED and int(table.checksums[page]) == checksum
+        """Tell whether it is to hold content with this checksum."""
+        return self.is_stored(page) and int(self._space.table.checksums[page]) == checksum
 
     def _tell(self, search: _Search, repaired: dict[str, int]) -> None:
         space = self._space

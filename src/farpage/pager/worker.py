@@ -40,7 +40,10 @@ from farpage.pager.messages import (
     PathReport,
     Query,
     ReplicaSpec,
+    ScrubReport,
     SetLimit,
+    StartScrub,
+    StopScrub,
 )
 from farpage.pager.table import ENTRY_BYTES, PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.connector import Endpoint, connect_nbd
@@ -69,6 +72,19 @@ class NotAttached(FarpageError):
     code = "not_attached"
     template = "client {client!r} is not attached"
     remedy = "attach it with 'farpage client attach {client} --pid PID'"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+
+
+@dataclass(eq=False)
+class ScrubUnderWay(FarpageError):
+    """One scrub of a client at a time."""
+
+    code = "scrub_under_way"
+    template = "client {client!r} is being scrubbed already"
+    remedy = (
+        "watch it with 'farpage client show {client}', or end it with 'farpage client scrub {client} --stop'"
+    )
     exit_status = ExitStatus.CONFLICT
     client: str
 
@@ -119,9 +135,19 @@ class Worker:
                 order = SetLimit.model_validate(parameters)
                 self._attached(order.client).paged.set_limit(order.limit_pages)
                 return Nothing()
+            case "start_scrub":
+                return self._start_scrub(StartScrub.model_validate(parameters))
+            case "stop_scrub":
+                self._attached(StopScrub.model_validate(parameters).client).paged.stop_scrub()
+                return Nothing()
             case "query":
                 return self._report(Query.model_validate(parameters).client)
         raise AssertionError(f"unknown request {method!r}")
+
+    def _start_scrub(self, order: StartScrub) -> Nothing:
+        if not self._attached(order.client).paged.start_scrub(order.rate_bytes):
+            raise ScrubUnderWay(order.client)
+        return Nothing()
 
     def _attached(self, client: str) -> _Attached:
         if client not in self._clients:
@@ -251,6 +277,7 @@ class Worker:
             stalled_faults=paged.faults.stalled,
             without_path_seconds=paged.outage.without_path_seconds,
             device_full=space.full,
+            scrub=ScrubReport(**asdict(paged.scrub.progress)) if paged.scrub else None,
             counters=CounterReport(**asdict(space.counters)),
             paths=tuple(
                 PathReport(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from farpage.definition.model import Definition
+from farpage.definition.model import PAGE_BYTES, Definition
 from farpage.errors import ExitStatus
-from farpage.hypervisor.model import ClientInfo, HypervisorInfo, PathInfo, PoolInfo, ViosStatus
+from farpage.hypervisor.model import ClientInfo, HypervisorInfo, PathInfo, PoolInfo, ScrubInfo, ViosStatus
 from tests.support.running_set import Answer, Farpage, RunningSet
 
 
@@ -173,3 +173,52 @@ def test_an_old_revision_of_a_dead_vios_is_reported_not_hidden(farpage: Farpage,
         farpage("device", "list", "--vios", "gone", "--state", str(tmp_path)).status == ExitStatus.UNREACHABLE
     )
     assert farpage("client", "list", "--state", str(tmp_path)).status == ExitStatus.UNREACHABLE
+
+
+def test_a_client_is_scrubbed(
+    farpage: Farpage, memory_process: subprocess.Popen[str], running_set: RunningSet
+) -> None:
+    def scrub(*options: str) -> tuple[int, ScrubInfo]:
+        answer = farpage("client", "scrub", "vm", "--json", *options)
+        info = ClientInfo.model_validate(answer.json).scrub
+        assert info is not None
+        return answer.status, info
+
+    assert farpage("client", "scrub", "vm").status == ExitStatus.NOT_FOUND
+    farpage("client", "attach", "vm", "--pid", str(memory_process.pid), "--limit", "4M")
+    assert wrong_pages(memory_process) == 0
+    status, found = scrub()
+    assert (status, found.state, found.wrong_pages) == (0, "finished", 0)
+    assert found.pages_done == found.pages_total == 4096
+    assert found.compared_pages > 2048
+    assert "finished" in farpage("client", "show", "vm").out
+
+    status, found = scrub("--background", "--rate", "64K")
+    assert (status, found.state) == (0, "running")
+    refused = farpage("client", "scrub", "vm")
+    assert (refused.status, "--stop" in refused.err) == (ExitStatus.CONFLICT, True)
+    status, found = scrub("--stop")
+    assert (status, found.state) == (0, "stopped")
+    assert found.pages_done < found.pages_total
+
+    # Pages are read in order, so the first are on the device only, and the last in memory too.
+    (volume,) = running_set.state.rglob("volumes/vm")
+    with volume.open("r+b") as file:
+        file.seek(4090 * PAGE_BYTES + 7)
+        file.write(b"!")
+    status, found = scrub()
+    assert (status, found.wrong_pages, found.repaired_pages, found.lost_pages) == (0, 1, 1, 0)
+    with volume.open("r+b") as file:
+        file.seek(10 * PAGE_BYTES + 7)
+        file.write(b"!")
+    answer = farpage("client", "scrub", "vm")
+    assert answer.status == ExitStatus.FAILURE
+    assert "1 wrong, 0 repaired, 1 lost" in answer.out
+    with volume.open("r+b") as file:
+        file.seek(10 * PAGE_BYTES + 7)
+        file.write(b"\0")
+    assert scrub()[1].wrong_pages == 0
+    assert farpage("client", "detach", "vm").status == 0
+    assert farpage("client", "scrub", "vm").status == ExitStatus.CONFLICT
+    assert wrong_pages(memory_process) == 0
+    assert farpage("client", "delete", "vm").status == 0

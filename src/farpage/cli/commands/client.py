@@ -92,6 +92,39 @@ def detach(name: ClientName, state: State = None, as_json: AsJson = False) -> No
     print_json(info) if as_json else print_text(detached(info))
 
 
+@app.command("scrub", epilog="Example: farpage client scrub web1 --rate 200M")
+def scrub(
+    name: ClientName,
+    *,
+    rate: Annotated[
+        int | None,
+        size_option("--rate", "The most that is read from each replica per second; 64M by default."),
+    ] = None,
+    background: Annotated[
+        bool, typer.Option("--background", help="Begin only; 'farpage client show NAME' tells how far it is.")
+    ] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End the scrub that runs.")] = False,
+    state: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every paged-out page from every replica, compare it with its checksum, and repair it.
+
+    Waits for the end, which Ctrl-C does not bring about; exits with 1 when a page is right nowhere.
+    """
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.scrubbing import run_scrub, stop_scrub
+    from farpage.cli.session import named
+    from farpage.cli.wording.client import scrubbed
+
+    if stop:
+        info = stop_scrub(state, named(name))
+    else:
+        info = run_scrub(state, named(name), rate, wait=not background)
+    print_json(info) if as_json else print_text(scrubbed(info))
+    if info.scrub and info.scrub.lost_pages:
+        raise typer.Exit(1)
+
+
 @app.command("delete", epilog="Example: farpage client delete web1")
 def delete(name: ClientName, state: State = None) -> None:
     """Remove a detached client and its volume."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from farpage.hypervisor.model import ClientInfo, FailoverInfo
+    from farpage.hypervisor.model import ClientInfo, FailoverInfo, ScrubInfo
 
 
 def created(info: ClientInfo) -> str:
@@ -36,6 +36,22 @@ def attached(info: ClientInfo) -> str:
 def detached(info: ClientInfo) -> str:
     """Say that the memory is the process's own again."""
     return f"client {info.name} detached: all of its memory is resident again"
+
+
+def scrubbed(info: ClientInfo) -> str:
+    """Say how a scrub stands."""
+    if info.scrub is None:
+        return f"client {info.name}: its pager ended, and the scrub with it; start it again"
+    return f"client {info.name}: scrub {_scrub(info.scrub)}"
+
+
+def _scrub(scrub: ScrubInfo) -> str:
+    share = 100 if not scrub.pages_total else 100 * scrub.pages_done // scrub.pages_total
+    done = f"{scrub.state} after {format_duration(scrub.seconds)}, {share}%"
+    return (
+        f"{done}: {scrub.compared_pages} pages compared, {scrub.wrong_pages} wrong, "
+        f"{scrub.repaired_pages} repaired, {scrub.lost_pages} lost"
+    )
 
 
 def overview(clients: Sequence[ClientInfo]) -> Table:
@@ -78,6 +94,7 @@ def details(info: ClientInfo) -> Iterator[RenderableType]:
             ("worker", "-" if info.worker is None else str(info.worker)),
             ("stalled faults", str(info.stalled_faults)),
             ("volume", _volume(info)),
+            ("scrub", _scrub(info.scrub) if info.scrub else "-"),
             ("longest stall", format_duration(counters.longest_stall_ms / 1000)),
         ]
     )
