@@ -1,0 +1,221 @@
+"""How each fault is done to a set, and mended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+
+from tests.faults.campaign.place import Place
+from tests.faults.campaign.schedule import Fault, Kind
+
+FAR_VIOS = "vios3"
+SMALL_CLIENT = "alpha"
+
+
+class Injection:
+    """A fault whose target is known."""
+
+    occupies: tuple[str, ...]
+    """What it takes away from the set."""
+    starts_again = ""
+    """The daemon that clients wait for, which `mend` starts again."""
+
+    def __init__(self, place: Place, fault: Fault) -> None:
+        self.place = place
+        self.fault = fault
+
+    @property
+    def target(self) -> str:
+        """What is hit, in words."""
+        return ", ".join(self.occupies)
+
+    async def prepare(self) -> None:
+        """Do what belongs before the fault, without being one."""
+
+    def inject(self) -> None:
+        """Do it; returns at once."""
+        raise NotImplementedError
+
+    async def mend(self) -> None:
+        """Undo it; on return whoever was ended runs again and answers."""
+
+
+class _OneVios(Injection):
+    def __init__(self, place: Place, fault: Fault) -> None:
+        super().__init__(place, fault)
+        # Where the clients' commands go is hit more often.
+        likely = place.active_vioses() * 4 + list(place.embedded.vioses)
+        self.name = likely[fault.choice % len(likely)]
+        self.occupies = (self.name,)
+
+    def _end(self, number: signal.Signals) -> None:
+        self.place.embedded.supervise_vios(self.name, supervised=False)
+        self.place.embedded.kill_vios(self.name, number)
+
+    async def _start(self) -> None:
+        await self.place.embedded.vios_exited(self.name)
+        await self.place.embedded.start_vios(self.name)
+
+
+class ViosKilled(_OneVios):
+    def inject(self) -> None:
+        self._end(signal.SIGKILL)
+
+    async def mend(self) -> None:
+        await self._start()
+
+
+class ViosRestarted(_OneVios):
+    def inject(self) -> None:
+        self._end(signal.SIGTERM)
+
+    async def mend(self) -> None:
+        await self._start()
+
+
+class ViosStopped(_OneVios):
+    def inject(self) -> None:
+        self.place.embedded.kill_vios(self.name, signal.SIGSTOP)
+
+    async def mend(self) -> None:
+        self.place.embedded.kill_vios(self.name, signal.SIGCONT)
+
+
+class AllViosKilled(Injection):
+    def __init__(self, place: Place, fault: Fault) -> None:
+        super().__init__(place, fault)
+        self.occupies = tuple(place.embedded.vioses)
+
+    def inject(self) -> None:
+        for name in self.occupies:
+            self.place.embedded.supervise_vios(name, supervised=False)
+            self.place.embedded.kill_vios(name, signal.SIGKILL)
+
+    async def mend(self) -> None:
+        await asyncio.gather(*map(self._start, self.occupies))
+
+    async def _start(self, name: str) -> None:
+        await self.place.embedded.vios_exited(name)
+        await self.place.embedded.start_vios(name)
+
+
+class _OneWorker(Injection):
+    occupies = ("workers",)
+
+    def __init__(self, place: Place, fault: Fault) -> None:
+        super().__init__(place, fault)
+        likely = [worker for worker in place.workers if worker.clients] or place.workers
+        self.pid = likely[fault.choice % len(likely)].pid
+
+    @property
+    def target(self) -> str:
+        return f"worker {self.pid}"
+
+
+class WorkerKilled(_OneWorker):
+    def inject(self) -> None:
+        _send(self.pid, signal.SIGKILL)
+
+
+class WorkerStopped(_OneWorker):
+    def inject(self) -> None:
+        _send(self.pid, signal.SIGSTOP)
+
+    async def mend(self) -> None:
+        _send(self.pid, signal.SIGCONT)
+
+
+class HypervisorKilled(Injection):
+    occupies: tuple[str, ...] = ("hypervisor",)
+    starts_again = "hypervisor"
+
+    def inject(self) -> None:
+        self.place.embedded.supervise_hypervisor(supervised=False)
+        self.place.embedded.kill_hypervisor(signal.SIGKILL)
+
+    async def mend(self) -> None:
+        await self.place.embedded.hypervisor_exited()
+        await self.place.embedded.start_hypervisor()
+
+
+class HypervisorStopped(Injection):
+    occupies = ("hypervisor",)
+
+    def inject(self) -> None:
+        self.place.embedded.kill_hypervisor(signal.SIGSTOP)
+
+    async def mend(self) -> None:
+        self.place.embedded.kill_hypervisor(signal.SIGCONT)
+
+
+class HostKilled(HypervisorKilled):
+    occupies = ("hypervisor", "workers")
+
+    def inject(self) -> None:
+        super().inject()
+        for worker in self.place.workers:
+            _send(worker.pid, signal.SIGKILL)
+
+
+class LinkCut(Injection):
+    occupies = (FAR_VIOS,)
+
+    def inject(self) -> None:
+        assert self.place.link
+        self.place.link.cut()
+
+    async def mend(self) -> None:
+        assert self.place.link
+        self.place.link.mend()
+
+
+class DeviceFull(Injection):
+    occupies = ("small device",)
+
+    async def prepare(self) -> None:
+        # A client whose pages are all on the device needs no more room there; a new one does.
+        await self.place.finish_client(SMALL_CLIENT)
+        await self.place.start_client(SMALL_CLIENT)
+
+    def inject(self) -> None:
+        assert self.place.small
+        self.place.small.fill()
+        self.place.clients[SMALL_CLIENT].go()
+
+    async def mend(self) -> None:
+        assert self.place.small
+        self.place.small.empty()
+
+
+INJECTIONS: dict[Kind, Callable[[Place, Fault], Injection]] = {
+    Kind.VIOS_KILL: ViosKilled,
+    Kind.VIOS_STOP: ViosStopped,
+    Kind.VIOS_RESTART: ViosRestarted,
+    Kind.ALL_VIOS_KILL: AllViosKilled,
+    Kind.WORKER_KILL: WorkerKilled,
+    Kind.WORKER_STOP: WorkerStopped,
+    Kind.HYPERVISOR_KILL: HypervisorKilled,
+    Kind.HYPERVISOR_STOP: HypervisorStopped,
+    Kind.HOST_KILL: HostKilled,
+    Kind.LINK_CUT: LinkCut,
+    Kind.DEVICE_FULL: DeviceFull,
+}
+
+
+def possible_kinds(place: Place) -> set[Kind]:
+    """Return the kinds that a place allows."""
+    impossible = set(Kind) - set(INJECTIONS)
+    if not place.link:
+        impossible.add(Kind.LINK_CUT)
+    if not place.small:
+        impossible.add(Kind.DEVICE_FULL)
+    return set(Kind) - impossible
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    # A worker may have been replaced since the hypervisor named it.
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)

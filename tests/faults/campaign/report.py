@@ -1,0 +1,171 @@
+"""What a campaign found: which fault made the clients wait for how long, and what must never be. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from tests.faults.campaign.busy import Stall, WrongPage
+from tests.faults.campaign.schedule import Kind
+
+
+@dataclass
+class Injected:
+    """A fault as it was; times are CLOCK_MONOTONIC."""
+
+    kind: Kind
+    target: str
+    alone: bool
+    hold_seconds: float
+    begin_seconds: float
+    end_seconds: float = math.inf
+    """When the set was whole again."""
+    restarted_seconds: float | None = None
+    """When the process that clients wait for was started again."""
+
+
+@dataclass(frozen=True)
+class StallsOfKind:
+    """How long the longest access waited at each fault of a kind that came alone; milliseconds."""
+
+    kind: Kind
+    injected: int
+    alone: int
+    felt: int
+    """Faults alone that made an access wait long enough to be told of."""
+    p50_ms: float
+    p99_ms: float
+    longest_ms: float
+    longest_hold_ms: float
+
+
+@dataclass
+class Outcome:
+    """Everything that a campaign has found out."""
+
+    seconds: float
+    reads: int = 0
+    writes: int = 0
+    faults: list[Injected] = field(default_factory=list)
+    stalls: list[Stall] = field(default_factory=list)
+    wrong: list[WrongPage] = field(default_factory=list)
+    hangs: list[str] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    repaired_pages: int = 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything happened that must never."""
+        return bool(self.wrong or self.hangs or self.leaks)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that `share` of the values do not exceed; 0 when there are none."""
+    if not values:
+        return 0.0
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def longest_stall(fault: Injected, stalls: Iterable[Stall]) -> float:
+    """Return the longest stall in seconds that lasted while a fault was in force; 0 when none did."""
+    during = (
+        stall.seconds
+        for stall in stalls
+        if stall.begin_seconds < fault.end_seconds and stall.end_seconds > fault.begin_seconds
+    )
+    return max(during, default=0.0)
+
+
+def stalls_by_kind(faults: Sequence[Injected], stalls: Sequence[Stall]) -> list[StallsOfKind]:
+    """Sum up the faults of each kind, in the order of `Kind`."""
+    order = list(Kind)
+    rows: list[StallsOfKind] = []
+    for kind, grouped in groupby(sorted(faults, key=lambda fault: order.index(fault.kind)), lambda f: f.kind):
+        those = list(grouped)
+        alone = [fault for fault in those if fault.alone]
+        felt = [ms for fault in alone if (ms := longest_stall(fault, stalls) * 1e3) > 0]
+        rows.append(
+            StallsOfKind(
+                kind=kind,
+                injected=len(those),
+                alone=len(alone),
+                felt=len(felt),
+                p50_ms=percentile(felt, 0.5),
+                p99_ms=percentile(felt, 0.99),
+                longest_ms=max(felt, default=0.0),
+                longest_hold_ms=max((fault.hold_seconds for fault in alone), default=0.0) * 1e3,
+            )
+        )
+    return rows
+
+
+def longest_together(faults: Sequence[Injected], stalls: Sequence[Stall]) -> float:
+    """Return the longest stall in seconds while several faults were in force."""
+    return max((longest_stall(fault, stalls) for fault in faults if not fault.alone), default=0.0)
+
+
+def longest_without(faults: Sequence[Injected], stalls: Sequence[Stall]) -> float:
+    """Return the longest stall in seconds while the set was whole: the machine's own doing."""
+    quiet = (
+        stall.seconds
+        for stall in stalls
+        if not any(
+            stall.begin_seconds < fault.end_seconds and stall.end_seconds > fault.begin_seconds
+            for fault in faults
+        )
+    )
+    return max(quiet, default=0.0)
+
+
+def restart_to_served(faults: Sequence[Injected], stalls: Sequence[Stall]) -> list[float]:
+    """Return the seconds from each restart until the first access that had waited for it was served."""
+    served: list[float] = []
+    for fault in faults:
+        restarted = fault.restarted_seconds
+        if restarted is None or not fault.alone:
+            continue
+        ends = [
+            stall.end_seconds
+            for stall in stalls
+            if fault.begin_seconds < stall.end_seconds
+            and stall.begin_seconds < restarted < stall.end_seconds <= fault.end_seconds
+        ]
+        if ends:
+            served.append(min(ends) - restarted)
+    return served
+
+
+def describe(outcome: Outcome) -> str:
+    """Return the report as text."""
+    rows = stalls_by_kind(outcome.faults, outcome.stalls)
+    lines = [
+        f"{outcome.seconds:.0f} s, {len(outcome.faults)} faults, {outcome.reads} pages verified, "
+        f"{outcome.writes} written",
+        "",
+        "longest stall at a fault that came alone, in ms",
+        f"  {'kind':<16}{'faults':>8}{'alone':>8}{'felt':>8}{'p50':>9}{'p99':>9}{'max':>9}{'max hold':>10}",
+    ]
+    lines += [
+        f"  {row.kind:<16}{row.injected:>8}{row.alone:>8}{row.felt:>8}{row.p50_ms:>9.0f}{row.p99_ms:>9.0f}"
+        f"{row.longest_ms:>9.0f}{row.longest_hold_ms:>10.0f}"
+        for row in rows
+    ]
+    faults, stalls = outcome.faults, outcome.stalls
+    served = [seconds * 1e3 for seconds in restart_to_served(faults, stalls)]
+    lines += [
+        "",
+        f"longest stall while several faults lasted: {longest_together(faults, stalls):.2f} s",
+        f"longest stall while nothing was wrong: {longest_without(faults, stalls) * 1e3:.0f} ms",
+        f"from a hypervisor's restart to the first page served: p50 {percentile(served, 0.5):.0f} ms, "
+        f"max {max(served, default=0.0):.0f} ms ({len(served)} restarts that were waited for)",
+        f"damaged pages repaired: {outcome.repaired_pages}",
+        f"wrong pages: {len(outcome.wrong)}",
+        *(f"  {wrong.client}: {wrong.text}" for wrong in outcome.wrong[:20]),
+        f"hangs: {len(outcome.hangs)}",
+        *(f"  {hang}" for hang in outcome.hangs),
+        f"leaks: {len(outcome.leaks)}",
+        *(f"  {leak}" for leak in outcome.leaks),
+    ]
+    return "\n".join(lines)
