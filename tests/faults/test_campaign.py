@@ -1,4 +1,4 @@
-"""Three minutes of the campaign; by hand it runs for an hour, and then its times count: see docs/reliability.md."""
+"""Three minutes of the campaign; by hand it runs for longer, and its times count: see docs/reliability.md."""
 
 from __future__ import annotations
 
