@@ -33,7 +33,7 @@ class Injection:
         return ", ".join(self.occupies)
 
     async def prepare(self) -> None:
-        """Do what belongs before the fault, without being one."""
+        """Do what belongs before a fault that comes alone, without being one."""
 
     def inject(self) -> None:
         """Do it; returns at once."""
@@ -174,16 +174,19 @@ class LinkCut(Injection):
 
 class DeviceFull(Injection):
     occupies = ("small device",)
+    _new_client = False
 
     async def prepare(self) -> None:
         # A client whose pages are all on the device needs no more room there; a new one does.
         await self.place.finish_client(SMALL_CLIENT)
         await self.place.start_client(SMALL_CLIENT)
+        self._new_client = True
 
     def inject(self) -> None:
         assert self.place.small
         self.place.small.fill()
-        self.place.clients[SMALL_CLIENT].go()
+        if self._new_client:
+            self.place.clients[SMALL_CLIENT].go()
 
     async def mend(self) -> None:
         assert self.place.small

@@ -18,7 +18,7 @@ from tests.faults.campaign.schedule import Kind, Step, may_join, steps
 HANG_SECONDS = 60.0
 """Nothing that the schedule does may keep an access, or the set from being whole, for so long."""
 WATCH_SECONDS = 0.25
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.1
 MORE_DESCRIPTORS = 16
 """Connections come and go; more of them than this above the beginning are a leak."""
 

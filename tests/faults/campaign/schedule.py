@@ -42,16 +42,16 @@ class Kind(enum.StrEnum):
 
 HOLDS: Final[dict[Kind, tuple[float, float]]] = {
     Kind.VIOS_KILL: (0.0, 1.0),
-    Kind.VIOS_STOP: (0.2, 3.0),
+    Kind.VIOS_STOP: (0.2, 2.0),
     Kind.VIOS_RESTART: (0.0, 0.0),
-    Kind.ALL_VIOS_KILL: (0.0, 2.0),
+    Kind.ALL_VIOS_KILL: (0.0, 1.0),
     Kind.WORKER_KILL: (0.0, 0.0),
     Kind.WORKER_STOP: (0.1, 1.0),
     Kind.HYPERVISOR_KILL: (0.0, 0.0),
-    Kind.HYPERVISOR_STOP: (0.1, 2.0),
+    Kind.HYPERVISOR_STOP: (0.1, 1.0),
     Kind.HOST_KILL: (0.0, 0.0),
-    Kind.LINK_CUT: (0.3, 4.0),
-    Kind.DEVICE_FULL: (1.0, 3.0),
+    Kind.LINK_CUT: (0.3, 2.5),
+    Kind.DEVICE_FULL: (0.5, 2.0),
     Kind.BIT_FLIP: (0.0, 0.0),
 }
 """Shortest and longest time in seconds for which a fault lasts before it is mended."""
