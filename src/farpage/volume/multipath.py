@@ -421,6 +421,8 @@ class MultipathVolume:
             self._stalls(False)
         if command.mutates and self._full:
             self._full.carried_out(command)
+        if self._watch.repeated and command in self._watch.repeated:
+            self._watch.answered(command)
         self._finish(command, 0, result)
 
     def _finish(self, command: Command, error: int, result: Any) -> None:
@@ -482,7 +484,7 @@ class MultipathVolume:
                 self._alarm("path_suspect", f"VIOS {path.endpoint.vios}: {path.machine.reason}")
                 self._stalls(True)
             return
-        self._watch.timed_out()
+        self._watch.timed_out(path.in_flight)
         self._fail(path, reason)
 
     def _alarm(self, kind: str, message: str) -> None:

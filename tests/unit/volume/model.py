@@ -258,6 +258,10 @@ class Rig:
         """Return the state of each path."""
         return {path.endpoint.vios: path.state.value for path in self.volume.status()}
 
+    def is_in(self, states: dict[str, str]) -> bool:
+        """Tell whether the paths are in these states."""
+        return self.states() == states
+
     async def until(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
         """Let simulated time pass until a condition holds."""
         end = asyncio.get_running_loop().time() + seconds

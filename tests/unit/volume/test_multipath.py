@@ -4,6 +4,7 @@ import asyncio
 import errno
 import subprocess
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 
@@ -355,6 +356,28 @@ def test_a_slow_device_does_not_make_both_paths_flap_for_ever() -> None:
             vios.do = lambda work, do=do: loop.call_later(1.5, do, work)  # type: ignore[method-assign, misc, assignment]
         read = rig.read(0)
         await rig.until(lambda: bool(read), 60.0)
+
+    with_rig(test)
+
+
+async def seconds_of_a_read_while(rig: Rig, hung: str) -> float:
+    """Return how long a read takes that finds a VIOS hanging; it is answered by another."""
+    loop = asyncio.get_running_loop()
+    rig.vioses[hung].hang()
+    began = loop.time()
+    read = rig.read(0)
+    await rig.until(lambda: bool(read))
+    rig.vioses[hung].resume()
+    return loop.time() - began
+
+
+def test_servers_that_hang_one_after_the_other_are_each_waited_for_once() -> None:
+    """The patience grows when the device is slow, not when a server is and another answers in time."""
+
+    async def test(rig: Rig) -> None:
+        for hung, other in (("vios1", "vios2"), ("vios2", "vios1"), ("vios1", "vios2")):
+            await rig.until(partial(rig.is_in, {hung: "active", other: "standby"}))
+            assert await seconds_of_a_read_while(rig, hung) <= 1.1
 
     with_rig(test)
 
