@@ -250,7 +250,9 @@ class Rig:
         assert wanted.epoch is not None
         claim = Claim(wanted.epoch, wanted.owner)
         try:
-            return await asyncio.wait_for(self.vioses[endpoint.vios].open(claim), timeout_seconds)
+            # Not wait_for, which in Python 3.11 swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(timeout_seconds):
+                return await self.vioses[endpoint.vios].open(claim)
         except TimeoutError as error:
             raise Unreachable("the server", endpoint.vios, "no answer", "") from error
 
