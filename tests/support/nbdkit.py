@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from pathlib import Path
 
 from tests.support.commands import condition
@@ -33,8 +34,15 @@ class Nbdkit:
         await condition(lambda: listening(self.socket))
 
     def signal(self, number: signal.Signals) -> None:
+        """Send a signal; after SIGSTOP wait until every thread has stopped."""
         assert self._process is not None
         self._process.send_signal(number)
+        if number == signal.SIGSTOP:
+            while not all(
+                "\nState:\tT" in (task / "status").read_text()
+                for task in Path(f"/proc/{self._process.pid}/task").iterdir()
+            ):
+                time.sleep(0.001)
 
     async def kill(self) -> None:
         """Kill it with SIGKILL."""
