@@ -1,0 +1,90 @@
+"""What a client sees whose paging device is a block device, or an NBD server that dies and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.loopdevice import loop_device
+from tests.support.nbd import short_folder
+from tests.support.nbdkit import Nbdkit
+from tests.support.paged_set import PagedSet, paged_region, running_set
+
+PAGES = 2048
+LIMIT_BYTES = PAGES * 4096 // 4
+STORAGE = (PAGES * 4096) + (1 << 20)
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Nbdkit]:
+    with (tmp_path / "image").open("wb") as file:
+        file.truncate(STORAGE)
+    with short_folder() as folder:
+        async with Nbdkit(folder / "s", "file", str(tmp_path / "image")) as server:
+            yield server
+
+
+@pytest.fixture
+async def remote(server: Nbdkit) -> AsyncIterator[PagedSet]:
+    async with (
+        running_set(devices=(server.uri,)) as embedded,
+        paged_region(embedded, PAGES, LIMIT_BYTES) as paged,
+    ):
+        yield paged
+
+
+@pytest.fixture
+async def block(tmp_path: Path) -> AsyncIterator[PagedSet]:
+    with loop_device(tmp_path / "disk", STORAGE) as path:
+        async with (
+            running_set(devices=(f"block:{path}",)) as embedded,
+            paged_region(embedded, PAGES, LIMIT_BYTES) as paged,
+        ):
+            yield paged
+
+
+async def lose_the_active_vios(paged: PagedSet) -> None:
+    await paged.write_all()
+    active = await paged.active()
+    paged.signal(active, signal.SIGKILL)
+    await paged.verify_all()
+    await paged.write_all()
+    await paged.restart(active)
+    await paged.until_state(active, "standby")
+    await paged.verify_all()
+
+
+async def test_a_client_on_a_block_device_survives_the_loss_of_a_vios(block: PagedSet) -> None:
+    await lose_the_active_vios(block)
+
+
+async def test_a_client_on_a_remote_device_survives_the_loss_of_a_vios(remote: PagedSet) -> None:
+    await lose_the_active_vios(remote)
+
+
+async def test_a_client_waits_for_a_remote_device_that_is_restarted(remote: PagedSet, server: Nbdkit) -> None:
+    await remote.write_all()
+    for _ in range(3):
+        await server.kill()
+        remote.client.send(f"verify 0 {PAGES}")
+        await remote.until(lambda info: info.stalled_faults > 0, "an access waits")
+        await server.start()
+        assert await remote.client.answer() == "wrong 0"
+        await remote.write_all()
+    await remote.verify_all()
+
+
+async def test_page_outs_go_on_when_a_remote_device_is_killed_under_them(
+    remote: PagedSet, server: Nbdkit
+) -> None:
+    for _ in range(3):
+        remote.client.send(f"write 0 {PAGES}")
+        await asyncio.sleep(0.02)
+        await server.kill()
+        await server.start()
+        assert await remote.client.answer() == "done"
+        await remote.verify_all()
