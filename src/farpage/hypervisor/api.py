@@ -18,7 +18,7 @@ from farpage.definition.errors import ClientMissing
 from farpage.definition.model import Definition, Name
 from farpage.errors import FarpageError, InvalidInput
 from farpage.hypervisor.clients import ATTACHMENTS
-from farpage.hypervisor.metrics import render
+from farpage.hypervisor.metrics import DefinitionFigures, render
 from farpage.hypervisor.model import (
     Alarm,
     Attachment,
@@ -131,6 +131,11 @@ class _Operations:
             [vios.status() for vios in hypervisor.vioses.values()],
             hypervisor.alarms.counts,
             hypervisor.pool.size_bytes,
+            DefinitionFigures(
+                hypervisor.keeper.current.revision,
+                hypervisor.keeper.unproven is not None,
+                hypervisor.keeper.repairs,
+            ),
         )
 
 

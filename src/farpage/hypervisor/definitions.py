@@ -1,23 +1,35 @@
-"""The hypervisor's copy of the device interface definition, kept the same in every VIOS."""
+"""The hypervisor's device interface definition: agreed on with the VIOS, and kept the same in all of them.
+
+Which copy is followed: the hypervisor keeps one of its own, which has every change that it has ever
+acknowledged. With it the newest of all copies is known to be the newest, however few VIOS answer. Without
+it, a VIOS that does not answer may have a newer one than those that do, so nothing is changed until it
+answers or an operator promotes a copy.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
 
-from farpage.api.remote import RemoteError
-from farpage.definition.compare import compare, is_newer
+from farpage.definition.compare import compare, diff, is_newer
+from farpage.definition.copy import DefinitionCopy
 from farpage.definition.model import Definition
 from farpage.errors import ExitStatus, FarpageError
 from farpage.hypervisor.vioses import Vios
 
 log = structlog.get_logger()
 
-CONFLICT = 409
+DIFFERENT_COPY = ("revision_conflict", "invalid_definition")
+"""What a VIOS answers that has another copy than the change was based on."""
 ATTEMPTS = 5
+CHANGES_SHOWN = 5
+
+HYPERVISOR = "the hypervisor"
+"""Who has a copy besides the VIOS."""
 
 
 @dataclass(eq=False)
@@ -42,56 +54,211 @@ class DefinitionContended(FarpageError):
     attempts: int
 
 
+@dataclass(eq=False)
+class DefinitionUnproven(FarpageError):
+    """The definition at hand may be older than the last one that was agreed on."""
+
+    code = "definition_unproven"
+    template = (
+        "the definition at revision {revision} may be old: "
+        "the hypervisor has no copy of its own, and {missing}"
+    )
+    remedy = (
+        "start what is missing; if it is lost for good, see 'farpage definition verify' and promote "
+        "a copy with 'farpage definition promote VIOS --force'"
+    )
+    exit_status = ExitStatus.CONFLICT
+    revision: int
+    missing: str
+
+
+@dataclass(frozen=True)
+class KnownCopies:
+    """What those who keep the definition have of it; `missing` says why the others' copies are not known."""
+
+    copies: Mapping[str, Definition]
+    missing: Mapping[str, str]
+
+
 class DefinitionKeeper:
     """Reads the newest definition, changes it by compare-and-swap, and repairs VIOS that lag."""
 
-    def __init__(self, vioses: Mapping[str, Vios]) -> None:
+    def __init__(
+        self, vioses: Mapping[str, Vios], own: DefinitionCopy, alarm: Callable[[str, str], None]
+    ) -> None:
+        """`own` keeps the hypervisor's copy; `alarm` is called with a kind and a message."""
         self.current = Definition()
+        self.missing: Mapping[str, str] = {}
+        """VIOS that may have a newer copy than `current`, and why it is not known; empty when none may."""
+        self.repairs: Counter[str] = Counter()
+        """Copies that were brought up to date, by VIOS."""
         self._vioses = vioses
+        self._copy = own
+        self._own: Definition | None = None
+        """The newest definition that was agreed on; from the hypervisor's own copy after a start."""
+        self._kept: Definition | None = None
+        """What the file of the own copy has."""
+        self._alarm = alarm
         self._lock = asyncio.Lock()
 
+    @property
+    def unproven(self) -> DefinitionUnproven | None:
+        """Why the definition cannot be changed now; None when it can."""
+        if not self.missing:
+            return None
+        missing = "; ".join(f"VIOS {vios} does not tell its own: {why}" for vios, why in self.missing.items())
+        return DefinitionUnproven(self.current.revision, missing)
+
+    # Agreeing on one
+
+    async def start(self) -> None:
+        """Read the hypervisor's own copy, then `load`."""
+        async with self._lock:
+            try:
+                self._own = self._kept = await asyncio.to_thread(self._copy.load)
+            except FarpageError as error:
+                log.error("own_definition_not_read", problem=error.cause)
+                self._alarm("definition_copy_failed", f"the hypervisor's own copy is not used: {error.cause}")
+            if self._own:
+                self.current = self._own
+            await self._load()
+
     async def load(self) -> None:
-        """Take the newest definition among the reachable VIOS and give it to the others."""
+        """Take the newest definition among the copies, and give it to the VIOS that have another one."""
         async with self._lock:
             await self._load()
 
     async def _load(self) -> None:
-        stored: dict[str, Definition] = {}
-        for vios in self._vioses.values():
-            try:
-                stored[vios.name] = await vios.definition()
-            except FarpageError as error:
-                log.warning("definition_not_read", vios=vios.name, problem=error.cause)
-        if not stored:
+        known = await self._known_copies()
+        if known.copies:
+            newest = compare(known.copies)
+            if is_newer(newest.newest, self.current):
+                if self._own:
+                    self._tell_followed(newest.vios, newest.newest)
+                self.current = newest.newest
+        if self._own is None and known.missing:
+            if not self.missing:
+                self.missing = known.missing
+                log.error("definition_unproven", revision=self.current.revision, missing=dict(known.missing))
+                self._alarm("definition_unproven", str(self.unproven))
+            self.missing = known.missing
             return
-        newest = compare(stored).newest
-        if is_newer(newest, self.current):
-            self.current = newest
-        for name, definition in stored.items():
-            if definition != self.current:
-                await self._repair(self._vioses[name], definition.revision)
+        for name, problem in known.missing.items():
+            log.warning("definition_not_read", vios=name, problem=problem)
+        self.missing = {}
+        await self._keep()
+        for name, definition in known.copies.items():
+            if name in self._vioses and definition != self.current:
+                await self._repair(self._vioses[name], definition)
 
-    async def _repair(self, vios: Vios, found_revision: int) -> None:
+    async def known_copies(self) -> KnownCopies:
+        """Ask everybody who keeps a copy: the VIOS, and those that their copies name."""
+        async with self._lock:
+            return await self._known_copies()
+
+    async def _known_copies(self) -> KnownCopies:
+        copies: dict[str, Definition] = {}
+        missing: dict[str, str] = {}
+        if self._own is not None:
+            copies[HYPERVISOR] = self._own
+        await asyncio.gather(*(_read(vios, copies, missing) for vios in self._vioses.values()))
+        # A copy may name a VIOS that this hypervisor was not started with, where the newest one may be.
+        while others := {
+            name: record.control
+            for definition in copies.values()
+            for name, record in definition.vioses.items()
+            if name not in copies and name not in missing
+        }:
+            for name, control in others.items():
+                other = Vios(name, control)
+                await _read(other, copies, missing)
+                await other.client.close()
+        return KnownCopies(copies, missing)
+
+    def _tell_followed(self, holder: str, newer: Definition) -> None:
+        changes = _shown(self.current, newer)
+        log.warning("definition_followed", holder=holder, revision=newer.revision, changes=changes)
+        self._alarm(
+            "definition_followed",
+            f"{holder} has revision {newer.revision}, which this hypervisor did not make and follows "
+            f"instead of {self.current.revision}: {changes}",
+        )
+
+    async def _keep(self) -> None:
+        """Store the current definition as the hypervisor's own copy."""
+        self._own = self.current
+        if self._kept == self.current:
+            return
         try:
-            await vios.put_definition(found_revision, self.current)
+            await asyncio.to_thread(self._copy.save, self.current)
+            self._kept = self.current
+        except FarpageError as error:
+            self._kept = None
+            log.error("own_definition_not_stored", problem=error.cause)
+            self._alarm("definition_copy_failed", f"the hypervisor's own copy is not stored: {error.cause}")
+
+    # Repairing
+
+    async def repair(self, vios: Vios) -> None:
+        """Bring a VIOS that came back up to date, or learn from it what is newer."""
+        async with self._lock:
+            if self.missing:
+                await self._load()
+                return
+            try:
+                found = await vios.definition()
+            except FarpageError:
+                return
+            if found == self.current:
+                return
+            if is_newer(found, self.current):
+                await self._load()
+            else:
+                await self._repair(vios, found)
+
+    async def _repair(self, vios: Vios, found: Definition) -> None:
+        """Replace the copy of a VIOS that is older, or contradicts what was agreed on."""
+        try:
+            await vios.put_definition(found.revision, self.current)
         except FarpageError as error:
             log.warning("definition_not_repaired", vios=vios.name, problem=error.cause)
+            return
+        self.repairs[vios.name] += 1
+        contradicts = found.revision >= self.current.revision
+        changes = _shown(found, self.current)
+        log.warning(
+            "definition_contradiction" if contradicts else "definition_repaired",
+            vios=vios.name,
+            from_revision=found.revision,
+            to_revision=self.current.revision,
+            changes=changes,
+        )
+        if contradicts:
+            self._alarm(
+                "definition_contradiction",
+                f"VIOS {vios.name} had another revision {found.revision} than was agreed on and has "
+                f"{self.current.revision} now: {changes}",
+            )
         else:
-            log.info(
+            self._alarm(
                 "definition_repaired",
-                vios=vios.name,
-                from_revision=found_revision,
-                to_revision=self.current.revision,
+                f"VIOS {vios.name} had missed changes and was brought from revision {found.revision} "
+                f"to {self.current.revision}: {changes}",
             )
 
+    # Changing
+
     async def change(self, edit: Callable[[Definition], Definition]) -> Definition:
-        """Apply a pure edit and store the result in every reachable VIOS.
+        """Apply a pure edit and store the result in every reachable VIOS, and in the hypervisor's own copy.
 
         :raise NoVios: when none took it; nothing has changed then.
+        :raise DefinitionUnproven: the definition at hand may be old.
         :raise FarpageError: what `edit` raises; nothing has changed then.
         """
         async with self._lock:
             for _ in range(ATTEMPTS):
+                if self.unproven:
+                    raise self.unproven
                 changed = edit(self.current)
                 if changed == self.current:
                     return self.current
@@ -110,7 +277,7 @@ class DefinitionKeeper:
             *(vios.put_definition(self.current.revision, changed) for vios in asked), return_exceptions=True
         )
         taken: list[str] = []
-        refused: list[Vios] = []
+        refused: dict[str, Definition] = {}
         problems = [f"{vios.name}: {vios.problem}" for vios in self._vioses.values() if not vios.reachable]
         for vios, outcome in zip(asked, outcomes, strict=True):
             if outcome is None:
@@ -119,36 +286,32 @@ class DefinitionKeeper:
             if not isinstance(outcome, FarpageError):
                 raise outcome
             problems.append(f"{vios.name}: {outcome.cause}")
-            if isinstance(outcome, RemoteError) and outcome.http_status == CONFLICT:
-                refused.append(vios)
+            if outcome.code in DIFFERENT_COPY:
+                await _read(vios, refused, {})
+        refused = {name: found for name, found in refused.items() if found != self.current}
+        if any(is_newer(found, changed) for found in refused.values()):
+            return False  # acknowledged, the change would be lost to that one as soon as it is followed
         if not taken:
             if refused:
                 return False
             raise NoVios("; ".join(problems))
         self.current = changed
-        for vios in refused:
-            await self._repair(vios, await self._revision(vios))
+        await self._keep()
+        for name, found in refused.items():
+            await self._repair(self._vioses[name], found)
         for problem in problems:
             log.warning("definition_not_stored", problem=problem, revision=changed.revision)
         return True
 
-    @staticmethod
-    async def _revision(vios: Vios) -> int:
-        try:
-            return (await vios.definition()).revision
-        except FarpageError:
-            return -1
 
-    async def repair(self, vios: Vios) -> None:
-        """Bring a VIOS that came back up to date, or learn from it what is newer."""
-        async with self._lock:
-            try:
-                found = await vios.definition()
-            except FarpageError:
-                return
-            if found == self.current:
-                return
-            if is_newer(found, self.current):
-                await self._load()
-            else:
-                await self._repair(vios, found.revision)
+async def _read(vios: Vios, copies: dict[str, Definition], missing: dict[str, str]) -> None:
+    try:
+        copies[vios.name] = await vios.definition()
+    except FarpageError as error:
+        missing[vios.name] = error.cause
+
+
+def _shown(old: Definition, new: Definition) -> str:
+    changes = diff(old, new)
+    more = f"; and {len(changes) - CHANGES_SHOWN} more" if len(changes) > CHANGES_SHOWN else ""
+    return "; ".join(changes[:CHANGES_SHOWN]) + more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -39,6 +40,15 @@ BY_DEVICE = {
 }
 
 
+@dataclass(frozen=True)
+class DefinitionFigures:
+    """What a scrape tells of the definition."""
+
+    revision: int
+    unproven: bool
+    repairs: Mapping[str, int]
+
+
 class _Collector(Collector):
     def __init__(
         self,
@@ -46,11 +56,13 @@ class _Collector(Collector):
         vioses: Sequence[ViosStatus],
         alarms: Mapping[str, int],
         pool_bytes: int,
+        definition: DefinitionFigures,
     ) -> None:
         self._reports = reports
         self._vioses = vioses
         self._alarms = alarms
         self._pool_bytes = pool_bytes
+        self._definition = definition
 
     def collect(self) -> Iterator[Metric]:
         yield from self._counters()
@@ -66,7 +78,32 @@ class _Collector(Collector):
         for kind, count in self._alarms.items():
             alarms.add_metric([kind], count)
         yield alarms
+        yield from self._definitions()
         yield GaugeMetricFamily("farpage_pool_bytes", "Size of the memory pool", value=self._pool_bytes)
+
+    def _definitions(self) -> Iterator[Metric]:
+        figures = self._definition
+        yield GaugeMetricFamily(
+            "farpage_definition_revision", "Revision that the hypervisor goes by", value=figures.revision
+        )
+        stored = GaugeMetricFamily(
+            "farpage_vios_definition_revision", "Revision that a VIOS stores", labels=["vios"]
+        )
+        for vios in self._vioses:
+            if vios.definition_revision is not None:
+                stored.add_metric([vios.name], vios.definition_revision)
+        yield stored
+        repairs = CounterMetricFamily(
+            "farpage_definition_repairs", "Copies of the definition that were put right", labels=["vios"]
+        )
+        for vios in self._vioses:
+            repairs.add_metric([vios.name], figures.repairs.get(vios.name, 0))
+        yield repairs
+        yield GaugeMetricFamily(
+            "farpage_definition_unproven",
+            "1 while a newer definition may exist, and nothing is changed",
+            value=float(figures.unproven),
+        )
 
     def _counters(self) -> Iterator[Metric]:
         for field, help_text in COUNTERS.items():
@@ -161,8 +198,9 @@ def render(
     vioses: Sequence[ViosStatus],
     alarms: Mapping[str, int],
     pool_bytes: int,
+    definition: DefinitionFigures,
 ) -> bytes:
     """Return the text of one scrape."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(reports, vioses, alarms, pool_bytes))
+    registry.register(_Collector(reports, vioses, alarms, pool_bytes, definition))
     return generate_latest(registry)

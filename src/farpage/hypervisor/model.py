@@ -171,6 +171,8 @@ class HypervisorInfo(Document):
     pid: int
     uptime_seconds: float
     definition_revision: int
+    definition_problem: str = ""
+    """Why the definition cannot be changed now; empty when it can."""
     workers: tuple[WorkerInfo, ...]
     clients: int
 

@@ -6,12 +6,14 @@ import asyncio
 import os
 import time
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import structlog
 
 from farpage import __version__
 from farpage.definition import rules
+from farpage.definition.copy import DefinitionCopy
 from farpage.definition.model import Definition, ViosRecord
 from farpage.errors import FarpageError
 from farpage.hypervisor.alarms import AlarmLog
@@ -29,6 +31,7 @@ from farpage.pager.messages import AlarmRaised, ClientLost, EpochRaised
 log = structlog.get_logger()
 
 HEALTH_INTERVAL_SECONDS = 1.0
+DEFINITION_NAME = "definition.json"
 
 
 class Hypervisor:
@@ -38,7 +41,8 @@ class Hypervisor:
         self.settings = settings
         self.alarms = AlarmLog()
         self.vioses = {name: Vios(name, control) for name, control in settings.vioses.items()}
-        self.keeper = DefinitionKeeper(self.vioses)
+        own = DefinitionCopy(settings.state_dir / DEFINITION_NAME)
+        self.keeper = DefinitionKeeper(self.vioses, own, partial(self.alarms.raise_alarm, ""))
         self.workers = WorkerPool(self._worker_event, self._worker_lost)
         self.pool = MemoryPool(
             settings.pool_size_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
@@ -57,7 +61,7 @@ class Hypervisor:
         """
         await self.workers.start(self.settings.worker_count)
         await self._ask_all()
-        await self.keeper.load()
+        await self.keeper.start()
         await self._record_all()
         self._start(self._watch_vioses())
 
@@ -79,6 +83,7 @@ class Hypervisor:
             pid=os.getpid(),
             uptime_seconds=time.monotonic() - self._started_seconds,
             definition_revision=self.keeper.current.revision,
+            definition_problem=unproven.cause if (unproven := self.keeper.unproven) else "",
             workers=tuple(
                 WorkerInfo(index=worker.index, pid=worker.pid, clients=len(worker.clients))
                 for worker in self.workers.workers
@@ -100,10 +105,13 @@ class Hypervisor:
             came_back = await self._ask_all()
             for vios in came_back:
                 log.info("vios_back", vios=vios.name)
+            was_unproven = self.keeper.unproven
+            if was_unproven:
+                await self.keeper.load()
             for vios in self.vioses.values():
                 if vios in came_back or self._differs(vios):
                     await self.keeper.repair(vios)
-            if came_back:
+            if came_back or (was_unproven and not self.keeper.unproven):
                 await self._record_all()
             await self.clients.clear_leftovers()
 
@@ -121,6 +129,8 @@ class Hypervisor:
         return await self._record()
 
     async def _record_all(self) -> None:
+        if self.keeper.unproven:
+            return  # told already
         try:
             await self._record()
         except FarpageError as error:

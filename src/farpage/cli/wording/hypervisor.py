@@ -23,6 +23,7 @@ def details(info: HypervisorInfo) -> Iterator[RenderableType]:
             ("pid", str(info.pid)),
             ("up", format_duration(info.uptime_seconds)),
             ("definition revision", str(info.definition_revision)),
+            *([("definition", info.definition_problem)] if info.definition_problem else []),
             ("clients", str(info.clients)),
         ]
     )

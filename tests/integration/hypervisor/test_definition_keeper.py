@@ -1,0 +1,240 @@
+"""The hypervisor's definition and its copies at real VIOS: which is followed, which is repaired."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from farpage.definition import rules
+from farpage.definition.copy import DefinitionCopy
+from farpage.definition.model import Definition, ViosRecord
+from farpage.errors import FarpageError
+from farpage.hypervisor.definitions import DefinitionKeeper, DefinitionUnproven
+from farpage.hypervisor.vioses import Vios
+from tests.support.vios import ViosProcess, vios_processes
+
+
+class Rig:
+    """Two VIOS and one keeper after the other, as of a hypervisor that is restarted."""
+
+    def __init__(self, folder: Path, processes: tuple[ViosProcess, ...]) -> None:
+        self.folder = folder
+        self.one, self.two = processes
+        self.alarms: list[tuple[str, str]] = []
+
+    @property
+    def own(self) -> Path:
+        return self.folder / "definition.json"
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind, _ in self.alarms]
+
+    @asynccontextmanager
+    async def hypervisor(self, *names: str) -> AsyncIterator[DefinitionKeeper]:
+        """Start a keeper that knows some of the VIOS (all when none is named)."""
+        self.alarms = []
+        processes = [process for process in (self.one, self.two) if not names or process.name in names]
+        vioses = {process.name: Vios(process.name, process.control) for process in processes}
+        keeper = DefinitionKeeper(
+            vioses, DefinitionCopy(self.own), lambda kind, message: self.alarms.append((kind, message))
+        )
+        try:
+            await asyncio.gather(*(vios.ask() for vios in vioses.values()))
+            await keeper.start()
+            self.vioses = vioses
+            yield keeper
+        finally:
+            for vios in vioses.values():
+                await vios.client.close()
+
+    async def back(self, keeper: DefinitionKeeper, process: ViosProcess) -> None:
+        """Start a VIOS, and have the keeper notice."""
+        process.start()
+        assert await self.vioses[process.name].ask()
+        await keeper.repair(self.vioses[process.name])
+
+    async def stored(self, process: ViosProcess) -> Definition:
+        async with process.client() as client:
+            return await client.get("/v1/definition", Definition)
+
+    async def store(self, process: ViosProcess, definition: Definition) -> None:
+        """Put a definition into a VIOS behind the keeper's back."""
+        before = await self.stored(process)
+        async with process.client() as client:
+            params = {"expected_revision": before.revision}
+            await client.put("/v1/definition", definition, Definition, params=params)
+
+    def with_both(self, definition: Definition) -> Definition:
+        """Enter the two VIOS."""
+        for process in (self.one, self.two):
+            record = ViosRecord(control=process.control, data=(str(process.data),))
+            definition = rules.register_vios(definition, process.name, record, [])
+        return definition
+
+
+def with_vios(definition: Definition, name: str, control: str = "unix:/nowhere") -> Definition:
+    """Change a definition: enter a VIOS that does not exist."""
+    return rules.register_vios(definition, name, ViosRecord(control=control, data=("unix:/nowhere",)), [])
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with tempfile.TemporaryDirectory(prefix="fpkeep-", dir="/tmp") as name:
+        folder = Path(name)
+        with vios_processes(
+            folder, "vios1", "vios2", devices=[f"dir:{folder / 'disk'}?size=1G"]
+        ) as processes:
+            yield Rig(folder, processes)
+
+
+async def test_a_change_is_stored_at_every_vios_and_in_a_copy_of_the_hypervisors_own(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        changed = await keeper.change(rig.with_both)
+        assert changed.revision == 2
+        assert await rig.stored(rig.one) == await rig.stored(rig.two) == changed
+        assert DefinitionCopy(rig.own).load() == changed
+        assert rig.alarms == []
+
+
+async def test_a_vios_that_missed_a_change_is_repaired_when_it_is_back(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        rig.two.kill()
+        await rig.vioses["vios2"].ask()
+        changed = await keeper.change(lambda now: with_vios(now, "new"))
+        await rig.back(keeper, rig.two)
+        assert await rig.stored(rig.two) == changed
+        assert keeper.repairs == {"vios2": 1}
+        ((kind, message),) = rig.alarms
+        assert (kind, "vioses[new]: added" in message) == ("definition_repaired", True)
+
+
+async def make_vios2_lag(rig: Rig) -> Definition:
+    """Make a change that vios2 misses; return it. Only vios2 runs then, with the definition before."""
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        rig.two.kill()
+        await rig.vioses["vios2"].ask()
+        changed = await keeper.change(lambda now: with_vios(now, "vios1", rig.one.control + "2"))
+        rig.one.kill()
+    rig.two.start()
+    return changed
+
+
+async def test_after_a_restart_a_lagging_copy_is_not_followed_although_it_is_the_only_one(rig: Rig) -> None:
+    changed = await make_vios2_lag(rig)
+    async with rig.hypervisor() as keeper:
+        assert keeper.current == changed
+        assert await rig.stored(rig.two) == changed
+        assert rig.kinds == ["definition_repaired"]
+        assert (await keeper.change(lambda now: with_vios(now, "new"))).revision == changed.revision + 1
+
+
+async def test_without_an_own_copy_nothing_is_changed_until_every_vios_has_answered(rig: Rig) -> None:
+    changed = await make_vios2_lag(rig)
+    rig.own.unlink()
+    before = await rig.stored(rig.two)
+    async with rig.hypervisor() as keeper:
+        with pytest.raises(DefinitionUnproven, match="VIOS vios1 does not tell") as caught:
+            await keeper.change(lambda now: with_vios(now, "new"))
+        assert "promote" in caught.value.advice
+        assert rig.kinds == ["definition_unproven"]
+        await keeper.load()
+        assert rig.kinds == ["definition_unproven"]
+        assert await rig.stored(rig.two) == before
+        assert not rig.own.exists()
+        await rig.back(keeper, rig.one)
+        assert keeper.unproven is None
+        assert keeper.current == await rig.stored(rig.two) == DefinitionCopy(rig.own).load() == changed
+
+
+async def test_at_a_first_start_with_a_vios_away_nothing_is_changed_until_it_has_answered(rig: Rig) -> None:
+    rig.two.kill()
+    async with rig.hypervisor() as keeper:
+        with pytest.raises(DefinitionUnproven, match="revision 0"):
+            await keeper.change(rig.with_both)
+        await rig.back(keeper, rig.two)
+        assert (await keeper.change(rig.with_both)).revision == 2
+
+
+async def test_a_vios_that_a_copy_names_is_asked_although_the_hypervisor_was_not_told_of_it(rig: Rig) -> None:
+    changed = rig.with_both(Definition())
+    newer = with_vios(changed, "new", rig.one.control)
+    await rig.store(rig.one, changed)
+    await rig.store(rig.two, newer)
+    async with rig.hypervisor("vios1") as keeper:
+        assert keeper.current == newer
+        assert await rig.stored(rig.one) == newer
+    rig.own.unlink()
+    rig.two.kill()
+    async with rig.hypervisor("vios1") as keeper:
+        assert list(keeper.missing) == ["vios2"]
+
+
+async def test_a_newer_definition_that_somebody_else_has_made_is_followed(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        base = await keeper.change(rig.with_both)
+        foreign = with_vios(with_vios(base, "new"), "newer")
+        await rig.store(rig.two, foreign)
+        await keeper.repair(rig.vioses["vios2"])
+        assert keeper.current == await rig.stored(rig.one) == DefinitionCopy(rig.own).load() == foreign
+        assert rig.kinds == ["definition_followed", "definition_repaired"]
+
+
+async def test_a_copy_that_contradicts_is_replaced_and_told_of(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        base = await keeper.change(rig.with_both)
+        both = [with_vios(base, "aaa"), with_vios(base, "zzz")]
+        await rig.store(rig.one, both[0])
+        await rig.store(rig.two, both[1])
+        await keeper.load()
+        assert keeper.current in both
+        assert await rig.stored(rig.one) == await rig.stored(rig.two) == keeper.current
+        assert rig.kinds == ["definition_followed", "definition_contradiction"]
+
+
+async def test_a_change_is_repeated_on_a_newer_definition_that_one_vios_turns_out_to_have(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        base = await keeper.change(rig.with_both)
+        foreign = with_vios(with_vios(with_vios(base, "a"), "b"), "c")
+        await rig.store(rig.two, foreign)
+        changed = await keeper.change(lambda now: with_vios(now, "mine"))
+        assert {"a", "b", "c", "mine"} <= changed.vioses.keys()
+        assert await rig.stored(rig.one) == await rig.stored(rig.two) == changed
+
+
+async def test_a_damaged_own_copy_is_not_used_and_is_told_of(rig: Rig) -> None:
+    changed = await make_vios2_lag(rig)
+    rig.own.write_text("{")
+    async with rig.hypervisor() as keeper:
+        assert rig.kinds == ["definition_copy_failed", "definition_unproven"]
+        await rig.back(keeper, rig.one)
+        assert keeper.current == DefinitionCopy(rig.own).load() == changed
+
+
+async def test_an_own_copy_that_cannot_be_written_is_not_left_behind_as_an_old_one(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        assert rig.own.exists()
+        # The file that the next version is written to: a folder cannot be opened for it.
+        rig.own.with_suffix(".new").mkdir()
+        await keeper.change(lambda now: with_vios(now, "new"))
+        assert not rig.own.exists()
+        assert rig.kinds == ["definition_copy_failed"]
+        rig.own.with_suffix(".new").rmdir()
+        changed = await keeper.change(lambda now: with_vios(now, "newer"))
+        assert DefinitionCopy(rig.own).load() == changed
+
+
+async def test_an_edit_that_is_refused_changes_no_copy(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        base = await keeper.change(rig.with_both)
+        with pytest.raises(FarpageError, match="not in the definition"):
+            await keeper.change(lambda now: rules.remove_client(now, "ghost"))
+        assert keeper.current == await rig.stored(rig.one) == DefinitionCopy(rig.own).load() == base
