@@ -12,9 +12,12 @@ LIMIT_BYTES = 4 << 20
 
 @pytest.fixture
 async def paged() -> AsyncIterator[PagedSet]:
-    """A set of two VIOS on a common device, and a client of 16 MiB that may keep a quarter in memory."""
+    """A set of two VIOS on a common device, and a client of 16 MiB that may keep a quarter in memory.
+
+    Leases are long: only what a test does fences a VIOS.
+    """
     async with (
-        running_set(workers=1) as embedded,
+        running_set(workers=1, lease_seconds=60.0) as embedded,
         paged_region(embedded, PAGES, LIMIT_BYTES) as set_with_client,
     ):
         yield set_with_client

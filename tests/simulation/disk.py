@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from farpage.blockio import BlockIO, BlockLimits, Done, ExtentsDone, Feature, ReadDone
-from farpage.device.base import EPOCH_MAX, PagingDevice, Usage, VolumeStat
+from farpage.device.base import EPOCH_MAX, PagingDevice, Usage, VolumeStat, never
 from farpage.device.claim import Claim, Claims
 from farpage.device.errors import DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
 from farpage.pager.table import PAGE_BYTES
@@ -183,9 +183,9 @@ class SimulatedDevice(PagingDevice):
         self._disk.command(self._process, carry_out, done)
         return await future
 
-    async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
+    async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         stored = await self.run(self._find, name)
-        return SimulatedVolume(self._disk, stored, epoch, self._process)
+        return SimulatedVolume(self._disk, stored, epoch, self._process, over)
 
     async def close(self) -> None:
         """Keep nothing."""
@@ -202,12 +202,20 @@ class SimulatedVolume:
     limits = BlockLimits(minimum=1, preferred=PAGE_BYTES, maximum=32 << 20)
     features = SimulatedDevice.features
 
-    def __init__(self, disk: Disk, stored: StoredVolume, epoch: int | None, process: Process) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        stored: StoredVolume,
+        epoch: int | None,
+        process: Process,
+        over: Callable[[], bool] = never,
+    ) -> None:
         self.size_bytes = stored.size_bytes
         self.read_only = epoch is None
         self._disk = disk
         self._stored = stored
         self._epoch = epoch or 0
+        self._over = over
         self._process = process
 
     def read_now(self, offset: int, into: memoryview) -> bool:
@@ -270,7 +278,13 @@ class SimulatedVolume:
             if self.superseded:
                 loop.call_later(self._disk.thread_seconds(), done, errno.ESHUTDOWN)
             else:
-                loop.call_later(self._disk.thread_seconds(), self._disk.command, self._process, work, done)
+                loop.call_later(self._disk.thread_seconds(), enter_kernel)
+
+        def enter_kernel() -> None:
+            if self._over():
+                done(errno.ESHUTDOWN)
+            else:
+                self._disk.command(self._process, work, done)
 
         loop.call_later(self._disk.thread_seconds(), thread)
 

@@ -49,7 +49,13 @@ def run_hypervisor(
 
 
 def run_vios(
-    *, name: str, folder: Path, control: str | None, data: Sequence[str], devices: Sequence[str]
+    *,
+    name: str,
+    folder: Path,
+    control: str | None,
+    data: Sequence[str],
+    devices: Sequence[str],
+    lease_seconds: float,
 ) -> None:
     """Run a VIOS until it is told to stop.
 
@@ -67,6 +73,7 @@ def run_vios(
         control=_unix(control, folder / "control.sock", "--control"),
         data=[str(parse_address(text, field="--data")) for text in data or [f"unix:{folder / 'data.sock'}"]],
         devices=devices,
+        lease_seconds=lease_seconds,
     )
     with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
         runner.run(run(settings))

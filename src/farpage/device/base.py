@@ -24,6 +24,12 @@ EPOCH_MAX: Final = (1 << 64) - 1
 
 Result = TypeVar("Result")
 
+
+def never() -> bool:
+    """Say that nothing ends the leave to write."""
+    return False
+
+
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 """The definition's `Name`, fit for a file name."""
 
@@ -127,10 +133,11 @@ class PagingDevice(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
+    async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         """Open a volume for the owner at `epoch`, or read-only where that is None.
 
-        Commands that change a volume which a newer epoch owns finish with ESHUTDOWN.
+        Commands that change a volume finish with ESHUTDOWN when a newer epoch owns it, and when `over`, which
+        must be cheap and fit for any thread, says True: it is asked as late as possible.
 
         :raise VolumeMissing: there is none.
         :raise DeviceUnusable: the storage refuses.

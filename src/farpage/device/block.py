@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from farpage.blockio import BlockIO, BlockLimits, ExtentsDone, Feature
-from farpage.device.base import BLOCK_BYTES
+from farpage.device.base import BLOCK_BYTES, never
 from farpage.device.buffers import BufferPool
 from farpage.device.directory import default_name
 from farpage.device.errors import DeviceUnusable
@@ -189,13 +189,13 @@ class BlockVolume(FileVolume):
         return True
 
     def _do_zero(self, offset: int, length: int, punch: bool, fast: bool, fua: bool) -> int:
-        if self._superseded():
+        if self._superseded() or self._over():
             return errno.ESHUTDOWN
         zero_range(self._descriptor, self._origin + offset, length, punch=punch, fast=fast)
         return self._sync() if fua else 0
 
     def _do_trim(self, offset: int, length: int, fua: bool) -> int:
-        if self._superseded():
+        if self._superseded() or self._over():
             return errno.ESHUTDOWN
         try:
             # Rather than BLKDISCARD, after which the range may read as anything.
@@ -238,7 +238,7 @@ class BlockDevice(WholeDevice):
         """Run it in one of the device's threads."""
         return await self._threads.run(work, *arguments)
 
-    async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
+    async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         """Open the device once more, with a lock that keeps the volume from being deleted."""
         descriptor, size_bytes, volume_id, superseded = await self._threads.run(self._open, name, epoch)
         gate = self._gates.get(volume_id)
@@ -251,6 +251,7 @@ class BlockDevice(WholeDevice):
             buffers=self._buffers,
             gate=gate,
             superseded=superseded,
+            over=over,
         )
 
     async def close(self) -> None:

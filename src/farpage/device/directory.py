@@ -31,6 +31,7 @@ from farpage.device.base import (
     Usage,
     VolumeStat,
     check_new_volume,
+    never,
 )
 from farpage.device.buffers import BufferPool
 from farpage.device.claim import Claim
@@ -172,7 +173,7 @@ class DirectoryDevice(PagingDevice):
         """Run it in one of the device's threads."""
         return await self._threads.run(work, *arguments)
 
-    async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
+    async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         """Open the volume's file, with a lock that keeps it from being deleted."""
         descriptor, size_bytes, superseded = await self._threads.run(self._open_files, name, epoch)
         gate = self._gates.get(name)
@@ -186,6 +187,7 @@ class DirectoryDevice(PagingDevice):
             buffers=self._buffers,
             gate=gate,
             superseded=superseded,
+            over=over,
         )
 
     async def close(self) -> None:

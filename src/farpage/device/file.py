@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Final
 
 from farpage.blockio import Allocation, BlockLimits, Done, Extent, ExtentsDone, Feature, ReadDone
-from farpage.device.base import BLOCK_BYTES
+from farpage.device.base import BLOCK_BYTES, never
 from farpage.device.buffers import BufferPool
 from farpage.device.spans import SpanGate
 from farpage.device.threads import IoThreads
@@ -68,9 +68,10 @@ def client_errno(error: int) -> int:
 class FileVolume:
     """`BlockIO` over an open file whose descriptor it owns; `size_bytes` is a multiple of `BLOCK_BYTES`.
 
-    `superseded` is asked just before each change: True refuses it with ESHUTDOWN. `gate` is
-    common to all who have the file open in this process. The volume begins at `origin_bytes` of the file, a
-    multiple of `BLOCK_BYTES`.
+    `superseded` is asked in the thread before each change: True refuses it with ESHUTDOWN. So is `over`, when
+    a command comes and again right before the system call that changes the file; it must be cheap. `gate`
+    is common to all who have the file open in this process. The volume begins at `origin_bytes` of the file,
+    a multiple of `BLOCK_BYTES`.
     """
 
     limits = BlockLimits(minimum=1, preferred=BLOCK_BYTES, maximum=32 << 20)
@@ -86,6 +87,7 @@ class FileVolume:
         gate: SpanGate,
         superseded: Callable[[], bool] | None,
         origin_bytes: int = 0,
+        over: Callable[[], bool] = never,
     ) -> None:
         """Take over `descriptor`; `superseded` is None for a read-only volume."""
         self.size_bytes = size_bytes
@@ -93,7 +95,8 @@ class FileVolume:
         self.features = FEATURES | (Feature.CACHE if access is Access.BUFFERED else Feature.NONE)
         self._descriptor = descriptor
         self._origin = origin_bytes
-        self._superseded = superseded if superseded is not None else lambda: False
+        self._superseded = superseded if superseded is not None else never
+        self._over = over
         self._direct = access is Access.DIRECT
         self._drop = access is Access.DROP
         self._nowait = access is Access.BUFFERED
@@ -249,6 +252,9 @@ class FileVolume:
         if self.read_only or length == 0:
             done(errno.EPERM if self.read_only else 0)
             return False
+        if self._over():
+            done(errno.ESHUTDOWN)
+            return False
         return True
 
     def _submit(self, done: Done, work: Callable[..., int], *arguments: Any) -> None:
@@ -304,6 +310,8 @@ class FileVolume:
         # Beyond the end of a file that was cut, a write would make what is missing before it read as zeros.
         if not self._is_whole():
             return errno.EIO
+        if self._over():
+            return errno.ESHUTDOWN
         write_fully(self._descriptor, data, self._origin + offset)
         if self._drop:
             self._advise(offset, len(data), os.POSIX_FADV_DONTNEED)
@@ -332,6 +340,8 @@ class FileVolume:
         if self._superseded():
             return errno.ESHUTDOWN
         mode = FALLOC_PUNCH_HOLE if punch else FALLOC_ZERO_RANGE
+        if self._over():
+            return errno.ESHUTDOWN
         try:
             self._allocate(mode, offset, length)
         except OSError as error:
@@ -349,6 +359,8 @@ class FileVolume:
             at, end = self._origin + offset, self._origin + offset + length
             while at < end:
                 size = min(len(_ZEROS), end - at)
+                if self._over():
+                    raise OSError(errno.ESHUTDOWN, "the lease has run out")
                 write_fully(descriptor, memoryview(_ZEROS)[:size], at)
                 at += size
             if self._direct:
@@ -358,7 +370,7 @@ class FileVolume:
             os.close(descriptor)
 
     def _do_trim(self, offset: int, length: int, fua: bool) -> int:
-        if self._superseded():
+        if self._superseded() or self._over():
             return errno.ESHUTDOWN
         try:
             self._allocate(FALLOC_PUNCH_HOLE, offset, length)

@@ -19,7 +19,15 @@ from farpage.blockio import (
     Feature,
     ReadDone,
 )
-from farpage.device.base import BLOCK_BYTES, EPOCH_MAX, PagingDevice, Usage, VolumeStat, check_new_volume
+from farpage.device.base import (
+    BLOCK_BYTES,
+    EPOCH_MAX,
+    PagingDevice,
+    Usage,
+    VolumeStat,
+    check_new_volume,
+    never,
+)
 from farpage.device.claim import Claim, Claims
 from farpage.device.errors import CapacityExceeded, VolumeExists, VolumeInUse, VolumeMissing
 from farpage.device.file import client_errno
@@ -130,10 +138,10 @@ class MemoryDevice(PagingDevice):
         """Run it at once: nothing here waits."""
         return work(*arguments)
 
-    async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
+    async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         """Open a volume."""
         with self._lock:
-            return MemoryVolume(self._find(name), self.features, epoch)
+            return MemoryVolume(self._find(name), self.features, epoch, over)
 
     async def close(self) -> None:
         """Forget the volumes."""
@@ -151,11 +159,14 @@ class MemoryVolume:
 
     limits = BlockLimits(minimum=1, preferred=BLOCK_BYTES, maximum=32 << 20)
 
-    def __init__(self, stored: _Stored, features: Feature, epoch: int | None) -> None:
+    def __init__(
+        self, stored: _Stored, features: Feature, epoch: int | None, over: Callable[[], bool]
+    ) -> None:
         stored.opened += 1
         self._stored: _Stored | None = stored
         self._descriptor = stored.descriptor
         self._epoch = epoch
+        self._over = over
         self.size_bytes = stored.size_bytes
         self.read_only = epoch is None
         self.features = features
@@ -243,7 +254,7 @@ class MemoryVolume:
         if self._epoch is None:
             done(errno.EPERM)
             return
-        if self._stored is None or self._stored.claims.current.epoch > self._epoch:
+        if self._stored is None or self._stored.claims.current.epoch > self._epoch or self._over():
             done(errno.ESHUTDOWN)
             return
         try:

@@ -27,7 +27,7 @@ from farpage.blockio import (
     read_bytes,
     wait_done,
 )
-from farpage.device.base import BLOCK_BYTES, Usage
+from farpage.device.base import BLOCK_BYTES, Usage, never
 from farpage.device.directory import default_name
 from farpage.device.errors import DeviceUnusable
 from farpage.device.file import client_errno
@@ -188,6 +188,7 @@ class RemoteVolume:
         *,
         size_bytes: int,
         hold: Hold | None,
+        over: Callable[[], bool] = never,
     ) -> None:
         """`hold` is None for a read-only volume; `gate` is common to all who have the volume open."""
         self.size_bytes = size_bytes
@@ -198,6 +199,7 @@ class RemoteVolume:
         self._checks = checks
         self._gate = gate
         self._hold = hold
+        self._over = over
         self._in_flight = 0
         self._idle: asyncio.Future[None] | None = None
         self._open = True
@@ -311,7 +313,7 @@ class RemoteVolume:
             def seen(error: int, header: Header | None) -> None:
                 if header is None:
                     finished(error or errno.EIO)
-                elif hold.is_superseded(header):
+                elif hold.is_superseded(header) or self._over():
                     finished(errno.ESHUTDOWN)
                 else:
                     start(finished)
@@ -384,10 +386,12 @@ class RemoteDevice(WholeDevice):
         """Run it in one of the device's threads."""
         return await self._threads.run(work, *arguments)
 
-    async def open_volume(self, name: str, epoch: int | None) -> BlockIO:
+    async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         """Open the volume over the device's connections."""
         entry, hold = await self._threads.run(self.hold, name, epoch)
-        volume = _Opened(self._export, self._checks, self._gate, size_bytes=entry.size_bytes, hold=hold)
+        volume = _Opened(
+            self._export, self._checks, self._gate, size_bytes=entry.size_bytes, hold=hold, over=over
+        )
         self._opened.append(volume)
         volume.on_closed = lambda: self._opened.remove(volume)
         return volume

@@ -71,6 +71,7 @@ class SetSettings:
     workers: int | None = None
     path_timeout_seconds: float = 1.0
     no_path_timeout_seconds: float | None = None
+    lease_seconds: float = 5.0
     default_limit_bytes: int | None = None
     pool_size_bytes: int | None = None
     placements: Mapping[str, ViosPlacement] = field(default_factory=dict)
@@ -274,7 +275,7 @@ class EmbeddedSet:
         arguments = ["vios", "run", name, "--dir", str(self.layout.vios_dir(name)), "--control", vios.control]
         for address in vios.data:
             arguments += ["--data", address]
-        return arguments
+        return [*arguments, "--lease", f"{self.settings.lease_seconds * 1000:g}ms"]
 
     def _hypervisor_arguments(self) -> list[str]:
         settings, hypervisor = self.settings, self.document.hypervisor

@@ -61,6 +61,8 @@ class PathInfo(Document):
     epoch: int
     reason: str
     in_flight: int
+    held: int = 0
+    """Page-outs kept back, with their pages in memory, until the VIOS that failed with them is fenced."""
     failovers: int
     since_seconds: float
 

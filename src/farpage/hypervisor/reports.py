@@ -83,6 +83,7 @@ def _path(client: str, path: PathReport, report: ClientReport, now_seconds: floa
         epoch=path.epoch,
         reason=path.reason,
         in_flight=path.in_flight,
+        held=path.held,
         failovers=sum(1 for failover in report.failovers if failover.from_vios == path.vios),
         since_seconds=round(max(now_seconds - path.since_seconds, 0.0), 3),
     )

@@ -47,6 +47,7 @@ from farpage.pager.messages import (
 )
 from farpage.pager.table import ENTRY_BYTES, PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.connector import Endpoint, connect_nbd
+from farpage.volume.lease import Leases
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import PagedVolume
@@ -122,6 +123,7 @@ class Worker:
         self.closed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._buffers = BufferPool()
+        self._leases = Leases(connect_nbd)
         self._clients: dict[str, _Attached] = {}
         self._channel = Channel(endpoint, on_request=self._request, on_closed=self.closed.set)
 
@@ -199,8 +201,7 @@ class Worker:
         paged.start()
         return Nothing()
 
-    @staticmethod
-    async def _open_volume(order: Attach, events: _Events) -> PagedVolume:
+    async def _open_volume(self, order: Attach, events: _Events) -> PagedVolume:
         (replica,) = order.replicas
         volume = MultipathVolume(
             order.volume,
@@ -211,6 +212,7 @@ class Worker:
             events=events,
             device=replica.device,
             device_name=replica.name,
+            leases=self._leases,
             path_timeout_seconds=order.path_timeout_seconds,
         )
         await volume.open(order.open_timeout_seconds)
@@ -302,6 +304,7 @@ class Worker:
             attached = self._clients[client]
             self._forget(client)
             await attached.paged.space.volume.abandon()
+        self._leases.close()
 
 
 def _endpoints(replica: ReplicaSpec) -> list[Endpoint]:

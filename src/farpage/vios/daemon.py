@@ -25,6 +25,7 @@ from farpage.errors import FarpageError, InvalidInput
 from farpage.vios.api import make_app
 from farpage.vios.errors import StateInUse
 from farpage.vios.exports import VolumeExports
+from farpage.vios.leases import Leases
 from farpage.vios.metrics import registry_of
 from farpage.vios.remembered import RememberedDevices
 from farpage.vios.service import ViosService
@@ -92,7 +93,7 @@ async def _start(settings: ViosSettings, data: tuple[Address, ...], stack: Async
         name=settings.name,
         loop=asyncio.get_running_loop(),
         volumes=volumes,
-        exports=VolumeExports(volumes),
+        exports=VolumeExports(volumes, Leases(settings.lease_seconds)),
         definitions=definitions,
         remembered=RememberedDevices(database),
     )

@@ -46,6 +46,18 @@ class CommandRefused(FarpageError):
 
 
 @dataclass(eq=False)
+class LeaseOver(FarpageError):
+    """The lease that an owner's writes are to go with is not alive here."""
+
+    code = "lease_over"
+    template = "volume {volume!r}: lease {lease} is not known here, or has run out"
+    remedy = "open a new lease and name that one"
+    exit_status = ExitStatus.CONFLICT
+    volume: str
+    lease: str
+
+
+@dataclass(eq=False)
 class StateInUse(FarpageError):
     """Another VIOS runs on the same folder."""
 

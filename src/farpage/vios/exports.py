@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
 
 from farpage.blockio import BlockIO
+from farpage.device.base import never
 from farpage.device.claim import Claim
 from farpage.device.errors import DeviceUnusable, VolumeMissing
 from farpage.errors import FarpageError, InvalidInput
@@ -16,6 +18,8 @@ from farpage.nbd.export import Counters, Export, ExportInfo, Peer
 from farpage.nbd.protocol import NBD_REP_ERR_PLATFORM, NBD_REP_ERR_UNKNOWN
 from farpage.nbd.server import Server
 from farpage.vios.commands import offered_features
+from farpage.vios.errors import LeaseOver
+from farpage.vios.leases import LeaseExport, Leases, parse_lease_name
 from farpage.vios.names import ExportName, parse_export_name, refusal_text
 from farpage.vios.volumes import Located, Volumes
 
@@ -33,8 +37,9 @@ class VolumeExport(Export):
 class VolumeExports:
     """The NBD server's `ExportProvider`, and the volumes' `Holders`."""
 
-    def __init__(self, volumes: Volumes) -> None:
+    def __init__(self, volumes: Volumes, leases: Leases | None = None) -> None:
         self._volumes = volumes
+        self.leases = leases or Leases()
         self._holds: set[VolumeExport] = set()
         self._closing: dict[asyncio.Task[None], str] = {}
         self.counters: dict[str, Counters] = {}
@@ -53,9 +58,13 @@ class VolumeExports:
 
         :raise ExportRefused: the name, the epoch, or the device does not allow it.
         """
+        lease_id = parse_lease_name(name)
+        if lease_id is not None:
+            return self._open_lease(name, lease_id)
         try:
             wanted = parse_export_name(name)
-            located, volume = await self._volumes.open(wanted.volume, _claim(wanted))
+            over = self._leave_to_write(wanted)
+            located, volume = await self._volumes.open(wanted.volume, _claim(wanted), over)
         except FarpageError as error:
             self.refused += 1
             raise _refusal(name, error) from error
@@ -73,11 +82,37 @@ class VolumeExports:
         log.info("opened", volume=wanted.volume, epoch=wanted.epoch, device=located.device.name, pid=peer.pid)
         return export
 
+    def _leave_to_write(self, wanted: ExportName) -> Callable[[], bool]:
+        """Return what tells when the owner's leave to write is over.
+
+        :raise LeaseOver: it is already.
+        """
+        if not wanted.lease:
+            return never
+        lease = self.leases.find(wanted.lease)
+        if lease is None:
+            raise LeaseOver(wanted.volume, wanted.lease)
+        return lease.over
+
+    def _open_lease(self, name: str, identifier: str) -> Export:
+        lease = self.leases.begin(identifier)
+        if lease is None:
+            self.refused += 1
+            raise ExportRefused.forbidden(f"lease {identifier} is somebody else's")
+        return Export(
+            name=name,
+            io=lease,
+            description="a lease",
+            on_closed=lambda: self.leases.end(identifier),
+        )
+
     async def describe(self, name: str, peer: Peer) -> ExportInfo:
         """Describe a volume; nothing is opened, no epoch rises.
 
         :raise ExportRefused: as `open` would.
         """
+        if parse_lease_name(name) is not None:
+            return ExportInfo(LeaseExport.size_bytes, description="a lease")
         try:
             wanted = parse_export_name(name)
             located = await self._volumes.find(wanted.volume)

@@ -46,6 +46,11 @@ class ViosCollector(Collector):
             "Connections that have a volume open",
             value=self.exports.open_exports,
         )
+        yield GaugeMetricFamily(
+            "farpage_vios_leases",
+            "Leases that are kept, one by each data worker of a hypervisor",
+            value=self.exports.leases.alive,
+        )
         yield CounterMetricFamily(
             "farpage_vios_opens_refused", "Opens that were refused", value=self.exports.refused
         )

@@ -36,6 +36,10 @@ class Health(Document):
     data: tuple[str, ...]
     devices: int
     open_exports: int
+    lease_seconds: float
+    """So long after a hypervisor's worker was last heard of are its writes carried out."""
+    leases: int
+    """Workers that keep a lease here now."""
 
 
 class DeviceInfo(Document):

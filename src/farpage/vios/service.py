@@ -59,6 +59,8 @@ class ViosService:
             data=tuple(map(str, self.exports.server.addresses)),
             devices=len(self.volumes.devices),
             open_exports=self.exports.open_exports,
+            lease_seconds=self.exports.leases.lease_seconds,
+            leases=self.exports.leases.alive,
         )
 
     # Devices

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.definition.model import Name
+from farpage.vios.leases import DEFAULT_LEASE_SECONDS
 
 
 class ViosSettings(BaseModel):
@@ -23,3 +24,5 @@ class ViosSettings(BaseModel):
     """NBD addresses, UNIX sockets or TCP ports."""
     devices: tuple[str, ...] = ()
     """Specifications of devices to serve, besides those that were added through the API."""
+    lease_seconds: float = Field(default=DEFAULT_LEASE_SECONDS, ge=0.1, le=3600)
+    """So long after a hypervisor's worker was last heard of are its writes carried out."""

@@ -15,7 +15,7 @@ from farpage.definition.errors import StoreFailed
 from farpage.definition.model import Definition, PagingCommand
 from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore, EpochStore
-from farpage.device.base import PagingDevice, VolumeStat
+from farpage.device.base import PagingDevice, VolumeStat, never
 from farpage.device.claim import Claim, Claims
 from farpage.device.errors import (
     DeviceUnusable,
@@ -269,8 +269,12 @@ class Volumes:
             await self.holders.fence(volume_id, claim.epoch)
         return located
 
-    async def open(self, name: str, claim: Claim | None) -> tuple[Located, BlockIO]:
+    async def open(
+        self, name: str, claim: Claim | None, over: Callable[[], bool] = never
+    ) -> tuple[Located, BlockIO]:
         """Open a volume for its owner, or read-only; the caller registers it before it waits for anything.
+
+        When `over` says True the volume is not changed any more.
 
         :raise VolumeMissing: there is none.
         :raise VolumeFenced: a newer epoch owns it.
@@ -282,7 +286,7 @@ class Volumes:
         commands = self.commands(located.device)
         if PagingCommand.OPEN not in commands:
             raise CommandRefused(name, located.device.name, PagingCommand.OPEN)
-        volume = await located.device.open_volume(name, claim.epoch if claim else None)
+        volume = await located.device.open_volume(name, claim.epoch if claim else None, over)
         try:
             if claim is not None:
                 # A newer owner may have come while the file was opened, and found nobody to cut off.

@@ -12,6 +12,7 @@ from farpage.blockio import CONNECTION_LOST
 from farpage.errors import FarpageError
 from farpage.volume.command import Command
 from farpage.volume.connector import Connector, Endpoint, PathConnection
+from farpage.volume.lease import Lease, Leases
 from farpage.volume.ownership import Ownership
 from farpage.volume.path import PathMachine
 from farpage.volume.server import ServerProcess
@@ -47,23 +48,32 @@ class PathStatus:
     since_seconds: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Held:
     """Writes that a failed server may still carry out, sent under `epoch`."""
 
     epoch: int
     server: ServerProcess | None
     commands: list[Command]
+    forget_lease: Callable[[], object] = lambda: None
+    """Stops waiting for the end of the lease that they were sent under."""
 
 
 class PathLink:
     """One path: its machine, its connection and its commands."""
 
     def __init__(
-        self, endpoint: Endpoint, ownership: Ownership, connector: Connector, now_seconds: float
+        self,
+        endpoint: Endpoint,
+        ownership: Ownership,
+        connector: Connector,
+        leases: Leases | None,
+        now_seconds: float,
     ) -> None:
         self.endpoint = endpoint
         self._ownership = ownership
+        self._leases = leases
+        self._lease: Lease | None = None
         self.machine = PathMachine(now_seconds)
         self.connection: PathConnection | None = None
         self.epoch = 0
@@ -103,14 +113,19 @@ class PathLink:
         """Open the volume at this path's VIOS under `epoch`.
 
         :raise FarpageError: when the server cannot be reached, refuses, or has a smaller volume.
+        :raise OSError: when it gives no lease.
         """
-        name = self._ownership.export_name(volume, epoch)
+        lease = None
+        if self._leases is not None and self._ownership.owner:
+            lease = await self._leases.at(self.endpoint, timeout_seconds)
+        name = self._ownership.export_name(volume, epoch, lease.identifier if lease else "")
         connection = await self._connector(self.endpoint, name, timeout_seconds)
         if connection.size_bytes < size_bytes:
             connection.abort()
             raise VolumeTooSmall(volume, self.endpoint.vios, connection.size_bytes, size_bytes)
         self.connection = connection
         self.epoch = epoch
+        self._lease = lease
 
         def lost(error: Exception) -> None:
             if self.connection is connection:
@@ -152,23 +167,28 @@ class PathLink:
     def hold(self, writes: list[Command], on_gone: Callable[[PathLink, Held], None]) -> list[Command]:
         """Keep `writes` until the server is fenced; returns those that may be repeated at once.
 
-        That is all of them when its process is known to be gone. Takes the process over from the
-        connection, so it comes before `disconnect`.
+        That is all of them when its process is known to be gone, or its lease to be over. Takes the process
+        over from the connection, so it comes before `disconnect`.
         """
         server, self._server = self._server, None
-        if not writes or (server and server.gone):
+        lease = self._lease
+        if not writes or (server and server.gone) or (lease and lease.over):
             if server:
                 server.close()
             return writes
+        fenced = partial(on_gone, self)
         held = Held(self.epoch, server, writes)
         self.held.append(held)
         if server:
-            server.when_gone(partial(on_gone, self, held))
+            server.when_gone(partial(fenced, held))
+        if lease:
+            held.forget_lease = lease.when_over(partial(fenced, held))
         return []
 
     def forget(self, held: Held) -> None:
         """Stop watching for one fencing."""
         self.held.remove(held)
+        held.forget_lease()
         if held.server:
             held.server.close()
 

@@ -9,8 +9,8 @@ The rules, in the order in which they matter:
 - Before a path takes over, the epoch rises and the volume is opened there with the new epoch.
 - Reads in flight on a failed path are replayed at once. Writes in flight are held back, with
   their data, until the failed server is fenced: its process is gone, or it has accepted a connection of
-  a newer epoch, which it does only after its older I/O has drained. So a late write of
-  a half-dead server is never the last one.
+  a newer epoch, which it does only after its older I/O has drained, or the lease that they were sent under is
+  over. So a late write of a half-dead server is never the last one.
 - No error of a path or a device reaches the caller: commands wait until they succeed.
 """
 
@@ -30,6 +30,7 @@ from farpage.volume.command import Command, Finished
 from farpage.volume.connector import Connector, Endpoint
 from farpage.volume.failover import Failover, FailoverLog
 from farpage.volume.full import FullDevice
+from farpage.volume.lease import Leases
 from farpage.volume.link import Held, PathLink, PathStatus
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import ReplicaHealth, ReplicaStatus
@@ -96,6 +97,7 @@ class MultipathVolume:
         events: VolumeEvents,
         device: str = "",
         device_name: str = "",
+        leases: Leases | None = None,
         path_timeout_seconds: float = 1.0,
         probe_interval_seconds: float = 1.0,
     ) -> None:
@@ -123,7 +125,9 @@ class MultipathVolume:
         self._events = events
         self._path_timeout = path_timeout_seconds
         self._probe_interval = probe_interval_seconds
-        self._paths = [PathLink(endpoint, ownership, connector, loop.time()) for endpoint in endpoints]
+        self._paths = [
+            PathLink(endpoint, ownership, connector, leases, loop.time()) for endpoint in endpoints
+        ]
         self._active: PathLink | None = None
         self._was_active = False
         self._written_epoch = 0

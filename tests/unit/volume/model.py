@@ -9,17 +9,23 @@ from dataclasses import dataclass, field
 
 from farpage.address import UnixAddress
 from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.device.base import never
 from farpage.device.claim import Claim, Claims
 from farpage.device.errors import VolumeFenced, VolumeTaken
-from farpage.errors import Unreachable
+from farpage.errors import FarpageError, Unreachable
 from farpage.nbd.errors import ServerRefused
-from farpage.vios.names import parse_export_name, refusal_text
+from farpage.vios import leases as served
+from farpage.vios.errors import LeaseOver
+from farpage.vios.names import ExportName, parse_export_name, refusal_text
 from farpage.volume.connector import Endpoint, PathConnection
+from farpage.volume.lease import Leases
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 
 PAGE = 4096
 SIZE = 64 * PAGE
+LEASE_SECONDS = 5.0
+NEVER_OLDER = 1 << 62
 OWNER = "00000000000000aa"
 OTHER = "00000000000000bb"
 
@@ -40,6 +46,7 @@ class ModelVios:
     up: bool = True
     hung: bool = False
     claims: Claims = field(default_factory=Claims)
+    leases: served.Leases | None = None
     error: int = 0
     write_error: Callable[[int], int] | None = None
     """Tells what a write at an offset is answered with."""
@@ -88,22 +95,46 @@ class ModelVios:
         """The newest epoch that it has let in."""
         return self.claims.current.epoch
 
-    def refuse(self, error: VolumeFenced) -> ServerRefused:
+    def refuse(self, error: FarpageError) -> ServerRefused:
         """Say so as a VIOS does."""
         return ServerRefused("vm1", self.name, refusal_text(error), "NBD_REP_ERR_POLICY")
 
-    async def open(self, claim: Claim) -> ModelConnection:
-        """Open the volume; who is older is drained and refused."""
+    async def answer(self) -> None:
+        """Wait until the server answers."""
         if self.hung:
             await self.resumed.wait()
         if not self.up:
             raise Unreachable("the server", self.name, "refused", "")
+
+    async def open_lease(self, identifier: str) -> ModelLease:
+        """Begin a lease."""
+        await self.answer()
+        if self.leases is None:
+            raise ServerRefused(f"lease:{identifier}", self.name, "no export name", "NBD_REP_ERR_UNKNOWN")
+        export = self.leases.begin(identifier)
+        assert export is not None
+        lease = ModelLease(self, export)
+        self.connections.append(lease)
+        return lease
+
+    async def open(self, wanted: ExportName) -> ModelConnection:
+        """Open the volume; who is older is drained and refused."""
+        await self.answer()
+        assert wanted.epoch is not None
+        claim = Claim(wanted.epoch, wanted.owner)
+        over = never
+        if wanted.lease:
+            assert self.leases is not None
+            lease = self.leases.find(wanted.lease)
+            if lease is None:
+                raise self.refuse(LeaseOver("vm1", wanted.lease))
+            over = lease.over
         if self.claims.refuses(claim):
             kind = VolumeTaken if self.claims.of_another(claim) else VolumeFenced
             raise self.refuse(kind("vm1", claim.epoch, self.epoch))
         self.claim(claim)
         self.opened.append(claim.epoch)
-        connection = ModelConnection(self, claim.epoch)
+        connection = ModelConnection(self, claim.epoch, over)
         self.connections.append(connection)
         return connection
 
@@ -116,8 +147,9 @@ class ModelConnection:
     limits = BlockLimits()
     features = Feature.NONE
 
-    def __init__(self, vios: ModelVios, epoch: int) -> None:
+    def __init__(self, vios: ModelVios, epoch: int, over: Callable[[], bool] = never) -> None:
         self.vios = vios
+        self.over = over
         self.epoch = epoch
         self.on_lost: Callable[[Exception], None] | None = None
         self._open: dict[int, Callable[[int], None]] = {}
@@ -180,6 +212,8 @@ class ModelConnection:
             self.vios.disk.content[offset : offset + len(content)] = content
 
         def refusal() -> int:
+            if self.over():
+                return errno.ESHUTDOWN
             return self.vios.write_error(offset) if self.vios.write_error else 0
 
         self._start(work, done, refusal)
@@ -212,6 +246,34 @@ class ModelConnection:
         self.abort()
 
 
+class ModelLease(ModelConnection):
+    """An open lease."""
+
+    size_bytes = served.LeaseExport.size_bytes
+
+    def __init__(self, vios: ModelVios, export: served.LeaseExport) -> None:
+        super().__init__(vios, NEVER_OLDER)
+        self.export = export
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        offer = bytearray(length)
+
+        def work() -> None:
+            self.export.read_now(offset, memoryview(offer))
+
+        self._start(work, lambda error: done(error, None if error else memoryview(offer)))
+
+    def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
+        nonce = bytes(data)
+
+        def renewal() -> int:
+            answers: list[int] = []
+            self.export.write(offset, memoryview(nonce), answers.append)
+            return answers[0]
+
+        self._start(lambda: None, done, renewal)
+
+
 class Recorder:
     """What a volume told its owner."""
 
@@ -229,15 +291,20 @@ class Recorder:
 class Rig:
     """A volume over two VIOS of one common device."""
 
-    def __init__(self, paths: int = 2) -> None:
+    def __init__(self, paths: int = 2, *, leases: bool = False) -> None:
         self.disk = Disk()
         self.vioses = {f"vios{n}": ModelVios(f"vios{n}", self.disk) for n in range(1, paths + 1)}
+        for vios in self.vioses.values():
+            clock = asyncio.get_running_loop().time
+            vios.leases = served.Leases(LEASE_SECONDS, clock) if leases else None
+        self.leases = Leases(self.connect)
         self.events = Recorder()
         self.volume = MultipathVolume(
             "vm1",
             SIZE,
             Ownership(OWNER, 1),
-            [Endpoint(name, UnixAddress(f"/{name}"), "disk") for name in self.vioses],
+            [self.endpoint(name) for name in self.vioses],
+            leases=self.leases,
             connector=self.connect,
             events=self.events,
             device="disk-1",
@@ -245,14 +312,18 @@ class Rig:
             path_timeout_seconds=1.0,
         )
 
+    @staticmethod
+    def endpoint(vios: str) -> Endpoint:
+        """Return where a VIOS serves the volume."""
+        return Endpoint(vios, UnixAddress(f"/{vios}"), "disk")
+
     async def connect(self, endpoint: Endpoint, export_name: str, timeout_seconds: float) -> PathConnection:
-        wanted = parse_export_name(export_name)
-        assert wanted.epoch is not None
-        claim = Claim(wanted.epoch, wanted.owner)
+        vios, lease = self.vioses[endpoint.vios], served.parse_lease_name(export_name)
+        opening = vios.open_lease(lease) if lease else vios.open(parse_export_name(export_name))
         try:
             # Not wait_for, which in Python 3.11 swallows a cancellation that comes together with the answer.
             async with asyncio.timeout(timeout_seconds):
-                return await self.vioses[endpoint.vios].open(claim)
+                return await opening
         except TimeoutError as error:
             raise Unreachable("the server", endpoint.vios, "no answer", "") from error
 

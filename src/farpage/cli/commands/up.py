@@ -36,6 +36,12 @@ def up(
             "After so long without a path, accesses that wait fail for good; by default they wait on.",
         ),
     ] = None,
+    lease: Annotated[
+        float,
+        duration_option(
+            "--lease", "A VIOS carries out no writes of a hypervisor that it has not heard of for so long."
+        ),
+    ] = 5.0,
     limit: Annotated[int | None, size_option("--limit", "Limit of clients that name none.")] = None,
     pool_size: Annotated[int | None, size_option("--pool-size", "Size of the memory pool.")] = None,
     as_json: AsJson = False,
@@ -55,6 +61,7 @@ def up(
         workers=workers,
         path_timeout_seconds=path_timeout,
         no_path_timeout_seconds=no_path_timeout,
+        lease_seconds=lease,
         default_limit_bytes=limit,
         pool_size_bytes=pool_size,
     )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farpage.cli.options import AsJson, State
+from farpage.cli.options import AsJson, State, duration_option
 
 app = typer.Typer(name="vios", help="Virtual I/O servers: reach paging devices and serve their volumes.")
 
@@ -18,6 +18,7 @@ ViosName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the VIOS.
     "run", epilog="Example: farpage vios run vios1 --dir /var/lib/farpage/vios1 --device dir:/srv/paging"
 )
 def run(
+    *,
     name: ViosName,
     folder: Annotated[
         Path, typer.Option("--dir", metavar="DIR", help="Folder of its sockets, database and state.")
@@ -38,11 +39,24 @@ def run(
         list[str] | None,
         typer.Option("--device", metavar="SPEC", help="Device to serve, as 'device add' takes it."),
     ] = None,
+    lease: Annotated[
+        float,
+        duration_option(
+            "--lease", "It carries out no writes of a hypervisor that it has not heard of for so long."
+        ),
+    ] = 5.0,
 ) -> None:
     """Run a VIOS in the foreground until SIGTERM or Ctrl-C."""
     from farpage.cli.daemons import run_vios
 
-    run_vios(name=name, folder=folder, control=control, data=data or [], devices=devices or [])
+    run_vios(
+        name=name,
+        folder=folder,
+        control=control,
+        data=data or [],
+        devices=devices or [],
+        lease_seconds=lease,
+    )
 
 
 @app.command("list", epilog="Example: farpage vios list")

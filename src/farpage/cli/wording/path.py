@@ -26,7 +26,7 @@ def coloured(state: str) -> Text:
 def overview(paths: Sequence[PathInfo]) -> Table:
     """Return one line per path."""
     return table(
-        ["client", "vios", "state", "for", "epoch", "in flight", "failovers", "device", "reason"],
+        ["client", "vios", "state", "for", "epoch", "in flight", "held", "failovers", "device", "reason"],
         (
             (
                 path.client,
@@ -35,6 +35,7 @@ def overview(paths: Sequence[PathInfo]) -> Table:
                 format_duration(path.since_seconds),
                 str(path.epoch),
                 str(path.in_flight),
+                str(path.held),
                 str(path.failovers),
                 path.device,
                 path.reason or "-",

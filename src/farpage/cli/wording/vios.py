@@ -49,6 +49,7 @@ def details(found: ViosDetails) -> Iterator[RenderableType]:
             ("definition revision", str(health.definition_revision)),
             ("data", ", ".join(health.data)),
             ("open exports", str(health.open_exports)),
+            ("leases", f"{health.leases} of {format_duration(health.lease_seconds)}"),
         ]
     )
     yield ""

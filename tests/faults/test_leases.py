@@ -1,0 +1,64 @@
+"""A VIOS that hangs neither dies nor answers: its lease fences it. Real processes, every byte compared."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+
+from farpage.volume.lease import MARGIN
+from tests.faults.conftest import LIMIT_BYTES, PAGES
+from tests.faults.test_losing_a_vios import SMALL_BYTES, hang_during_page_out
+from tests.support.paged_set import PagedSet, paged_region, running_set
+
+LEASE_SECONDS = 1.0
+
+
+@pytest.fixture
+async def leased() -> AsyncIterator[PagedSet]:
+    """A set whose VIOS give short leases, and a client of 16 MiB that may keep a quarter in memory."""
+    async with (
+        running_set(workers=1, lease_seconds=LEASE_SECONDS, path_timeout_seconds=0.25) as embedded,
+        paged_region(embedded, PAGES, LIMIT_BYTES) as set_with_client,
+    ):
+        yield set_with_client
+
+
+def held(paged: PagedSet, vios: str) -> asyncio.Task[None]:
+    """Wait until nothing is held back any more for a VIOS."""
+
+    async def wait() -> None:
+        await paged.until(
+            lambda info: all(path.vios != vios or path.held == 0 for path in info.paths), "released"
+        )
+
+    return asyncio.get_running_loop().create_task(wait())
+
+
+async def test_page_outs_of_a_hung_vios_are_repeated_when_its_lease_is_over(leased: PagedSet) -> None:
+    loop = asyncio.get_running_loop()
+    active = await leased.active()
+    stopped = loop.time()
+    limiting = await hang_during_page_out(leased, active)
+    info = await leased.until_state(active, "failed")
+    assert info.failovers[0].quarantined_pages > 0
+    await limiting
+    await held(leased, active)
+    # The upper bound is for a busy machine; that it is not sooner is what matters.
+    assert LEASE_SECONDS * 3 / 4 <= loop.time() - stopped <= LEASE_SECONDS * (1 + MARGIN) + 5.0
+    await leased.until(lambda info: info.resident_bytes <= SMALL_BYTES, "within the limit")
+    await leased.verify_all()
+
+
+async def test_a_hung_vios_that_wakes_up_after_its_lease_writes_nothing(leased: PagedSet) -> None:
+    active = await leased.active()
+    await (await hang_during_page_out(leased, active))
+    await leased.until_state(active, "failed")
+    await held(leased, active)
+    await leased.write_all()
+    await leased.until(lambda info: info.resident_bytes <= SMALL_BYTES, "within the limit")
+    leased.signal(active, signal.SIGCONT)
+    await leased.until_state(active, "standby")
+    await leased.verify_all()
