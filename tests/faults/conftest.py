@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
+from tests.support.hammer import compile_hammer
 from tests.support.paged_set import PagedSet, paged_region, running_set
 
 PAGES = 4096
 LIMIT_BYTES = 4 << 20
+
+
+@pytest.fixture(scope="session")
+def hammer_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_hammer(tmp_path_factory.mktemp("hammer"))
 
 
 @pytest.fixture

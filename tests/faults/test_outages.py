@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from farpage.api.remote import RemoteError
 from farpage.embedded.set import EmbeddedSet
-from farpage.hypervisor.model import ClientInfo
+from farpage.hypervisor.model import ClientAttach, ClientInfo
 from tests.integration.attach.scripted import Scripted
+from tests.support.hammer import hammering
 from tests.support.paged_set import PagedSet, paged_region, running_set, until_client
+from tests.support.qemu_stand_in import QemuStandIn
 from tests.support.scrape import Scrape
 
 MIB = 1 << 20
@@ -60,6 +64,40 @@ async def test_an_outage_of_every_path_is_told_with_its_end(paged: PagedSet) -> 
     assert (info.without_path_seconds, info.counters.poisoned_pages) == (None, 0)
     alarms = await kinds(paged.embedded)
     assert alarms.index("no_path") < alarms.index("path_back")
+
+
+async def test_a_guest_is_paused_by_qmp_while_no_path_works(hammer_program: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="fpqmp-", dir="/tmp") as folder:
+        socket = str(Path(folder) / "qmp")
+        async with (
+            running_set(workers=1) as embedded,
+            hammering(hammer_program, 1024) as hammer,
+        ):
+            wanted = ClientAttach(pid=hammer.pid, limit_bytes=MIB, qmp=socket)
+            with pytest.raises(RemoteError) as refused:
+                await embedded.hypervisor.attach("client", wanted)
+            assert (refused.value.code, socket in str(refused.value)) == ("qmp_failed", True)
+            async with QemuStandIn(socket) as qemu:
+                await embedded.hypervisor.attach("client", wanted)
+                for vios in embedded.vioses:
+                    embedded.supervise_vios(vios, supervised=False)
+                    embedded.kill_vios(vios, signal.SIGKILL)
+                info = await until_client(
+                    embedded.hypervisor, "client", lambda info: info.guest_paused, "paused"
+                )
+                assert (info.qmp, info.without_path_seconds is not None) == (socket, True)
+                assert qemu.status == "paused"
+                for vios in embedded.vioses:
+                    await embedded.vios_exited(vios)
+                    await embedded.start_vios(vios)
+                await until_client(
+                    embedded.hypervisor, "client", lambda info: not info.guest_paused, "running"
+                )
+                assert qemu.status == "running"
+                alarms = await kinds(embedded)
+                assert alarms.index("guest_paused") < alarms.index("guest_resumed")
+                await embedded.hypervisor.detach("client")
+                assert (await hammer.quit()).wrong == 0
 
 
 async def test_with_a_timeout_accesses_that_wait_for_a_path_fail_and_no_others() -> None:

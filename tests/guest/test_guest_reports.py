@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from farpage.attach.process import close_process, open_process
+from farpage.attach.qmp import QmpFailed
 from farpage.guest.qemu import GuestFailed, GuestOptions, QemuGuest
-from farpage.guest.qmp import QmpFailed
 from farpage.guest.reports import Ended, Filled, PassDone, Progress, Started, WrongWord
 from farpage.kernel.process import read_descriptors
 from tests.guest.support import BOOT_TIMEOUT_SECONDS, BootGuest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,33 @@ async def test_a_guest_that_ends_while_it_is_paged_leaves_a_client_that_can_be_d
     await embedded.hypervisor.delete_client("vm1")
     assert await embedded.hypervisor.clients() == ()
     assert await embedded.vioses["vios1"].volumes() == ()
+
+
+async def test_a_real_guest_is_paused_by_qmp_while_no_path_works(
+    embedded: EmbeddedSet, boot_guest: BootGuest
+) -> None:
+    guest = await boot_guest(GuestOptions(memory_mib=192, fill_mib=96))
+    await guest.wait_for(lambda report: isinstance(report, PassDone), BOOT_TIMEOUT_SECONDS)
+    wanted = ClientAttach(pid=guest.pid, limit_bytes=48 * MIB, qmp=guest.qmp_socket)
+    await embedded.hypervisor.attach("vm1", wanted)
+    await next_pass(guest)
+    for vios in embedded.vioses:
+        embedded.supervise_vios(vios, supervised=False)
+        embedded.kill_vios(vios, signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while not (await embedded.hypervisor.client("vm1")).guest_paused:
+            await asyncio.sleep(0.05)
+    for vios in embedded.vioses:
+        await embedded.vios_exited(vios)
+        await embedded.start_vios(vios)
+    assert (await next_pass(guest)).wrong == 0
+    info = await embedded.hypervisor.client("vm1")
+    assert (info.guest_paused, info.counters.poisoned_pages) == (False, 0)
+    # Under TCG a virtual CPU that waits for a page stops only when it has it.
+    alarms = [alarm.kind for alarm in await embedded.hypervisor.alarms()]
+    assert alarms.index("guest_paused") < alarms.index("guest_resumed")
+    assert (await guest.qmp("query-status"))["status"] == "running"
+    await embedded.hypervisor.detach("vm1")
 
 
 async def test_stopping_the_hypervisor_gives_a_guest_its_memory_back(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from farpage.attach import qmp
 from farpage.errors import FarpageError
-from farpage.guest import qmp
 from farpage.guest.image import GuestImage, commands_archive
 from farpage.guest.reports import CommandDone, Ended, Failed, Report, parse_report
 
@@ -109,7 +109,8 @@ class QemuGuest:
         return self._folder / "qemu.log"
 
     @property
-    def _qmp_socket(self) -> str:
+    def qmp_socket(self) -> str:
+        """Path of its QMP socket, which serves one connection at a time."""
         return str(self._folder / "qmp.sock")
 
     async def __aenter__(self) -> Self:
@@ -121,7 +122,7 @@ class QemuGuest:
 
     async def start(self) -> None:
         """Start QEMU and return at once; wait for `Started` or `Filled` with `wait_for`."""
-        command = qemu_command(self._image, self._options, self._make_initramfs(), self._qmp_socket)
+        command = qemu_command(self._image, self._options, self._make_initramfs(), self.qmp_socket)
         # QEMU dies with this process, also when that is killed. (prctl(2), PR_SET_PDEATHSIG)
         if shutil.which("setpriv"):
             command = ["setpriv", "--pdeathsig", "KILL", *command]
@@ -207,7 +208,7 @@ class QemuGuest:
 
         :raise QmpFailed: when QEMU refuses it or is gone.
         """
-        return await qmp.execute(self._qmp_socket, command, **arguments)
+        return await qmp.execute(self.qmp_socket, command, **arguments)
 
     async def stop(self) -> None:
         """End QEMU: by QMP, else by SIGKILL; a guest that has ended is fine."""

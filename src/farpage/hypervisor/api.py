@@ -58,6 +58,8 @@ class _Operations:
             pid=attached.memory.pid if attached else None,
             worker=attached.worker.index if attached else None,
             limit_bytes=attached.limit_bytes if attached else record.limit_bytes or record.memory_bytes,
+            qmp=attached.qmp if attached else None,
+            guest_paused=attached.guest_paused if attached else False,
             report=await hypervisor.clients.report(name),
             now_seconds=time.monotonic(),
         )

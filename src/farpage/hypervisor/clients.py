@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from farpage.attach import qmp
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.messages import AttachRequest
 from farpage.attach.process import close_process, open_process
@@ -48,6 +49,8 @@ from farpage.pager.table import ENTRY_BYTES
 log = structlog.get_logger()
 
 OPEN_TIMEOUT_SECONDS = 10.0
+QMP_SECONDS = 5.0
+"""How long QEMU may take to answer when a client is attached."""
 CLOSE = "close"
 
 ATTACHMENTS = {ClientKind.PROCESS: Attachment.PROCESS, ClientKind.REGION: Attachment.REGION}
@@ -64,6 +67,10 @@ class Attached:
     limit_bytes: int
     ephemeral: bool
     """Created for this attachment and deleted after it."""
+    qmp: str | None = None
+    """QMP socket by which the guest is paused while no path works."""
+    guest_paused: bool = False
+    """It is paused by that now."""
 
 
 @dataclass
@@ -152,6 +159,8 @@ class Clients:
         async with self._only(client, "attach"):
             if client in self.attached:
                 raise ClientAttached(client, self.attached[client].memory.pid)
+            if wanted.qmp is not None:
+                await qmp.execute(wanted.qmp, "query-status", timeout_seconds=QMP_SECONDS)
             # In a thread: ptrace waits for the process, and belongs to one thread.
             memory = await asyncio.to_thread(open_process, wanted.pid, wanted.memory)
             try:
@@ -162,6 +171,8 @@ class Clients:
             except FarpageError:
                 await asyncio.to_thread(close_process, memory)
                 raise
+            if client in self.attached:
+                self.attached[client].qmp = wanted.qmp
 
     async def attach_region(self, request: AttachRequest, memory: ClientMemory) -> str:
         """Page a region; returns the client's name, made up when the request has none.

@@ -48,6 +48,8 @@ class ClientAttach(Document):
 
     pid: int = Field(gt=0, le=PID_MAX)
     memory: str | None = Field(default=None, max_length=255)
+    qmp: str | None = Field(default=None, pattern="^/", max_length=107)
+    """Absolute path of a QMP socket for farpage alone: the VM is paused by it while no path works."""
     limit_bytes: int | None = Field(default=None, gt=0, le=NUMBER_MAX)
 
 
@@ -151,6 +153,9 @@ class ClientInfo(Document):
     """For how long no path to the volume has worked; None while one does."""
     device_full: bool
     """No device has room for the client's page-outs."""
+    qmp: str | None
+    guest_paused: bool
+    """The VM was paused by that socket because no path works."""
     scrub: ScrubInfo | None
     counters: ClientCounters
     paths: tuple[PathInfo, ...]

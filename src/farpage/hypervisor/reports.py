@@ -25,6 +25,8 @@ def client_info(
     pid: int | None,
     worker: int | None,
     limit_bytes: int,
+    qmp: str | None,
+    guest_paused: bool,
     report: ClientReport | None,
     now_seconds: float,
 ) -> ClientInfo:
@@ -48,6 +50,8 @@ def client_info(
         stalled_faults=report.stalled_faults if report else 0,
         without_path_seconds=report.without_path_seconds if report else None,
         device_full=report.device_full if report else False,
+        qmp=qmp,
+        guest_paused=guest_paused,
         scrub=_scrub(report.scrub, now_seconds) if report and report.scrub else None,
         counters=_counters(report),
         paths=tuple(_path(name, path, report, now_seconds) for path in report.paths) if report else (),

@@ -20,13 +20,14 @@ from farpage.hypervisor.alarms import AlarmLog
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.fullness import FullDevices
+from farpage.hypervisor.guestpause import GuestPauses
 from farpage.hypervisor.model import HypervisorInfo, WorkerInfo
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
-from farpage.pager.messages import AlarmRaised, ClientLost, EpochRaised
+from farpage.pager.messages import AlarmRaised, ClientLost, EpochRaised, OutageChanged
 
 log = structlog.get_logger()
 
@@ -51,6 +52,7 @@ class Hypervisor:
         records = ClientRecords(settings.name, self.keeper, self.vioses)
         self.clients = Clients(settings, records, self.workers, self.pool)
         self._full_devices = FullDevices(self.clients, self.pool)
+        self._guest_pauses = GuestPauses(self.clients, self._guest_alarm)
         self._started_seconds = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -71,6 +73,7 @@ class Hypervisor:
         for task in list(self._tasks):
             task.cancel()
         await self.clients.detach_all()
+        await self._guest_pauses.stop()
         await self.workers.stop()
         for vios in self.vioses.values():
             await vios.client.close()
@@ -169,9 +172,15 @@ class Hypervisor:
                 raised = EpochRaised.model_validate(parameters)
                 self._start(self.clients.records.epoch_raised(raised))
             case "outage":
+                outage = OutageChanged.model_validate(parameters)
                 self._full_devices.check()
+                self._guest_pauses.outage(outage.client, outage.without_path)
             case "client_gone":
                 self.clients.client_gone(ClientLost.model_validate(parameters).client)
+
+    def _guest_alarm(self, client: str, kind: str, message: str) -> None:
+        log.warning("alarm", client=client, kind=kind, message=message)
+        self.alarms.raise_alarm(client, kind, message)
 
     def _worker_lost(self, worker: WorkerProcess) -> None:
         for client in sorted(worker.clients) or [""]:

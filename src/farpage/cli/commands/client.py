@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,6 +68,12 @@ def attach(
         str | None,
         typer.Option("--memory", metavar="NAME", help="The memory to page, where the process has several."),
     ] = None,
+    qmp: Annotated[
+        Path | None,
+        typer.Option(
+            "--qmp", metavar="SOCKET", help="QMP socket for farpage alone: pauses the VM while no path works."
+        ),
+    ] = None,
     state: State = None,
     as_json: AsJson = False,
 ) -> None:
@@ -76,7 +83,8 @@ def attach(
     from farpage.cli.wording.client import attached
     from farpage.hypervisor.model import ClientAttach
 
-    document = wanted(ClientAttach, pid=pid, memory=memory, limit_bytes=limit)
+    socket = None if qmp is None else str(qmp.expanduser().absolute())
+    document = wanted(ClientAttach, pid=pid, memory=memory, qmp=socket, limit_bytes=limit)
     info = ask_hypervisor(state, lambda hypervisor: hypervisor.attach(named(name), document))
     print_json(info) if as_json else print_text(attached(info))
 

@@ -126,7 +126,8 @@ def details(info: ClientInfo) -> Iterator[RenderableType]:
 
 def _volume(info: ClientInfo) -> str:
     if info.without_path_seconds is not None:
-        return f"no path for {format_duration(info.without_path_seconds)}"
+        paused = "; the guest is paused" if info.guest_paused else ""
+        return f"no path for {format_duration(info.without_path_seconds)}{paused}"
     return "its device is full" if info.device_full else "served"
 
 
