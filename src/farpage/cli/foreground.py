@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 
+from farpage.api.serve import ControlServer
 from farpage.cli.output import fields, print_json, print_text
 from farpage.embedded.child import ChildEvent
 from farpage.embedded.set import EmbeddedSet, SetSettings
@@ -35,7 +36,11 @@ async def _run_set(settings: SetSettings, as_json: bool) -> None:
         stopping.cancel()
         return
     starting.result()
+    from farpage.embedded.api import create_api
+
+    control = ControlServer(create_api(embedded, loop), embedded.layout.control.removeprefix("unix:"))
     try:
+        await control.start()
         if as_json:
             print_json(embedded.document)
         else:
@@ -43,6 +48,7 @@ async def _run_set(settings: SetSettings, as_json: bool) -> None:
         sys.stdout.flush()
         await stopping
     finally:
+        await control.stop()
         await embedded.stop()
 
 

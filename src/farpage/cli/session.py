@@ -10,7 +10,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from farpage.definition.model import Name
-from farpage.embedded.control import HypervisorControl, ViosControl
+from farpage.embedded.control import HypervisorControl, SetControl, ViosControl
 from farpage.embedded.layout import SetDocument, StateLayout, default_state_dir
 from farpage.errors import InvalidInput
 
@@ -33,6 +33,18 @@ def ask_hypervisor(state: Path | None, action: Callable[[HypervisorControl], Awa
     async def run() -> Result:
         async with HypervisorControl(address) as hypervisor:
             return await action(hypervisor)
+
+    return asyncio.run(run())
+
+
+def ask_set(state: Path | None, action: Callable[[SetControl], Awaitable[Result]]) -> Result:
+    """Run an action with the `farpage up` of the state folder and return what it returns."""
+    read_set(state)
+    address = StateLayout.at(state or default_state_dir()).control
+
+    async def run() -> Result:
+        async with SetControl(address) as control:
+            return await action(control)
 
     return asyncio.run(run())
 

@@ -41,6 +41,7 @@ class Child:
 
     `launcher` are words before that command, of a program that becomes it (`nsenter`, `taskset`).
     While `supervised`, an end that nobody asked for leads to a new start, with growing pauses.
+    An end with status 0 counts as asked for unless it `restarts_after_success`.
     """
 
     def __init__(
@@ -50,12 +51,15 @@ class Child:
         log: Path,
         notify: Callable[[ChildEvent], None],
         launcher: Sequence[str] = (),
+        *,
+        restarts_after_success: bool = True,
     ) -> None:
         self.name = name
         self.log = log
         self.supervised = False
         self.last_exit: int | None = None
         self._command = (*launcher, sys.executable, "-m", "farpage", *arguments)
+        self._restarts_after_success = restarts_after_success
         self._notify = notify
         self._backoff = RestartBackoff()
         self._process: asyncio.subprocess.Process | None = None
@@ -139,6 +143,9 @@ class Child:
             self._process = None
             self._tell(describe_exit(self.last_exit))
             if self._stopping or not self.supervised:
+                return
+            if self.last_exit == 0 and not self._restarts_after_success:
+                self._tell("was asked to stop, so it is not started again by itself")
                 return
             await asyncio.sleep(self._backoff.pause_after(loop.time() - started))
             try:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from farpage.api.client import ControlClient
 from farpage.definition.model import Definition
+from farpage.embedded.model import ViosStarted
 from farpage.hypervisor.model import (
     Alarm,
     ClientAttach,
@@ -23,6 +24,8 @@ from farpage.hypervisor.model import (
     PoolSet,
     ScrubStart,
     ViosStatus,
+    ViosStop,
+    ViosStopped,
 )
 from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeInfo
 
@@ -95,6 +98,10 @@ class HypervisorControl(_Control):
         """List the VIOSes as the hypervisor sees them."""
         return await self._client.get("/v1/vioses", tuple[ViosStatus, ...])
 
+    async def stop_vios(self, name: str, *, force: bool = False) -> ViosStopped:
+        """Move a VIOS's clients to their other paths and stop it; returns when it has ended."""
+        return await self._client.post(f"/v1/vioses/{name}/stop", ViosStop(force=force), ViosStopped)
+
     async def paths(self, client: str | None = None) -> tuple[PathInfo, ...]:
         """List the paths, of one client or of all."""
         params = {} if client is None else {"client": client}
@@ -119,6 +126,17 @@ class HypervisorControl(_Control):
     async def alarms(self) -> tuple[Alarm, ...]:
         """List what an operator should look at, newest last."""
         return await self._client.get("/v1/alarms", tuple[Alarm, ...])
+
+
+class SetControl(_Control):
+    """The process that runs a set, at its control address."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address, "'farpage up'")
+
+    async def start_vios(self, name: str) -> ViosStarted:
+        """Start a VIOS that was stopped; returns when it answers."""
+        return await self._client.post(f"/v1/vioses/{name}/start", None, ViosStarted, timeout_seconds=90.0)
 
 
 class ViosDetails(BaseModel):

@@ -1,7 +1,7 @@
 """The state folder of a set: where its sockets, records and logs are, and the description in `set.json`.
 
     STATE/set.json                          names and addresses; what other commands find the set by
-    STATE/lock                              held by the process that runs the set
+    STATE/lock, set.sock                    held, and listened at, by the process that runs the set
     STATE/vios/NAME/control.sock, data.sock, vios.db, log
     STATE/hypervisor/control.sock, attach.sock, log
     STATE/devices/common/                   the paging device that every VIOS reaches, unless others are named
@@ -134,6 +134,11 @@ class StateLayout:
     def lock(self) -> Path:
         """Locked by the process that runs the set."""
         return self.root / "lock"
+
+    @property
+    def control(self) -> str:
+        """Control address of the process that runs the set."""
+        return self._socket(self.root / "set.sock")
 
     @property
     def common_device(self) -> Path:

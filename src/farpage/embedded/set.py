@@ -113,6 +113,7 @@ class EmbeddedSet:
                 self.layout.vios_dir(name) / "log",
                 notify,
                 settings.placements.get(name, ViosPlacement()).launcher,
+                restarts_after_success=False,
             )
             for name in names
         }

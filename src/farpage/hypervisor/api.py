@@ -32,12 +32,15 @@ from farpage.hypervisor.model import (
     PoolSet,
     ScrubStart,
     ViosStatus,
+    ViosStop,
+    ViosStopped,
 )
 from farpage.hypervisor.reports import client_info
 from farpage.hypervisor.service import Hypervisor
 
 Result = TypeVar("Result")
 
+ViosName = Annotated[Name, Path(description="Name of the VIOS")]
 ClientName = Annotated[Name, Path(description="Name of the client")]
 
 
@@ -205,6 +208,11 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
     async def get_vioses() -> tuple[ViosStatus, ...]:
         """The VIOS that this hypervisor knows."""
         return await call(lambda: tuple(vios.status() for vios in hypervisor.vioses.values()))
+
+    @app.post("/v1/vioses/{name}/stop")
+    async def stop_vios(name: ViosName, wanted: ViosStop) -> ViosStopped:
+        """Move a VIOS's clients to their other paths and stop it; answered when it has ended."""
+        return await on_loop(hypervisor.stops.stop(name, force=wanted.force))
 
     @app.get("/v1/paths")
     async def get_paths(client: Name | None = None) -> tuple[PathInfo, ...]:

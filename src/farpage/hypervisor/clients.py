@@ -38,8 +38,10 @@ from farpage.pager.messages import (
     Attach,
     ClientReport,
     Detach,
+    Leave,
     Nothing,
     Query,
+    Rejoin,
     SetLimit,
     StartScrub,
     StopScrub,
@@ -311,6 +313,22 @@ class Clients:
             if error.code in ("not_attached", "worker_gone"):
                 return None
             raise
+
+    # Moving off a VIOS
+
+    async def leave(self, client: str, vios: str) -> None:
+        """Move a client off a VIOS that is about to stop; one that is not attached any more needs no moving.
+
+        :raise FarpageError: it cannot do without it.
+        """
+        if attached := self.attached.get(client):
+            await attached.worker.channel.call("leave", Leave(client=client, vios=vios), Nothing)
+
+    async def rejoin(self, client: str, vios: str, reason: str) -> None:
+        """Let a client use a VIOS again as soon as it answers."""
+        if attached := self.attached.get(client):
+            order = Rejoin(client=client, vios=vios, reason=reason)
+            await attached.worker.channel.call("rejoin", order, Nothing)
 
     # Scrubbing
 

@@ -196,6 +196,21 @@ class ViosStatus(Document):
     devices: tuple[str, ...]
 
 
+class ViosStop(Document):
+    """`POST /v1/vioses/{name}/stop`; `force` also when clients cannot do without the VIOS."""
+
+    force: bool = False
+
+
+class ViosStopped(Document):
+    """A VIOS that has ended: clients that were moved off it, and clients that wait until it is back."""
+
+    vios: Name
+    pid: int
+    moved: tuple[Name, ...]
+    waiting: tuple[Name, ...]
+
+
 class PoolMember(Document):
     """One client's share of the memory pool."""
 

@@ -25,6 +25,7 @@ from farpage.hypervisor.model import HypervisorInfo, WorkerInfo
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.settings import HypervisorSettings
+from farpage.hypervisor.stopping import ViosStops
 from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.pager.messages import AlarmRaised, ClientLost, EpochRaised, OutageChanged
@@ -53,6 +54,7 @@ class Hypervisor:
         self.clients = Clients(settings, records, self.workers, self.pool)
         self._full_devices = FullDevices(self.clients, self.pool)
         self._guest_pauses = GuestPauses(self.clients, self._guest_alarm)
+        self.stops = ViosStops(self.vioses, self.keeper, self.clients)
         self._started_seconds = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
 

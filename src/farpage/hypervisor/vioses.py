@@ -58,6 +58,10 @@ class Vios:
             "/v1/definition", definition, Definition, params={"expected_revision": expected_revision}
         )
 
+    async def stop(self) -> None:
+        """Have it finish what is in flight and end."""
+        await self.client.post("/v1/stop", None, Health)
+
     async def volumes(self) -> tuple[VolumeInfo, ...]:
         """List the volumes that it reaches, with the highest epoch that it knows of each."""
         return await self.client.get("/v1/volumes", tuple[VolumeInfo, ...])

@@ -85,6 +85,21 @@ class StopScrub(Message):
     client: str
 
 
+class Leave(Message):
+    """`leave`: move off a VIOS that is about to stop; answered when nothing of the client is with it."""
+
+    client: str
+    vios: str
+
+
+class Rejoin(Message):
+    """`rejoin`: use a VIOS again as soon as it answers; `reason` is shown until then."""
+
+    client: str
+    vios: str
+    reason: str
+
+
 class Query(Message):
     """`query`: answer with a `ClientReport`."""
 

@@ -35,10 +35,12 @@ from farpage.pager.messages import (
     Detach,
     EpochRaised,
     FailoverReport,
+    Leave,
     Nothing,
     OutageChanged,
     PathReport,
     Query,
+    Rejoin,
     ReplicaSpec,
     ScrubReport,
     SetLimit,
@@ -136,15 +138,21 @@ class Worker:
             case "set_limit":
                 order = SetLimit.model_validate(parameters)
                 self._attached(order.client).paged.set_limit(order.limit_pages)
-                return Nothing()
             case "start_scrub":
                 return self._start_scrub(StartScrub.model_validate(parameters))
             case "stop_scrub":
                 self._attached(StopScrub.model_validate(parameters).client).paged.stop_scrub()
-                return Nothing()
+            case "leave":
+                leave = Leave.model_validate(parameters)
+                await self._attached(leave.client).paged.space.volume.leave(leave.vios)
+            case "rejoin":
+                rejoin = Rejoin.model_validate(parameters)
+                self._attached(rejoin.client).paged.space.volume.rejoin(rejoin.vios, rejoin.reason)
             case "query":
                 return self._report(Query.model_validate(parameters).client)
-        raise AssertionError(f"unknown request {method!r}")
+            case _:
+                raise AssertionError(f"unknown request {method!r}")
+        return Nothing()
 
     def _start_scrub(self, order: StartScrub) -> Nothing:
         if not self._attached(order.client).paged.start_scrub(order.rate_bytes):

@@ -29,6 +29,11 @@ def make_app(service: ViosService, registry: CollectorRegistry) -> FastAPI:
         """Say how things are."""
         return service.health()
 
+    @app.post("/v1/stop", status_code=202)
+    async def stop() -> Health:
+        """Finish what is in flight and end with status 0, whoever is connected."""
+        return service.stop()
+
     @app.get("/v1/devices")
     async def list_devices() -> tuple[DeviceInfo, ...]:
         """List the paging devices that this VIOS reaches."""

@@ -42,7 +42,7 @@ DRAIN_SECONDS = 10.0
 
 
 async def run(settings: ViosSettings) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM, SIGINT or a request to stop.
 
     It is ready when the control socket accepts connections; then a line `ready` is logged.
 
@@ -65,7 +65,7 @@ async def run(settings: ViosSettings) -> None:
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         stack.enter_context(_state_locked(settings.state_dir))
-        service = await _start(settings, data, stack)
+        service = await _start(settings, data, stop, stack)
         prepare_for_paging()
         registry = registry_of(service.volumes, service.exports, service.definitions)
         server = ControlServer(make_app(service, registry), control.path)
@@ -79,11 +79,13 @@ async def run(settings: ViosSettings) -> None:
             definition_revision=service.definitions.current().revision,
         )
         await stop.wait()
-        log.info("stopping")
+        log.info("stopping", open_exports=service.exports.open_exports)
     log.info("stopped")
 
 
-async def _start(settings: ViosSettings, data: tuple[Address, ...], stack: AsyncExitStack) -> ViosService:
+async def _start(
+    settings: ViosSettings, data: tuple[Address, ...], stop: asyncio.Event, stack: AsyncExitStack
+) -> ViosService:
     """Open the database and the devices, and begin to serve NBD; `stack` undoes it in reverse."""
     database = Database(settings.state_dir / DATABASE_NAME)
     stack.callback(database.close)
@@ -96,6 +98,7 @@ async def _start(settings: ViosSettings, data: tuple[Address, ...], stack: Async
         exports=VolumeExports(volumes, Leases(settings.lease_seconds)),
         definitions=definitions,
         remembered=RememberedDevices(database),
+        told_to_stop=stop,
     )
     await stack.enter_async_context(_draining(service))
     await _open_devices(settings, service)

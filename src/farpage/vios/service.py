@@ -42,6 +42,8 @@ class ViosService:
     definitions: DefinitionStore
     remembered: RememberedDevices
     started_at: float = field(default_factory=time.monotonic)
+    told_to_stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set in `loop`; ends the process."""
     _adding: asyncio.Lock = field(default_factory=asyncio.Lock)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -62,6 +64,12 @@ class ViosService:
             lease_seconds=self.exports.leases.lease_seconds,
             leases=self.exports.leases.alive,
         )
+
+    def stop(self) -> Health:
+        """Begin to end the process, as SIGTERM does: what is in flight finishes."""
+        log.info("told_to_stop", open_exports=self.exports.open_exports)
+        self.loop.call_soon_threadsafe(self.told_to_stop.set)
+        return self.health()
 
     # Devices
 

@@ -222,3 +222,15 @@ def test_a_client_is_scrubbed(
     assert farpage("client", "scrub", "vm").status == ExitStatus.CONFLICT
     assert wrong_pages(memory_process) == 0
     assert farpage("client", "delete", "vm").status == 0
+
+
+def test_a_vios_is_stopped_and_started(farpage: Farpage) -> None:
+    stopped = farpage("vios", "stop", "vios2")
+    assert (stopped.status, "nothing in flight" in stopped.out) == (0, True), stopped.err
+    assert farpage("vios", "show", "vios2").status == ExitStatus.UNREACHABLE
+    started = farpage("vios", "start", "vios2")
+    assert (started.status, "has started" in started.out) == (0, True), started.err
+    assert farpage("vios", "start", "vios2", "--json").json["was_running"]
+    assert farpage("vios", "show", "vios2").status == 0
+    for verb in ("stop", "start"):
+        assert farpage("vios", verb, "ghost").status == ExitStatus.NOT_FOUND

@@ -59,6 +59,40 @@ def run(
     )
 
 
+@app.command("stop", epilog="Example: farpage vios stop vios1")
+def stop(
+    name: ViosName,
+    force: Annotated[
+        bool, typer.Option("--force", help="Stop it also when clients cannot be paged without it; they wait.")
+    ] = False,
+    state: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move a VIOS's clients to their other paths, then stop it with nothing in flight.
+
+    Refused, without a change, when it is the only working path of a client.
+    """
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_hypervisor, named
+    from farpage.cli.wording.vios import stopped
+
+    name = named(name)
+    answer = ask_hypervisor(state, lambda hypervisor: hypervisor.stop_vios(name, force=force))
+    print_json(answer) if as_json else print_text(*stopped(answer))
+
+
+@app.command("start", epilog="Example: farpage vios start vios1")
+def start(name: ViosName, state: State = None, as_json: AsJson = False) -> None:
+    """Start a VIOS of a 'farpage up' again after 'vios stop'; others are started with 'vios run'."""
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_set, named
+    from farpage.cli.wording.vios import started
+
+    name = named(name)
+    answer = ask_set(state, lambda control: control.start_vios(name))
+    print_json(answer) if as_json else print_text(*started(answer))
+
+
 @app.command("list", epilog="Example: farpage vios list")
 def list_vioses(state: State = None, as_json: AsJson = False) -> None:
     """List the VIOSes as the hypervisor sees them."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from farpage.embedded.control import ViosDetails
-    from farpage.hypervisor.model import ViosStatus
+    from farpage.embedded.model import ViosStarted
+    from farpage.hypervisor.model import ViosStatus, ViosStopped
 
 
 def overview(vioses: Sequence[ViosStatus]) -> Table:
@@ -35,6 +36,20 @@ def overview(vioses: Sequence[ViosStatus]) -> Table:
             for vios in vioses
         ),
     )
+
+
+def stopped(answer: ViosStopped) -> Iterator[str]:
+    """Say what stopping a VIOS has come to."""
+    yield f"VIOS {answer.vios} (process {answer.pid}) has stopped with nothing in flight"
+    if answer.moved:
+        yield f"clients moved to their other paths: {', '.join(answer.moved)}"
+    if answer.waiting:
+        yield f"clients whose accesses to paged-out memory wait until it is back: {', '.join(answer.waiting)}"
+
+
+def started(answer: ViosStarted) -> Iterator[str]:
+    """Say what starting a VIOS has come to."""
+    yield f"VIOS {answer.vios} {'runs already' if answer.was_running else 'has started'}, pid {answer.pid}"
 
 
 def details(found: ViosDetails) -> Iterator[RenderableType]:

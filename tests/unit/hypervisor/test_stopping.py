@@ -1,0 +1,59 @@
+"""Which clients cannot do without a VIOS."""
+
+from __future__ import annotations
+
+import uuid
+
+from farpage.definition import rules
+from farpage.definition.model import Definition, PagingCommand, Redundancy, ViosRecord
+from farpage.hypervisor.stopping import needing
+from farpage.pager.messages import ClientReport, PathReport
+from farpage.volume.state import PathState
+
+
+def definition() -> Definition:
+    device = rules.FoundDevice(str(uuid.UUID(int=1)), "disk", "dir", "dir:/d", 1 << 20, tuple(PagingCommand))
+    made = Definition()
+    for vios in ("vios1", "vios2"):
+        made = rules.register_vios(made, vios, ViosRecord(control="unix:/c", data=("unix:/d",)), [device])
+    return rules.add_client(made, "vm1", memory_bytes=4096, hypervisor="host", redundancy=Redundancy.PATH)
+
+
+def report(**states: PathState) -> ClientReport:
+    paths = [
+        PathReport(
+            vios=vios, device="disk", state=state, reason="", epoch=1, in_flight=0, held=0, losses=0,
+            since_seconds=0.0,
+        )
+        for vios, state in states.items()
+    ]  # fmt: skip
+    return ClientReport.model_construct(client="vm1", paths=tuple(paths))
+
+
+def test_a_client_with_another_working_path_can_do_without() -> None:
+    for other in (PathState.ACTIVE, PathState.STANDBY):
+        assert needing("vios1", definition(), {"vm1": report(vios1=PathState.ACTIVE, vios2=other)}) == ()
+
+
+def test_a_client_whose_other_path_does_not_work_needs_the_vios() -> None:
+    for other in (PathState.FAILED, PathState.SUSPECT):
+        assert needing("vios1", definition(), {"vm1": report(vios1=PathState.ACTIVE, vios2=other)}) == (
+            "vm1",
+        )
+
+
+def test_a_client_with_one_path_needs_its_vios_and_no_other() -> None:
+    reports = {"vm1": report(vios1=PathState.ACTIVE)}
+    assert needing("vios1", definition(), reports) == ("vm1",)
+    assert needing("vios2", definition(), reports) == ()
+
+
+def test_a_replica_that_is_not_in_sync_is_no_help() -> None:
+    before = definition()
+    client = before.clients["vm1"]
+    volume = client.volumes[0]
+    stale = volume.replicas[0].model_copy(update={"state": "stale"})
+    client = client.model_copy(update={"volumes": (volume.model_copy(update={"replicas": (stale,)}),)})
+    after = before.model_copy(update={"clients": {"vm1": client}})
+    reports = {"vm1": report(vios1=PathState.ACTIVE, vios2=PathState.STANDBY)}
+    assert needing("vios1", after, reports) == ("vm1",)
