@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 
-from tests.faults.campaign.place import Place
+from tests.faults.campaign.place import TOKEN_VARIABLE, Place, is_of_campaign
 from tests.faults.campaign.schedule import Fault, Kind
 
 FAR_VIOS = "vios3"
@@ -219,6 +219,7 @@ def possible_kinds(place: Place) -> set[Kind]:
 
 
 def _send(pid: int, number: signal.Signals) -> None:
-    # A worker may have been replaced since the hypervisor named it.
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
+    # A worker may have ended since the hypervisor named it, and its number may be somebody else's by now.
+    if is_of_campaign(pid, os.environ[TOKEN_VARIABLE]):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)

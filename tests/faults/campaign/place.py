@@ -140,19 +140,30 @@ class Place:
         }
 
 
+def is_of_campaign(pid: int, token: str) -> bool:
+    """Tell whether a process was started by the campaign of a token, and runs."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has ended, or is somebody else's
+        return False
+    return f"{TOKEN_VARIABLE}={token}".encode() in environment.split(b"\0")
+
+
 def left_behind(token: str) -> list[str]:
     """Return the processes with the campaign's token in their environment, except this one."""
-    marked = f"{TOKEN_VARIABLE}={token}".encode()
-    found: list[str] = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                if marked in (folder / "environ").read_bytes().split(b"\0"):
-                    words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    found.append(f"process {folder.name}: {words}")
-            except OSError:  # it has ended, or is somebody else's
-                continue
-    return found
+    pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+    return [
+        f"process {pid}: {_command_line(pid)}"
+        for pid in pids
+        if pid != os.getpid() and is_of_campaign(pid, token)
+    ]
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return "ended meanwhile"
 
 
 @asynccontextmanager
