@@ -89,9 +89,13 @@ class Stamper:
     def finish(self) -> threading.Thread:
         """Begin to end the threads and to verify every page; it is done when the thread returned ends."""
         self._library.stamper_stop()
-        finishing = threading.Thread(target=self._library.stamper_finish, daemon=True)
+        finishing = threading.Thread(target=self._join_and_verify, daemon=True)
         finishing.start()
         return finishing
+
+    def _join_and_verify(self) -> None:
+        self._library.stamper_join()
+        self._library.stamper_verify()
 
 
 def say(word: str, numbers: list[int]) -> None:

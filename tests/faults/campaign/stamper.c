@@ -201,11 +201,16 @@ void stamper_stop(void)
     __atomic_store_n(&stopping, 1, __ATOMIC_RELEASE);
 }
 
-/* Wait for the threads, then verify every page. */
-void stamper_finish(void)
+/* Wait for the threads. */
+void stamper_join(void)
 {
     for (int number = 0; number < threads; number++)
         pthread_join(workers[number].thread, NULL);
+}
+
+/* Verify every page, after the threads have ended. */
+void stamper_verify(void)
+{
     for (uint64_t page = 0; page < pages; page++)
         use(&workers[page / PAGES_OF_ONE_THREAD % (uint64_t)threads], page, 1, 0);
 }
