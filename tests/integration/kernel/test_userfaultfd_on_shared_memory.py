@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -320,3 +321,41 @@ def test_the_device_is_used_where_the_system_call_is_not_allowed(monkeypatch: py
         return
     with Userfaultfd.create() as uffd:
         assert uffd.handshake() & REQUIRED_FEATURES
+
+
+@pytest.mark.parametrize("advice", [mmap.MADV_DONTNEED, mmap.MADV_REMOVE])
+def test_a_remove_event_does_not_tell_pages_that_go_from_pages_that_stay(advice: int) -> None:
+    """Why farpage asks for no EVENT_REMOVE: MADV_DONTNEED loses no shared memory, and is told too."""
+    memfd = create_memfd("removed", 4 * PAGE_SIZE)
+    mapping = mmap.mmap(memfd, 4 * PAGE_SIZE)
+    start = address_of(mapping)
+    mapping[:4] = b"kept"
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Userfaultfd.create() as uffd:
+        uffd.handshake(REQUIRED_FEATURES | Feature.EVENT_REMOVE)
+        uffd.register(start, 4 * PAGE_SIZE, Mode.MISSING | Mode.WP | Mode.MINOR)
+        remover = Access(lambda: libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(PAGE_SIZE), advice))
+        assert wait_readable(uffd, 5)
+        # Until the event is read, who removes waits, and so does everything else.
+        assert uffd.write_protect(start, 4 * PAGE_SIZE, True) == -errno.EAGAIN
+        (event,) = uffd.read_events()
+        assert (int(event["event"]), int(event["start"]) - start) == (Event.REMOVE, 0)
+        assert remover.finish() == 0
+        assert os.pread(memfd, 4, 0) == (b"kept" if advice == mmap.MADV_DONTNEED else bytes(4))
+        uffd.unregister(start, 4 * PAGE_SIZE)
+    os.close(memfd)
+
+
+def test_a_hole_that_is_punched_through_the_descriptor_raises_no_event() -> None:
+    """As QEMU's balloon does it: EVENT_REMOVE would not tell of it either."""
+    memfd = create_memfd("punched", 4 * PAGE_SIZE)
+    mapping = mmap.mmap(memfd, 4 * PAGE_SIZE)
+    start = address_of(mapping)
+    mapping[:4] = b"gone"
+    with Userfaultfd.create() as uffd:
+        uffd.handshake(REQUIRED_FEATURES | Feature.EVENT_REMOVE)
+        uffd.register(start, 4 * PAGE_SIZE, Mode.MISSING | Mode.WP | Mode.MINOR)
+        punch_hole(memfd, 0, PAGE_SIZE)
+        assert len(uffd.read_events()) == 0
+        uffd.unregister(start, 4 * PAGE_SIZE)
+    os.close(memfd)
