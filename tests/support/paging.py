@@ -23,7 +23,7 @@ from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
 from farpage.volume.ownership import Ownership
-from farpage.volume.paged import ReplicaHealth, ReplicaStatus
+from farpage.volume.paged import MirrorCounts, ReplicaHealth, ReplicaStatus
 from tests.support.blockio import MemoryIO
 
 
@@ -208,6 +208,10 @@ class ModelVolume(MemoryIO):
     @property
     def replicas(self) -> tuple[str, ...]:
         return tuple(device for device in self.on if device not in self.stale)
+
+    @property
+    def counts(self) -> MirrorCounts:
+        return MirrorCounts()
 
     def status(self) -> list[PathStatus]:
         return []

@@ -122,6 +122,7 @@ class FailoverInfo(Document):
     client: Name
     from_vios: Name
     to_vios: Name | None
+    device: str = ""
     reason: str
     detected_at_seconds: float
     active_at_seconds: float | None

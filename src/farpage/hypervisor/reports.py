@@ -99,6 +99,7 @@ def _failovers(client: str, report: ClientReport) -> tuple[FailoverInfo, ...]:
             client=client,
             from_vios=failover.from_vios,
             to_vios=failover.to_vios,
+            device=failover.device,
             reason=failover.reason,
             detected_at_seconds=failover.detected_at_seconds,
             active_at_seconds=failover.active_at_seconds,

@@ -129,6 +129,7 @@ class FailoverReport(Message):
 
     from_vios: str
     to_vios: str | None
+    device: str
     reason: str
     detected_at_seconds: float
     active_at_seconds: float | None

@@ -50,7 +50,7 @@ from farpage.pager.messages import (
 from farpage.pager.table import ENTRY_BYTES, PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.connector import Endpoint, connect_nbd
 from farpage.volume.lease import Leases
-from farpage.volume.multipath import ClientFenced, MultipathVolume
+from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import PagedVolume
 
@@ -235,9 +235,6 @@ class Worker:
             await attached.paged.space.volume.abandon()
             attached.memory.close()
             return Nothing()
-        ownership = attached.paged.space.volume.ownership
-        if ownership.fenced:
-            raise ClientFenced(order.client, ownership.fenced)
         try:
             await attached.paged.detach()
         except ClientGone:

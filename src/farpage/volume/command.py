@@ -14,7 +14,16 @@ Finished: TypeAlias = Callable[[int, Any], None]
 class Command:
     """A command that can be started on any path, and again on another."""
 
-    __slots__ = ("attempts", "finished", "length_bytes", "mutates", "path", "start", "started_seconds")
+    __slots__ = (
+        "attempts",
+        "finished",
+        "length_bytes",
+        "mutates",
+        "offset",
+        "path",
+        "start",
+        "started_seconds",
+    )
 
     def __init__(
         self,
@@ -23,11 +32,13 @@ class Command:
         length_bytes: int,
         *,
         mutates: bool,
+        offset: int = 0,
     ) -> None:
         self.start = start
         self.finished = finished
         self.length_bytes = length_bytes
         self.mutates = mutates
+        self.offset = offset
         self.path: object = None
         self.started_seconds = 0.0
         self.attempts = 0

@@ -20,6 +20,8 @@ class Failover:
     replayed_commands: int = 0
     quarantined_bytes: int = 0
     longest_stall_seconds: float = 0.0
+    device: str = ""
+    """Name of the device whose replica the path leads to."""
 
 
 class FailoverLog:
@@ -27,6 +29,13 @@ class FailoverLog:
 
     def __init__(self) -> None:
         self.records: deque[Failover] = deque(maxlen=KEPT_FAILOVERS)
+
+    def taken_over(self, device: str, vios: str, now_seconds: float) -> None:
+        """Note that another path, or replica, carries the commands of those that a device's path had."""
+        for record in self.records:
+            if record.active_at_seconds is None and record.device == device:
+                record.to_vios = vios
+                record.active_at_seconds = now_seconds
 
     def note_stall(self, began_seconds: float, ended_seconds: float) -> None:
         """Charge a wait of the client to the failovers that it overlaps."""

@@ -68,11 +68,20 @@ class FullDevice:
         if not self:
             self._changed(False)
 
+    @property
+    def waiting(self) -> tuple[Command, ...]:
+        """The writes that wait for one of them to succeed."""
+        return tuple(self._waiting)
+
     def abandon(self) -> list[Command]:
         """Try nothing any more; returns the writes that wait."""
         if self._timer:
             self._timer.cancel()
-        left = list(self._waiting)
+            self._timer = None
+        was_full, left = bool(self), list(self._waiting)
         self._waiting.clear()
         self._trying.clear()
+        self._pause_seconds = FIRST_PAUSE_SECONDS
+        if was_full:
+            self._changed(False)
         return left

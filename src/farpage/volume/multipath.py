@@ -33,7 +33,7 @@ from farpage.volume.full import FullDevice
 from farpage.volume.lease import Leases
 from farpage.volume.link import Held, PathLink, PathStatus
 from farpage.volume.ownership import Ownership
-from farpage.volume.paged import ReplicaHealth, ReplicaStatus
+from farpage.volume.paged import MirrorCounts, ReplicaHealth, ReplicaStatus
 from farpage.volume.path import PathEvent
 from farpage.volume.refusal import RefusalKind, refusal_of
 from farpage.volume.rewrite import RewriteGate
@@ -76,7 +76,7 @@ class ClientFenced(FarpageError):
     """Another owner has claimed the volume."""
 
     code = "fenced"
-    template = "client {volume!r} is fenced: {reason}"
+    template = "volume {volume!r} is fenced: {reason}"
     remedy = "end the client here if it runs elsewhere now; attach it anew to claim it back"
     exit_status = ExitStatus.CONFLICT
     volume: str
@@ -113,6 +113,10 @@ class MultipathVolume:
         """Called when a path has taken over: what was held up can go on."""
         self.on_full: Callable[[bool], None] = lambda _full: None
         self.on_no_path: Callable[[bool], None] = lambda _none: None
+        self.on_fenced_server: Callable[[], None] = lambda: None
+        """Called when no server can any more carry out a write that was given up."""
+        self.gives_up: Callable[[int], bool] = lambda _error: False
+        """Asked when the device refuses a command: whether that ends with the error instead of waiting."""
         self.held_bytes = 0
         """Bytes of writes that wait until a failed server is fenced."""
         self._loop = loop
@@ -193,6 +197,11 @@ class MultipathVolume:
             )
         ]
 
+    @property
+    def counts(self) -> MirrorCounts:
+        """Nothing is read twice from one replica."""
+        return MirrorCounts()
+
     # Opening and closing
 
     async def open(self, timeout_seconds: float) -> None:
@@ -201,17 +210,82 @@ class MultipathVolume:
         :raise NoPath: when none is after `timeout_seconds`; the volume is closed then.
         :raise ClientFenced: another owner has it; the volume is closed then.
         """
-        self._tasks = [self._loop.create_task(self._maintain(path)) for path in self._paths]
+        self.start()
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._activated.wait()
         except TimeoutError:
-            reasons = "; ".join(f"{p.endpoint.vios}: {p.machine.reason}" for p in self._paths)
+            reasons = self.reasons()
             await self.abandon()
-            raise NoPath(self.name, reasons or "it has none") from None
+            raise NoPath(self.name, reasons) from None
         if self.ownership.fenced:
             await self.abandon()
             raise ClientFenced(self.name, self.ownership.fenced)
+
+    def start(self) -> None:
+        """Begin to connect the paths."""
+        self._tasks = [self._loop.create_task(self._maintain(path)) for path in self._paths]
+
+    def reasons(self) -> str:
+        """Say for each path why it does not carry the commands, in one line."""
+        return "; ".join(f"{p.endpoint.vios}: {p.machine.reason}" for p in self._paths) or "it has none"
+
+    @property
+    def ready(self) -> bool:
+        """Whether commands are carried out now, and no server can still carry out one that was given up."""
+        active = self._active
+        return (
+            active is not None
+            and self._takeover is None
+            and active.machine.state is PathState.ACTIVE
+            and not any(path.held for path in self._paths)
+        )
+
+    @property
+    def active_vios(self) -> str | None:
+        """The VIOS that carries the commands; None while none does."""
+        return self._active.endpoint.vios if self._active else None
+
+    def drop(self, reason: str) -> None:
+        """Give up every command at once: each ends with ECANCELED, and its buffer is free then.
+
+        The paths are connected anew; whatever a server may still carry out keeps the volume from being
+        `ready` until it is fenced.
+        """
+        for path in self._paths:
+            if path is not self._active and path.machine.state is not PathState.FAILED and path.in_flight:
+                self._fail(path, reason)
+        if self._active:
+            self._fail(self._active, reason)
+        while left := self._take_all():
+            for command in left:
+                self._finish(command, errno.ECANCELED, None)
+
+    def _take_all(self) -> list[Command]:
+        """Take every command that is on no path's way, without ending it."""
+        left = [*self._waiting, *self._retrying, *self._full.abandon()]
+        self._waiting.clear()
+        for timer in self._retrying.values():
+            timer.cancel()
+        self._retrying.clear()
+        for held in (held for path in self._paths for held in path.held):
+            left += held.commands
+            held.commands.clear()
+        self.held_bytes = 0
+        return left
+
+    def shun(self, vios: str) -> None:
+        """Connect over a VIOS no more until `rejoin`, or for a while."""
+        for path in self._paths:
+            if path.endpoint.vios == vios:
+                path.stay_away(BEING_STOPPED, AWAY_SECONDS)
+
+    def outstanding(self) -> list[Command]:
+        """Every command that has not ended."""
+        left = [*self._waiting, *self._retrying, *self._full.waiting]
+        for path in self._paths:
+            left += [*path.in_flight, *(command for held in path.held for command in held.commands)]
+        return left
 
     async def close(self) -> None:
         """Wait for the commands in flight, then let go of the paths."""
@@ -300,7 +374,9 @@ class MultipathVolume:
 
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         """Read; waits out every failure."""
-        self._submit(Command(lambda io, end: io.read(offset, length, end), done, length, mutates=False))
+        self._submit(
+            Command(lambda io, end: io.read(offset, length, end), done, length, offset=offset, mutates=False)
+        )
 
     def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
         """Write; waits out every failure."""
@@ -308,9 +384,15 @@ class MultipathVolume:
         def start(io: BlockIO, end: Finished) -> None:
             io.write(offset, data, partial(_end, end), fua=fua)
 
-        command = Command(start, lambda error, _: done(error), len(data), mutates=True)
+        self.carry_out(start, offset, len(data), lambda error, _: done(error))
+
+    def carry_out(
+        self, start: Callable[[BlockIO, Finished], None], offset: int, length: int, finished: Finished
+    ) -> None:
+        """Carry out what changes content, in the way that `start` does; waits out every failure."""
+        command = Command(start, finished, length, offset=offset, mutates=True)
         if self._rewrites.active:
-            self._rewrites.pass_or_wait(offset, len(data), partial(self._submit, command))
+            self._rewrites.pass_or_wait(offset, length, partial(self._submit, command))
         else:
             self._submit(command)
 
@@ -329,8 +411,7 @@ class MultipathVolume:
         def start(io: BlockIO, end: Finished) -> None:
             io.zero(offset, length, partial(_end, end), punch=punch, fast=fast, fua=fua)
 
-        command = Command(start, lambda error, _: done(error), length, mutates=True)
-        self._rewrites.pass_or_wait(offset, length, partial(self._submit, command))
+        self.carry_out(start, offset, length, lambda error, _: done(error))
 
     def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
         """Trim; waits out every failure."""
@@ -338,7 +419,7 @@ class MultipathVolume:
         def start(io: BlockIO, end: Finished) -> None:
             io.trim(offset, length, partial(_end, end), fua=fua)
 
-        self._submit(Command(start, lambda error, _: done(error), length, mutates=True))
+        self._submit(Command(start, lambda error, _: done(error), length, offset=offset, mutates=True))
 
     def cache(self, offset: int, length: int, done: Done) -> None:
         """Ask for read-ahead by the device."""
@@ -389,7 +470,7 @@ class MultipathVolume:
             done(error)
             self._rewrites.leave(rewrite)
 
-        self._submit(Command(start, finished, len(data), mutates=True))
+        self._submit(Command(start, finished, len(data), offset=offset, mutates=True))
 
     def push(self) -> None:
         """Send what was submitted in this turn now."""
@@ -447,6 +528,9 @@ class MultipathVolume:
             self._fail(path, f"the server answered {name}")
             return
         del path.in_flight[command]
+        if self.gives_up(error):
+            self._finish(command, error, None)
+            return
         if error == errno.ENOSPC:
             self._full.refused(command)
             return
@@ -525,6 +609,7 @@ class MultipathVolume:
         self.failovers.records.append(
             Failover(
                 from_vios=path.endpoint.vios,
+                device=self._device_name,
                 reason=reason,
                 detected_at_seconds=self._loop.time(),
                 replayed_commands=len(reads),
@@ -542,6 +627,8 @@ class MultipathVolume:
             self.held_bytes -= sum(command.length_bytes for command in held.commands)
             self._waiting.extend(held.commands)
             self._drain_waiting()
+            if not any(other.held for other in self._paths):
+                self.on_fenced_server()
 
     def _drain_waiting(self) -> None:
         while self._waiting and self._active and self._takeover is None:
@@ -590,10 +677,7 @@ class MultipathVolume:
         self._active = path
         self._activated.set()
         self._stalls(False)
-        for record in self.failovers.records:
-            if record.active_at_seconds is None:
-                record.to_vios = path.endpoint.vios
-                record.active_at_seconds = now
+        self.failovers.taken_over(self._device_name, path.endpoint.vios, now)
         for other in self._paths:
             if other.held and other.machine.state is PathState.STANDBY:
                 self._fail(other, "to be opened under the newer epoch, which fences it")

@@ -47,6 +47,14 @@ class ReplicaStatus:
     """Loop time of the last change of health."""
 
 
+@dataclass(frozen=True)
+class MirrorCounts:
+    """Reads that were repeated on another replica because they were late, and how many of those won."""
+
+    hedged_reads: int = 0
+    hedges_won: int = 0
+
+
 class PagedVolume(Protocol):
     """A client's volume. No error of a path or a device reaches the caller of read, write and zero."""
 
@@ -71,6 +79,10 @@ class PagedVolume(Protocol):
     @property
     def replicas(self) -> tuple[str, ...]:
         """The replicas that have every acknowledged page, by the identifier of their device."""
+
+    @property
+    def counts(self) -> MirrorCounts:
+        """What was read twice."""
 
     def status(self) -> list[PathStatus]:
         """Every path, in the order of preference."""

@@ -1,0 +1,173 @@
+"""Reads of a mirror: from the fastest replica that has everything, again from another one when it is late.
+
+- One replica is preferred until another is clearly faster, so that reads of one batch leave together.
+- A read that is older than its replica's own p99 is repeated on another one: of all reads at most
+  `EXTRA_READS`. The first answer wins; the other one is dropped when it comes.
+- A read whose replica is lost, or has lost its last path, is repeated at once, beside that budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from farpage.blockio import ReadDone
+from farpage.volume.hedge import HedgeBudget
+from farpage.volume.replica import Mode, Read, Replica
+
+TICK_SECONDS: Final = 0.002
+"""One timer for all reads; while there are any."""
+CLEARLY: Final = 0.8
+"""A replica is preferred to the present one when it takes less than this share of its time."""
+REST_FACTOR: Final = 0.998
+"""At each tick: what was ten times slower is asked again after two seconds of reads."""
+
+
+class Reads:
+    """The reads in flight on the replicas of one mirror."""
+
+    def __init__(self, replicas: list[Replica], failed: Callable[[Replica, Read, int], None]) -> None:
+        """`failed` is told of a read that a replica has refused, before the read goes to another one."""
+        self._replicas = replicas
+        self._failed = failed
+        self._loop = asyncio.get_running_loop()
+        self._budget = HedgeBudget()
+        self._preferred: Replica | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._since_tick = 0
+        self._closed = False
+        self.in_flight = 0
+        """Reads that are not answered yet."""
+        self.waiting: list[Read] = []
+        """Those that no replica can be asked for."""
+        self.hedged = 0
+        self.won = 0
+
+    # Hot path
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        """Read; waits out every failure."""
+        self.in_flight += 1
+        self._since_tick += 1
+        self._budget.read()
+        read = Read(offset, length, done)
+        preferred = self._preferred
+        if preferred is None or not preferred.readable:
+            preferred = self.choose(read)
+        self._start(read, preferred)
+        if self._timer is None:
+            self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
+
+    def _start(self, read: Read, replica: Replica) -> None:
+        read.on += 1
+        replica.reads[read] = self._loop.time()
+        replica.volume.read(read.offset, read.length, partial(self._answered, read, replica))
+
+    def _answered(self, read: Read, replica: Replica, error: int, payload: memoryview | None) -> None:
+        started = replica.reads.pop(read, None)
+        read.on -= 1
+        if error:
+            self._refused(read, replica, error)
+            return
+        if started is not None:
+            replica.latency.answered(self._loop.time() - started)
+        done, read.done = read.done, None
+        if done is None:
+            return  # another replica was faster
+        if replica is read.hedged_to:
+            self.won += 1
+        self.in_flight -= 1
+        done(0, payload)
+
+    def _refused(self, read: Read, replica: Replica, error: int) -> None:
+        if read.done is None:
+            return
+        if self._closed:
+            if not read.on:
+                done, read.done = read.done, None
+                self.in_flight -= 1
+                done(error, None)
+            return
+        self._failed(replica, read, error)
+        # The failure of a replica may have started it elsewhere already.
+        if read.done is not None and not read.on:
+            self._start(read, self.choose(read))
+
+    # Which replica
+
+    def choose(self, read: Read) -> Replica:
+        """Return the best replica for a read; one that is waited for when none answers."""
+        best = min(
+            (replica for replica in self._replicas if replica.readable),
+            key=lambda replica: replica.latency.mean_seconds,
+            default=None,
+        )
+        if best is not None:
+            self._preferred = best
+            return best
+        for replica in self._replicas:
+            if replica.has(read):
+                return replica
+        return next(replica for replica in self._replicas if replica.mode is Mode.COUNTS)
+
+    def _other(self, read: Read, than: Replica) -> Replica | None:
+        """Return another replica that answers and has the pages, the fastest one."""
+        others = [replica for replica in self._replicas if replica is not than and replica.readable]
+        others.sort(key=lambda replica: replica.latency.mean_seconds)
+        others += [replica for replica in self._replicas if replica is not than and replica.has(read)]
+        return others[0] if others else None
+
+    # Lateness
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self._since_tick or self.in_flight:
+            self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
+        self._since_tick = 0
+        now = self._loop.time()
+        for replica in self._replicas:
+            if replica.reads:
+                self._hedge(replica, now)
+            elif replica is not self._preferred:
+                replica.latency.rested(REST_FACTOR)
+        readable = [replica for replica in self._replicas if replica.readable]
+        if len(readable) < 2:
+            return
+        best = min(readable, key=lambda replica: replica.latency.mean_seconds)
+        preferred = self._preferred
+        if preferred is None or best.latency.mean_seconds < preferred.latency.mean_seconds * CLEARLY:
+            self._preferred = best
+
+    def _hedge(self, replica: Replica, now: float) -> None:
+        late_seconds = max(replica.latency.p99_seconds(), TICK_SECONDS)
+        for read, started in list(replica.reads.items()):
+            if now - started < late_seconds:
+                return
+            replica.latency.waited(now - started)
+            if read.hedged_to is not None or read.done is None:
+                continue
+            other = self._other(read, replica)
+            if other is None or not self._budget.spend():
+                return
+            self.hedged += 1
+            read.hedged_to = other
+            self._start(read, other)
+            other.volume.push()
+
+    def repeat(self, replica: Replica) -> None:
+        """Ask others for what a replica that has stopped to answer was asked."""
+        for read in list(replica.reads):
+            if read.done is None or read.on > 1:
+                continue
+            other = self._other(read, replica)
+            if other is not None:
+                self._start(read, other)
+                other.volume.push()
+
+    def close(self) -> None:
+        """Repeat nothing any more: what is in flight ends with its error."""
+        self._closed = True
+        if self._timer:
+            self._timer.cancel()
