@@ -73,6 +73,11 @@ class PagingDevice(abc.ABC):
     limits = BlockLimits(minimum=1, preferred=BLOCK_BYTES, maximum=32 << 20)
     """Block size constraints of its volumes."""
 
+    @property
+    def reconnects(self) -> int:
+        """Connections to the storage that were made anew since the start; for remote devices."""
+        return 0
+
     @abc.abstractmethod
     def volumes(self) -> list[VolumeStat]:
         """List the volumes, sorted by name.

@@ -71,7 +71,9 @@ class Reconnecting:
     """The export; used from one event loop. Offsets are those of the export, ranges must lie within it."""
 
     def __init__(self, address: Address, export: str, first: Connection, *, name: str) -> None:
-        """Take over an open connection. `name` is for the log."""
+        """Take over an open connection."""
+        self.name = name
+        """For the log."""
         self.address = address
         self.export = export
         self.size_bytes = first.size_bytes
@@ -83,7 +85,6 @@ class Reconnecting:
         """Connections made anew since the start."""
         self.problem = ""
         """Why there is no connection; empty while there is one."""
-        self._name = name
         self._loop = asyncio.get_running_loop()
         count = CONNECTIONS if Feature.MULTI_CONN in first.features else 1
         self._links = [_Link() for _ in range(count)]
@@ -237,7 +238,7 @@ class Reconnecting:
         reason = _cause(error)
         if not self.connections:
             self.problem = reason
-        log.warning("remote_connection_lost", device=self._name, problem=reason, left=self.connections)
+        log.warning("remote_connection_lost", device=self.name, problem=reason, left=self.connections)
 
     async def _keep(self, link: _Link) -> None:
         """Have a connection on the link, now and whenever one has ended."""
@@ -253,7 +254,7 @@ class Reconnecting:
             if not self.connections:
                 self.problem = problem
                 if problem != reported:
-                    log.error("remote_unreachable", device=self._name, problem=problem)
+                    log.error("remote_unreachable", device=self.name, problem=problem)
                     reported = problem
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
@@ -274,7 +275,7 @@ class Reconnecting:
             return problem or "the connection ended at once"
         self.reconnects += link.used
         self._use(link, connection)
-        log.info("remote_connected", device=self._name, connections=self.connections)
+        log.info("remote_connected", device=self.name, connections=self.connections)
         return ""
 
     def _other_export(self, connection: Connection) -> str:

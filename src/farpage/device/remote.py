@@ -359,6 +359,7 @@ class RemoteDevice(WholeDevice):
         self._gate = SpanGate()
         self._opened: list[RemoteVolume] = []
         self._threads = IoThreads(f"io-{label.name}"[:15], _THREADS)
+        export.name = label.name
         export.verify = self._is_same
 
     @property

@@ -66,8 +66,8 @@ class Storage(Protocol):
 class HeaderReader:
     """Understands headers, and remembers the last: they are read before each change and rarely differ."""
 
-    def __init__(self) -> None:
-        self._last = (b"", Header(None, 0, ()))
+    def __init__(self, label: DeviceLabel) -> None:
+        self._last = (b"", Header(label, 0, ()))
 
     def parse(self, data: bytes) -> Header:
         """Understand a header.
@@ -83,7 +83,7 @@ class HeaderReader:
 
     @property
     def last(self) -> Header:
-        """The header that was read last."""
+        """The header that was read last; before the first, one with the label alone."""
         return self._last[1]
 
 
@@ -123,7 +123,7 @@ class WholeDevice(PagingDevice):
         """`text` is the specification as the user wrote it."""
         self.id, self.name, self.size_bytes = label.uuid, label.name, label.size_bytes
         self.spec = text
-        self.headers = HeaderReader()
+        self.headers = HeaderReader(label)
         self._storage = storage
 
     # Looking

@@ -67,8 +67,12 @@ class ViosCollector(Collector):
         )
         used = GaugeMetricFamily("farpage_device_used_bytes", "Bytes that volumes occupy", labels=["device"])
         usable = GaugeMetricFamily("farpage_device_usable", "1 while the device answers", labels=["device"])
+        reconnects = CounterMetricFamily(
+            "farpage_device_reconnects", "Connections to a remote device made anew", labels=["device"]
+        )
         for device in self.volumes.devices:
             size.add_metric([device.name], device.size_bytes)
+            reconnects.add_metric([device.name], device.reconnects)
             try:
                 usage = device.usage()
             except DeviceUnusable:
@@ -77,7 +81,7 @@ class ViosCollector(Collector):
             usable.add_metric([device.name], 1)
             provisioned.add_metric([device.name], usage.provisioned_bytes)
             used.add_metric([device.name], usage.used_bytes)
-        yield from (size, provisioned, used, usable)
+        yield from (size, provisioned, used, usable, reconnects)
 
     def _commands(self) -> Iterator[Metric]:
         counted = sorted(self.exports.counters.copy().items())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from farpage.address import TcpAddress
 from farpage.blockio import BlockIO, BlockLimits, Done, Feature, read_bytes
 from farpage.device import reconnect
 from farpage.device.claim import Claim
@@ -256,6 +257,15 @@ async def test_no_server_at_the_start_is_a_clear_refusal(folder: Path) -> None:
     with pytest.raises(DeviceUnusable, match="cannot be reached") as caught:
         await open_device(f"nbd+unix:///disk?socket={folder}/s")
     assert "NBD server runs" in caught.value.advice
+
+
+async def test_a_server_is_reached_over_tcp() -> None:
+    async with serving({"disk": MemoryIO(STORAGE)}) as server:
+        address = server.server.addresses[1]
+        assert isinstance(address, TcpAddress)
+        async with opened(f"nbd://{address.host}:{address.port}/disk") as device, volume_on(device) as volume:
+            assert await write(volume, 0, b"x" * 4096) == 0
+            assert await read_bytes(volume, 0, 4096) == b"x" * 4096
 
 
 async def test_a_server_that_has_no_such_export_says_so() -> None:

@@ -94,6 +94,7 @@ async def test_it_opens_again_with_its_volume(spec: str) -> None:
         identifier = device.id
     async with opened(spec) as device:
         assert device.id == identifier
+        assert device.names() == ["vm1"]
         stat = await device.run(device.volume, "vm1")
         assert (stat.id, stat.size_bytes, stat.claim) == (made.id, 1 << 20, Claim(1))
         async with volume_of(device, None) as volume:

@@ -277,6 +277,7 @@ async def test_metrics_are_in_prometheus_format(vios: ViosProcess) -> None:
     await connection.close()
     assert 'farpage_volume_written_bytes_total{volume="measured"} 8192.0' in text
     assert 'farpage_device_usable{device="disk"} 1.0' in text
+    assert 'farpage_device_reconnects_total{device="disk"} 0.0' in text
 
 
 async def test_the_description_names_every_request(vios: ViosProcess) -> None:

@@ -14,7 +14,12 @@ app = typer.Typer(name="device", help="Paging devices: storage that holds the cl
 @app.command("add", epilog="Example: farpage device add dir:/srv/paging --vios vios1 --vios vios2 --size 64G")
 def add(
     spec: Annotated[
-        str, typer.Argument(metavar="SPEC", help="dir:PATH for a folder, memory:SIZE for a test's device.")
+        str,
+        typer.Argument(
+            metavar="SPEC",
+            help="dir:PATH for a folder, block:PATH for a block device, nbd://HOST/EXPORT or "
+            "nbd+unix:///EXPORT?socket=PATH for an NBD server's export, memory:SIZE for a test's device.",
+        ),
     ],
     *,
     vioses: Annotated[
@@ -26,7 +31,10 @@ def add(
     name: Annotated[str | None, typer.Option("--name", help="Name of the device.")] = None,
     size: Annotated[int | None, size_option("--size", "Space that volumes may take on it.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Take it although it looks as if something else uses it.")
+        bool,
+        typer.Option(
+            "--force", help="Take it although it looks as if something else uses it; destroys what is on it."
+        ),
     ] = False,
     state: State = None,
     as_json: AsJson = False,
