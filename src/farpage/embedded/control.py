@@ -18,6 +18,8 @@ from farpage.hypervisor.model import (
     ClientAttach,
     ClientCreate,
     ClientInfo,
+    DefinitionPromote,
+    DefinitionPromotion,
     HypervisorInfo,
     PathInfo,
     PoolInfo,
@@ -118,6 +120,11 @@ class HypervisorControl(_Control):
     async def definition(self) -> Definition:
         """Ask for the device interface definition that the hypervisor goes by."""
         return await self._client.get("/v1/definition", Definition)
+
+    async def promote(self, vios: str, *, force: bool = False) -> DefinitionPromotion:
+        """Make the copy at a VIOS the newest; without `force` only ask what that would do."""
+        wanted = DefinitionPromote(vios=vios, force=force)
+        return await self._client.post("/v1/definition/promote", wanted, DefinitionPromotion)
 
     async def refresh_devices(self) -> Definition:
         """Have the hypervisor record which devices the VIOSes reach."""

@@ -25,6 +25,8 @@ from farpage.hypervisor.model import (
     ClientAttach,
     ClientCreate,
     ClientInfo,
+    DefinitionPromote,
+    DefinitionPromotion,
     HypervisorInfo,
     PathInfo,
     PoolInfo,
@@ -233,6 +235,11 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
     async def get_definition() -> Definition:
         """The definition as this hypervisor knows it."""
         return await call(lambda: hypervisor.keeper.current)
+
+    @app.post("/v1/definition/promote")
+    async def promote_definition(wanted: DefinitionPromote) -> DefinitionPromotion:
+        """Make the copy at a VIOS the newest; without `force` only say what that would do."""
+        return await on_loop(hypervisor.promote(wanted.vios, force=wanted.force))
 
     @app.post("/v1/devices/refresh")
     async def refresh_devices() -> Definition:

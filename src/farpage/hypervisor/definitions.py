@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -18,7 +18,9 @@ import structlog
 from farpage.definition.compare import compare, diff, is_newer
 from farpage.definition.copy import DefinitionCopy
 from farpage.definition.model import Definition
+from farpage.definition.verification import FoundVolume, promote
 from farpage.errors import ExitStatus, FarpageError
+from farpage.hypervisor.model import DefinitionPromotion
 from farpage.hypervisor.vioses import Vios
 
 log = structlog.get_logger()
@@ -70,6 +72,18 @@ class DefinitionUnproven(FarpageError):
     exit_status = ExitStatus.CONFLICT
     revision: int
     missing: str
+
+
+@dataclass(eq=False)
+class CopyUnknown(FarpageError):
+    """The VIOS does not tell its copy."""
+
+    code = "copy_unknown"
+    template = "the copy of the definition at VIOS {vios!r} is not known: {problem}"
+    remedy = "name a VIOS that answers; 'farpage definition verify' shows them"
+    exit_status = ExitStatus.UNREACHABLE
+    vios: str
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -196,6 +210,53 @@ class DefinitionKeeper:
             self._kept = None
             log.error("own_definition_not_stored", problem=error.cause)
             self._alarm("definition_copy_failed", f"the hypervisor's own copy is not stored: {error.cause}")
+
+    # Promoting
+
+    async def promote(
+        self, vios: str, volumes: Sequence[FoundVolume], attached: Collection[str], *, force: bool
+    ) -> DefinitionPromotion:
+        """Make the copy of a VIOS the newest, for everybody; without `force` just say what that does.
+
+        `volumes` are those that the VIOS report; `attached` are clients whose records stay as they are.
+
+        :raise CopyUnknown: the VIOS does not answer, or is none of this hypervisor's.
+        :raise InvalidDefinition: the copy does not go together with the clients that are attached.
+        """
+        async with self._lock:
+            known = await self._known_copies()
+            if vios not in known.copies:
+                raise CopyUnknown(vios, known.missing.get(vios, "the hypervisor knows no such VIOS"))
+            copy = known.copies[vios]
+            plan = promote(
+                copy,
+                [*(other for holder, other in known.copies.items() if holder != vios), self.current],
+                volumes=volumes,
+                kept={name: self.current.clients[name] for name in attached},
+                some_unknown=bool(known.missing),
+            )
+            if force:
+                self.current = plan.definition
+                self.missing = {}
+                log.warning("definition_promoted", vios=vios, revision=self.current.revision, lost=plan.lost)
+                self._alarm(
+                    "definition_promoted",
+                    f"the copy of VIOS {vios} at revision {copy.revision} is followed as "
+                    f"{self.current.revision}, by request",
+                )
+                await self._keep()
+                for name, found in known.copies.items():
+                    if name in self._vioses:
+                        await self._repair(self._vioses[name], found)
+            return DefinitionPromotion(
+                vios=vios,
+                copy_revision=copy.revision,
+                revision=plan.definition.revision,
+                lost=plan.lost,
+                missing=dict(known.missing),
+                at_risk=plan.at_risk,
+                done=force,
+            )
 
     # Repairing
 

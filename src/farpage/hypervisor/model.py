@@ -212,6 +212,29 @@ class ViosStopped(Document):
     waiting: tuple[Name, ...]
 
 
+class DefinitionPromote(Document):
+    """`POST /v1/definition/promote`: follow the copy of a VIOS; without `force` just say what that does."""
+
+    vios: Name
+    force: bool = False
+
+
+class DefinitionPromotion(Document):
+    """What promoting a copy does, or would do when it is not `done`."""
+
+    vios: Name
+    copy_revision: int
+    revision: int
+    """Of the definition that is stored everywhere then."""
+    lost: tuple[str, ...]
+    """The difference to the newest copy that is known."""
+    missing: dict[Name, str]
+    """VIOS whose copies are not known, and why; what only they have is lost."""
+    at_risk: tuple[Name, ...]
+    """Clients for which a mark that a replica is stale may be missing."""
+    done: bool
+
+
 class PoolMember(Document):
     """One client's share of the memory pool."""
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,14 @@ from farpage import __version__
 from farpage.definition import rules
 from farpage.definition.copy import DefinitionCopy
 from farpage.definition.model import Definition, ViosRecord
+from farpage.definition.verification import FoundVolume
 from farpage.errors import FarpageError
 from farpage.hypervisor.alarms import AlarmLog
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.fullness import FullDevices
 from farpage.hypervisor.guestpause import GuestPauses
-from farpage.hypervisor.model import HypervisorInfo, WorkerInfo
+from farpage.hypervisor.model import DefinitionPromotion, HypervisorInfo, WorkerInfo
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.settings import HypervisorSettings
@@ -124,6 +126,24 @@ class Hypervisor:
         """Tell whether a VIOS that answers has missed a change, or has one that somebody else made."""
         stored = vios.health.definition_revision if vios.reachable and vios.health else None
         return stored is not None and stored != self.keeper.current.revision
+
+    async def promote(self, vios: str, *, force: bool) -> DefinitionPromotion:
+        """Make the copy of the definition at a VIOS the newest; without `force` just say what that would do.
+
+        :raise FarpageError: it cannot be done; nothing has changed then.
+        """
+        volumes: list[FoundVolume] = []
+        for asked in self.vioses.values():
+            with suppress(FarpageError):
+                volumes += [
+                    FoundVolume(v.name, v.device, v.size_bytes, v.epoch, v.owner)
+                    for v in await asked.volumes()
+                ]
+        attached = [name for name in self.clients.attached if name in self.keeper.current.clients]
+        promotion = await self.keeper.promote(vios, volumes, attached, force=force)
+        if force:
+            await self._record_all()
+        return promotion
 
     async def refresh_devices(self) -> Definition:
         """Ask the VIOS for their devices and record them in the definition.

@@ -234,3 +234,24 @@ def test_a_vios_is_stopped_and_started(farpage: Farpage) -> None:
     assert farpage("vios", "show", "vios2").status == 0
     for verb in ("stop", "start"):
         assert farpage("vios", verb, "ghost").status == ExitStatus.NOT_FOUND
+
+
+def test_the_definition_is_verified_and_a_copy_promoted_by_force(farpage: Farpage) -> None:
+    assert farpage("client", "create", "checked", "--memory", "4M").status == 0
+    verified = farpage("definition", "verify")
+    assert (verified.status, "all is well" in verified.out) == (0, True), verified.out
+    refused = farpage("definition", "promote", "vios2")
+    assert (refused.status, "nothing was changed" in refused.out) == (ExitStatus.CONFLICT, True)
+    promoted = farpage("definition", "promote", "vios2", "--force", "--json")
+    assert (promoted.status, promoted.json["done"]) == (0, True), promoted.err
+    found = farpage("definition", "verify", "--json").json
+    assert found["sound"], found
+    assert found["revision"] >= promoted.json["revision"]
+    assert {copy["holder"]: copy["state"] for copy in found["copies"]} == dict.fromkeys(
+        ("hypervisor", "vios1", "vios2"), "newest"
+    )
+    assert farpage("vios", "stop", "vios2").status == 0
+    away = farpage("definition", "verify")
+    assert (away.status, "vios2" in away.out) == (ExitStatus.FAILURE, True)
+    assert farpage("vios", "start", "vios2").status == 0
+    assert farpage("client", "delete", "checked").status == 0

@@ -14,7 +14,7 @@ from farpage.definition import rules
 from farpage.definition.copy import DefinitionCopy
 from farpage.definition.model import Definition, ViosRecord
 from farpage.errors import FarpageError
-from farpage.hypervisor.definitions import DefinitionKeeper, DefinitionUnproven
+from farpage.hypervisor.definitions import CopyUnknown, DefinitionKeeper, DefinitionUnproven
 from farpage.hypervisor.vioses import Vios
 from tests.support.vios import ViosProcess, vios_processes
 
@@ -238,3 +238,46 @@ async def test_an_edit_that_is_refused_changes_no_copy(rig: Rig) -> None:
         with pytest.raises(FarpageError, match="not in the definition"):
             await keeper.change(lambda now: rules.remove_client(now, "ghost"))
         assert keeper.current == await rig.stored(rig.one) == DefinitionCopy(rig.own).load() == base
+
+
+async def test_a_copy_is_promoted_only_by_force_and_says_what_is_lost(rig: Rig) -> None:
+    await make_vios2_lag(rig)
+    rig.own.unlink()
+    before = await rig.stored(rig.two)
+    async with rig.hypervisor() as keeper:
+        preview = await keeper.promote("vios2", [], [], force=False)
+        assert (preview.done, preview.lost, list(preview.missing)) == (False, (), ["vios1"])
+        assert keeper.unproven is not None
+        assert await rig.stored(rig.two) == before
+        done = await keeper.promote("vios2", [], [], force=True)
+        assert done.done
+        assert keeper.unproven is None
+        assert keeper.current.revision == done.revision > before.revision
+        assert keeper.current == await rig.stored(rig.two) == DefinitionCopy(rig.own).load()
+        assert "definition_promoted" in rig.kinds
+        changed = await keeper.change(lambda now: with_vios(now, "new"))
+        # The one that was given up comes back with a change that nobody else had: it is replaced.
+        await rig.back(keeper, rig.one)
+        assert await rig.stored(rig.one) == keeper.current == changed
+
+
+async def test_promoting_an_older_copy_names_the_known_changes_that_are_lost(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        base = await keeper.change(rig.with_both)
+        rig.two.kill()
+        await rig.vioses["vios2"].ask()
+        await keeper.change(lambda now: with_vios(now, "new"))
+        rig.two.start()
+        preview = await keeper.promote("vios2", [], [], force=False)
+        assert (preview.copy_revision, preview.lost) == (base.revision, ("vioses[new]: removed",))
+        await keeper.promote("vios2", [], [], force=True)
+        assert "new" not in (await rig.stored(rig.one)).vioses
+
+
+async def test_a_copy_that_is_not_known_is_not_promoted(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        rig.two.kill()
+        for vios in ("vios2", "ghost"):
+            with pytest.raises(CopyUnknown):
+                await keeper.promote(vios, [], [], force=True)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from farpage.definition.model import Definition
+    from farpage.embedded.model import DefinitionVerification
+    from farpage.hypervisor.model import DefinitionPromotion
 
 
 def details(definition: Definition) -> Iterator[RenderableType]:
@@ -61,3 +63,41 @@ def details(definition: Definition) -> Iterator[RenderableType]:
             ["principal", "volume", "access"],
             ((grant.principal, grant.volume, str(grant.access)) for grant in definition.grants),
         )
+
+
+def verification(found: DefinitionVerification) -> Iterator[RenderableType]:
+    """Return who has which copy, and what is not as it should be."""
+    yield table(
+        ["copy", "state", "revision", "epochs", "problem"],
+        (
+            (
+                copy.holder,
+                str(copy.state),
+                "-" if copy.revision is None else str(copy.revision),
+                ", ".join(f"{client}: {epoch}" for client, epoch in copy.epochs.items()) or "-",
+                copy.problem or "-",
+            )
+            for copy in found.copies
+        ),
+    )
+    for copy in found.copies:
+        for line in copy.differences:
+            yield f"{copy.holder} {copy.state}: {line}"
+    yield from found.unmet_wishes
+    yield from found.problems
+    if found.sound:
+        yield "all is well"
+
+
+def promotion(answer: DefinitionPromotion) -> Iterator[str]:
+    """Say what promoting a copy has done, or would do."""
+    now = "is followed now" if answer.done else "would be followed"
+    yield f"the copy of VIOS {answer.vios} at revision {answer.copy_revision} {now}, as {answer.revision}"
+    yield "changes compared with the newest copy that is known:" if answer.lost else "no known change is lost"
+    yield from (f"  {line}" for line in answer.lost)
+    for vios, problem in answer.missing.items():
+        yield f"changes that only VIOS {vios} has are lost: {problem}"
+    if answer.at_risk:
+        yield f"a mark that a replica is stale may be missing for: {', '.join(answer.at_risk)}"
+    if not answer.done:
+        yield "nothing was changed; do it with --force"
