@@ -10,6 +10,7 @@ from pathlib import Path
 
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.messages import AttachRequest
+from farpage.attach.process import UFFD_TARGET
 from farpage.errors import ExitStatus, FarpageError, InvalidInput
 from farpage.kernel.process import join_adjacent, read_maps
 from farpage.kernel.userfaultfd import REQUIRED_FEATURES, Userfaultfd, UserfaultfdState, read_state
@@ -52,7 +53,7 @@ def check_handoff(request: AttachRequest, pid: int, pidfd: int, descriptors: Seq
         start_address=request.start_address,
         length_bytes=request.size_bytes,
         memfd_offset_bytes=_mapped_offset(request, pid, memfd),
-        remote_uffd=None,
+        remote_uffd=request.uffd_number,
     )
 
 
@@ -72,7 +73,7 @@ def _uffd_problem(descriptor: int) -> str | None:
 
 
 def _uffd_state(descriptor: int) -> UserfaultfdState | None:
-    if _target(descriptor) != "anon_inode:[userfaultfd]":
+    if _target(descriptor) != UFFD_TARGET:
         return None
     return read_state(Path(f"/proc/self/fdinfo/{descriptor}"))
 

@@ -38,6 +38,10 @@ ClosedHandler = Callable[[str, ClientMemory], Awaitable[None]]
 """Called once for each region taken in: it is no longer used, or its process has ended. Unregisters and
 closes the descriptors; the region is told when it returns."""
 
+NamedHandler = Callable[[str, int], Awaitable[None]]
+"""Called with a client's name and the peer's process number: that process closes its region of that
+name, whose lifeline ended with an older hypervisor."""
+
 REQUEST_TIMEOUT_SECONDS = 5.0
 """How long a connection may take to send its request."""
 
@@ -71,10 +75,17 @@ class AttachListener:
     Hostile peers cost a connection each for at most `REQUEST_TIMEOUT_SECONDS`.
     """
 
-    def __init__(self, path: str, attach: AttachHandler, closed: ClosedHandler) -> None:
+    def __init__(
+        self,
+        path: str,
+        attach: AttachHandler,
+        closed: ClosedHandler,
+        close_named: NamedHandler | None = None,
+    ) -> None:
         self._path = path
         self._attach = attach
         self._closed = closed
+        self._close_named = close_named
         self._pending = asyncio.Semaphore(MAX_PENDING)
         self._tasks: set[asyncio.Task[None]] = set()
         self._socket: socket.socket | None = None
@@ -125,24 +136,37 @@ class AttachListener:
                 self._pending.release()
             if taken is None:
                 return
-            name, memory = taken
-            asked = await self._wait_for_end(connection, memory.pidfd)
-            reply = await self._end(name, memory)
+            name, memory, pidfd = taken
+            try:
+                asked = await self._wait_for_end(connection, pidfd)
+            finally:
+                os.close(pidfd)
+            reply = await _closing(self._closed(name, memory), name)
             if asked:
                 await _send(connection, reply)
 
-    async def _take_in(self, connection: socket.socket) -> tuple[str, ClientMemory] | None:
-        """Receive and handle one request; None when it was refused."""
+    async def _take_in(self, connection: socket.socket) -> tuple[str, ClientMemory, int] | None:
+        """Receive and handle one request; None when it was refused, or needs no lifeline.
+
+        The descriptor returned is a pidfd of the region's process, and the caller's. It is not the one of the
+        memory, since an event loop has one reader per descriptor and the memory's owner may watch it too.
+        """
         descriptors: list[int] = []
+        own_pidfd = -1
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
                 body = await _receive_frame(connection, descriptors)
+            if (closing := _named_close(body)) is not None:
+                await self._serve_named(connection, closing)
+                return None
             request = decode(AttachRequest, body)
             pid, pidfd = _peer(connection)
             descriptors.append(pidfd)
+            own_pidfd = os.dup(pidfd)
             memory = check_handoff(request, pid, pidfd, descriptors[:-1])
             name = await self._attach(request, memory)
             descriptors.clear()
+            taken_pidfd, own_pidfd = own_pidfd, -1
         except FarpageError as error:
             await _send(connection, AttachReply(ok=False, error=error_document(error)))
             return None
@@ -155,8 +179,19 @@ class AttachListener:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+            if own_pidfd >= 0:
+                os.close(own_pidfd)
         await _send(connection, AttachReply(ok=True, name=name))
-        return name, memory
+        return name, memory, taken_pidfd
+
+    async def _serve_named(self, connection: socket.socket, name: str) -> None:
+        """Let a region go whose lifeline ended with an older hypervisor, if it is paged still."""
+        reply = CloseReply(ok=True)
+        if self._close_named is not None:
+            pid, pidfd = _peer(connection)
+            os.close(pidfd)
+            reply = await _closing(self._close_named(name, pid), name)
+        await _send(connection, reply)
 
     async def _wait_for_end(self, connection: socket.socket, pidfd: int) -> bool:
         """Wait for the end of the lifeline or of the process; True when the region asked for it.
@@ -164,10 +199,8 @@ class AttachListener:
         A forked child can keep the connection open after its parent's death, hence the pidfd.
         """
         loop = asyncio.get_running_loop()
-        # A duplicate, since an event loop has one reader per descriptor and the owner may watch it too.
-        own_pidfd = os.dup(pidfd)
         asked = loop.create_task(_wait_for_close_request(connection))
-        gone = loop.create_task(_readable(own_pidfd))
+        gone = loop.create_task(_readable(pidfd))
         try:
             await asyncio.wait({asked, gone}, return_when=asyncio.FIRST_COMPLETED)
             return asked.done() and asked.result()
@@ -175,17 +208,25 @@ class AttachListener:
             asked.cancel()
             gone.cancel()
             await asyncio.gather(asked, gone, return_exceptions=True)
-            os.close(own_pidfd)
 
-    async def _end(self, name: str, memory: ClientMemory) -> CloseReply:
-        try:
-            await self._closed(name, memory)
-        except FarpageError as error:
-            return CloseReply(ok=False, error=error_document(error))
-        except Exception:
-            _log.exception("closing a region failed", client=name)
-            return CloseReply(ok=False, error=error_document(InternalError()))
-        return CloseReply(ok=True)
+
+async def _closing(work: Awaitable[None], name: str) -> CloseReply:
+    try:
+        await work
+    except FarpageError as error:
+        return CloseReply(ok=False, error=error_document(error))
+    except Exception:
+        _log.exception("closing a region failed", client=name)
+        return CloseReply(ok=False, error=error_document(InternalError()))
+    return CloseReply(ok=True)
+
+
+def _named_close(body: bytes) -> str | None:
+    """Return the name in a `CloseRequest` that has one, None for any other body."""
+    try:
+        return decode(CloseRequest, body).name
+    except InvalidInput:
+        return None
 
 
 def _peer(connection: socket.socket) -> tuple[int, int]:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import enum
 import errno
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from farpage.definition.model import PAGE_BYTES
 from farpage.errors import ExitStatus, FarpageError
 from farpage.kernel.userfaultfd import Mode, Userfaultfd
+
+PROBES = 100
+PROBE_PAUSE_SECONDS = 0.001
 
 REGISTER_MODE = Mode.MISSING | Mode.WP | Mode.MINOR
 
@@ -63,7 +68,7 @@ class ClientMemory:
     length_bytes: int
     memfd_offset_bytes: int
     remote_uffd: int | None
-    """Number of the userfaultfd in the client's own descriptor table, where it was put there by injection."""
+    """Number of the userfaultfd in the client's own descriptor table; None when it is not known."""
 
     def register(self) -> None:
         """Report missing pages, writes to protected pages and pages without a mapping from now on.
@@ -78,6 +83,28 @@ class ClientMemory:
                 raise AlreadyAttached(self.pid) from error
             cause = os.strerror(error.errno or errno.EIO)
             raise NotPageable(self.pid, f"UFFDIO_REGISTER: {cause}") from error
+
+    def is_registered(self) -> bool:
+        """Tell whether the memory is registered with a userfaultfd; only for when nobody pages it.
+
+        A page is write-protected for that, which its next pager takes back at the first write.
+
+        :raise ProcessLookupError: when the client is gone.
+        """
+        for _ in range(PROBES):
+            # ENOENT: the mapping has no userfaultfd (mm/userfaultfd.c, mwriteprotect_range); EINVAL: this
+            # one has not had its handshake.
+            result = self.uffd.write_protect(self.start_address, PAGE_BYTES, True)
+            if result == 0:
+                return True
+            if result in (-errno.ENOENT, -errno.EINVAL):
+                return False
+            if result == -errno.ESRCH:
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+            time.sleep(PROBE_PAUSE_SECONDS)
+        return (
+            True  # its mappings keep changing: that the client is taken for a paged one is the safe mistake
+        )
 
     def unregister(self) -> None:
         """Stop reporting; all pages must be present, since missing ones read zeros from now on.

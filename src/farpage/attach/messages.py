@@ -2,7 +2,9 @@
 
 A frame is a 4-byte big-endian length and that many bytes of JSON. The region sends `AttachRequest` with two
 descriptors (SCM_RIGHTS: its userfaultfd, its memfd) and gets an `AttachReply`. The connection then is the
-region's lifeline: its end, or a `CloseRequest` (answered by a `CloseReply`), detaches the region.
+region's lifeline: its end, or a `CloseRequest` (answered by a `CloseReply`), detaches the region. When the
+hypervisor has been replaced, which ends the lifeline but not the paging, the region sends the `CloseRequest`
+with its name on a new connection; the end of its process is noticed without one.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ class AttachRequest(Message):
     start_address: int = Field(gt=0, lt=ADDRESS_LIMIT, multiple_of=PAGE_BYTES)
     limit_bytes: int | None = Field(default=None, gt=0, lt=ADDRESS_LIMIT)
     """How much of it may be in RAM; the hypervisor's default when None."""
+    uffd_number: int | None = Field(default=None, ge=0)
+    """Number of the userfaultfd in the process's own descriptor table, where a hypervisor that was killed and
+    started again finds it."""
     redundancy: Redundancy = Redundancy.PATH
 
 
@@ -62,6 +67,8 @@ class CloseRequest(Message):
     """The region is no longer used; its contents may be discarded."""
 
     request: Literal["close"]
+    name: Name | None = None
+    """The client's name, on a new connection: the lifeline ended with a hypervisor that has been replaced."""
 
 
 class CloseReply(Message):
@@ -76,7 +83,7 @@ AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 def encode(message: Message) -> bytes:
     """Return the frame of a message."""
-    body = message.model_dump_json().encode()
+    body = message.model_dump_json(exclude_none=True).encode()
     return HEADER.pack(len(body)) + body
 
 

@@ -9,6 +9,7 @@ the last reference to a userfaultfd closes, missing pages read zeros.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -18,13 +19,18 @@ from farpage.kernel.inject import ProcessNotFound, TraceRefused, call_in_process
 from farpage.kernel.libc import syscall_numbers
 from farpage.kernel.process import (
     Mapping,
+    ProcessIdentity,
     is_gone,
     join_adjacent,
+    open_identified,
     read_descriptors,
     read_maps,
     take_descriptor,
 )
 from farpage.kernel.userfaultfd import CREATE_FLAGS, Userfaultfd
+
+UFFD_TARGET = "anon_inode:[userfaultfd]"
+"""What a userfaultfd in /proc/PID/fd links to."""
 
 QEMU_HINT = (
     "start QEMU with '-object memory-backend-memfd,id=ram,size=SIZE,share=on -machine ...,memory-backend=ram'"
@@ -104,11 +110,11 @@ def open_process(pid: int, memory: str | None = None) -> ClientMemory:
         pidfd = _open_pidfd(pid)
         undo.callback(os.close, pidfd)
         mapping = choose_memory(pid, _read_maps(pid), memory)
-        memfd = _take_memfd(pid, pidfd, mapping)
+        memfd = take_memfd(pid, pidfd, mapping)
         undo.callback(os.close, memfd)
         remote = _make_remote_uffd(pid)
         undo.callback(_close_remote_quietly, pid, remote)
-        uffd = Userfaultfd(_take(pid, pidfd, remote))
+        uffd = Userfaultfd(take(pid, pidfd, remote))
         undo.callback(uffd.close)
         uffd.handshake()
         undo.pop_all()
@@ -135,10 +141,54 @@ def close_process(client: ClientMemory) -> None:
     """
     try:
         # The number of a process that has ended may belong to another one by now.
-        if client.remote_uffd is not None and not is_gone(client.pidfd):
-            _close_remote(client.pid, client.remote_uffd)
+        # A region's userfaultfd is closed by the process that made it.
+        number = client.remote_uffd if client.kind is ClientKind.PROCESS else None
+        if number is not None and not is_gone(client.pidfd):
+            _close_remote(client.pid, number)
     finally:
         client.close_descriptors()
+
+
+def userfaultfds(pid: int) -> tuple[int, ...]:
+    """Return the numbers of a process's userfaultfds; none when it is gone or may not be looked at."""
+    try:
+        return tuple(file.number for file in read_descriptors(pid) if file.target == UFFD_TARGET)
+    except OSError:
+        return ()
+
+
+def close_orphan(process: ProcessIdentity, before: Collection[int]) -> bool:
+    """Close the userfaultfd that was made in a process by somebody who died before telling which it was.
+
+    `before` are the userfaultfds that the process had until then. Only one that has had no handshake, and so
+    can have nothing registered, or none but farpage's, with nothing registered, is closed; returns whether.
+
+    :raise FarpageError: what injecting raises.
+    """
+    pidfd = open_identified(process)
+    if pidfd is None:
+        return False
+    try:
+        found = [number for number in userfaultfds(process.pid) if number not in before]
+        if len(found) != 1 or _has_registrations(process.pid):
+            return False
+        _close_remote(process.pid, found[0])
+        return True
+    finally:
+        os.close(pidfd)
+
+
+def _has_registrations(pid: int) -> bool:
+    """Tell whether any memory of a process is registered: um, uw and ui in its flags (proc_pid_smaps(5))."""
+    try:
+        with open(f"/proc/{pid}/smaps", errors="replace") as lines:
+            return any(
+                not {"um", "uw", "ui"}.isdisjoint(line.split())
+                for line in lines
+                if line.startswith("VmFlags:")
+            )
+    except OSError:
+        return True
 
 
 def _open_pidfd(pid: int) -> int:
@@ -161,12 +211,12 @@ def _read_maps(pid: int) -> list[Mapping]:
         raise ProcessNotFound(pid) from error
 
 
-def _take_memfd(pid: int, pidfd: int, mapping: Mapping) -> int:
+def take_memfd(pid: int, pidfd: int, mapping: Mapping) -> int:
     """Take the file of a mapping from the descriptor table or, if it was closed there, from the mapping."""
     try:
         for file in read_descriptors(pid):
             if file.inode == mapping.inode and file.target == mapping.path:
-                return _take(pid, pidfd, file.number)
+                return take(pid, pidfd, file.number)
         path = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -177,7 +227,13 @@ def _take_memfd(pid: int, pidfd: int, mapping: Mapping) -> int:
         ) from error
 
 
-def _take(pid: int, pidfd: int, number: int) -> int:
+def take(pid: int, pidfd: int, number: int) -> int:
+    """Duplicate a descriptor of a process into this one.
+
+    :raise ProcessNotFound: when it has ended.
+    :raise TraceRefused: when its descriptors may not be taken.
+    :raise OSError: EBADF when it has none of that number.
+    """
     try:
         return take_descriptor(pidfd, number)
     except ProcessLookupError as error:

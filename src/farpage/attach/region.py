@@ -68,7 +68,8 @@ class Region(mmap.mmap):
 
     Use it as a buffer: `numpy.frombuffer(region, dtype)`. It must not be used after `close`, which `with`
     calls at its end. In a forked child any access is a SIGSEGV, since the child's copy would read zeros
-    where pages are out. When the hypervisor goes away, accesses to pages that are out wait for it.
+    where pages are out. When the hypervisor goes away, accesses to pages that are out wait for it, and go
+    on when it is back, as if nothing had happened.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Region(mmap.mmap):
             uffd = undo.enter_context(Userfaultfd.create())
             uffd.handshake()
             request = _request(name, size_bytes, address_of(region), limit_bytes, redundancy)
+            request = request.model_copy(update={"uffd_number": uffd.fileno()})
             lifeline = undo.enter_context(_connect(path))
             reply = _attach(lifeline, path, request, uffd.fileno(), memfd)
             # From here on the hypervisor has it: only `close` undoes that.
@@ -136,6 +138,9 @@ class Region(mmap.mmap):
     def close(self) -> None:
         """Detach and unmap; the contents are gone. Further calls do nothing.
 
+        Without a hypervisor at the moment the region is taken off its paging here, and its addresses stay
+        reserved for the life of the process.
+
         :raise BufferError: while arrays or memoryviews of it are in use; nothing has changed then.
         :raise Unreachable: or RegionRefused, when the hypervisor does not confirm: the region is
             unusable, but stays mapped for the life of the process.
@@ -150,11 +155,19 @@ class Region(mmap.mmap):
         _open_regions.discard(self)
         with self._uffd, self._lifeline:
             try:
-                _confirm_close(self._lifeline, self._path)
+                confirmed = _confirm_close(self._lifeline, self._path, self.name)
             except FarpageError:
                 _unconfirmed.append(self)
                 raise
+            if not confirmed:
+                # There may be a data worker that pages this region still, and will until it is told.
+                with suppress(OSError):
+                    self._uffd.unregister(self._address, len(self))
+        address, length = self._address, len(self)
         super().close()
+        if not confirmed:
+            with suppress(OSError):
+                reserve_addresses(address, length)
 
     def resize(self, newsize: int) -> None:
         """Refuse: a region keeps its size.
@@ -264,17 +277,31 @@ def _attach(connection: socket.socket, path: str, request: AttachRequest, uffd: 
     return reply.name
 
 
-def _confirm_close(connection: socket.socket, path: str) -> None:
-    """Ask to be detached and wait until it is so; a hypervisor that is gone fills no pages either."""
+def _confirm_close(lifeline: socket.socket, path: str, name: str) -> bool:
+    """Ask to be detached and wait until it is so; False when there is no hypervisor at the moment."""
     try:
-        connection.sendall(encode(CloseRequest(request="close")))
-        reply = _receive(connection, CloseReply)
+        return _ask_to_close(lifeline, path, CloseRequest(request="close"))
     except (ConnectionError, EOFError):
-        return
+        pass
+    # It has ended. One that was started in its place knows the region by its name.
+    try:
+        with _connect(path) as connection:
+            return _ask_to_close(connection, path, CloseRequest(request="close", name=name))
+    except (ConnectionError, EOFError, Unreachable):
+        return False
+
+
+def _ask_to_close(connection: socket.socket, path: str, request: CloseRequest) -> bool:
+    try:
+        connection.sendall(encode(request))
+        reply = _receive(connection, CloseReply)
+    except ConnectionError:
+        raise
     except OSError as error:
         raise _unreachable(path, error) from error
     if not reply.ok:
         raise _refused(reply.error)
+    return True
 
 
 def _receive(connection: socket.socket, kind: type[AnyMessage]) -> AnyMessage:

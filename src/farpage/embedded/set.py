@@ -68,6 +68,8 @@ class SetSettings:
     state_dir: Path
     vios_count: int = 2
     devices: tuple[str, ...] = ()
+    run_dir: Path | None = None
+    """Run folder of the hypervisor; None for one in `state_dir`."""
     workers: int | None = None
     path_timeout_seconds: float = 1.0
     no_path_timeout_seconds: float | None = None
@@ -288,6 +290,7 @@ class EmbeddedSet:
         if settings.no_path_timeout_seconds is not None:
             arguments += ["--no-path-timeout", f"{settings.no_path_timeout_seconds * 1000:g}ms"]
         for option, value in (
+            ("--run-dir", settings.run_dir and settings.run_dir.expanduser().absolute()),
             ("--workers", settings.workers),
             ("--limit", settings.default_limit_bytes),
             ("--pool-size", settings.pool_size_bytes),

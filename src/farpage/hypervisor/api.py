@@ -70,11 +70,13 @@ class _Operations:
         )
 
     async def clients(self) -> tuple[ClientInfo, ...]:
-        found: list[ClientInfo] = []
-        for name in sorted(self._hypervisor.keeper.current.clients):
+        async def known(name: str) -> ClientInfo | None:
             with suppress(ClientMissing):  # deleted while another one was asked
-                found.append(await self.client(name))
-        return tuple(found)
+                return await self.client(name)
+            return None
+
+        found = await asyncio.gather(*map(known, sorted(self._hypervisor.keeper.current.clients)))
+        return tuple(info for info in found if info is not None)
 
     async def create(self, wanted: ClientCreate) -> ClientInfo:
         await self._hypervisor.clients.create(wanted)
@@ -132,17 +134,19 @@ class _Operations:
 
     async def metrics(self) -> bytes:
         hypervisor = self._hypervisor
-        reports = [await hypervisor.clients.report(name) for name in list(hypervisor.clients.attached)]
+        # All at once: a worker that hangs holds up the answer once, not once for each of its clients.
+        reports = await asyncio.gather(*map(hypervisor.clients.report, list(hypervisor.clients.attached)))
         return render(
             [report for report in reports if report],
             [vios.status() for vios in hypervisor.vioses.values()],
             hypervisor.alarms.counts,
             hypervisor.pool.size_bytes,
-            DefinitionFigures(
+            definition=DefinitionFigures(
                 hypervisor.keeper.current.revision,
                 hypervisor.keeper.unproven is not None,
                 hypervisor.keeper.repairs,
             ),
+            recovery=hypervisor.recovery.counts,
         )
 
 

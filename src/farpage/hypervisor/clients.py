@@ -7,17 +7,18 @@ answered, so no request leaves a half-made client.
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
+from pydantic import BaseModel
 
 from farpage.attach import qmp
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.messages import AttachRequest
-from farpage.attach.process import close_process, open_process
+from farpage.attach.process import close_process, open_process, userfaultfds
+from farpage.attach.retake import remember
 from farpage.definition.model import PAGE_BYTES, Redundancy
 from farpage.errors import FarpageError
 from farpage.hypervisor.errors import (
@@ -30,9 +31,11 @@ from farpage.hypervisor.errors import (
 from farpage.hypervisor.model import Attachment, ClientAttach, ClientCreate
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
+from farpage.hypervisor.runfolder import AttachmentRecord, RunFolder
 from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
-from farpage.kernel.memory import create_memfd
+from farpage.kernel.inject import ProcessNotFound
+from farpage.kernel.process import identify, is_gone
 from farpage.pager.channel import PeerGone
 from farpage.pager.messages import (
     Attach,
@@ -42,11 +45,12 @@ from farpage.pager.messages import (
     Nothing,
     Query,
     Rejoin,
+    ReplicaSpec,
     SetLimit,
     StartScrub,
     StopScrub,
 )
-from farpage.pager.table import ENTRY_BYTES
+from farpage.pager.statefile import StateFile
 
 log = structlog.get_logger()
 
@@ -55,6 +59,9 @@ QMP_SECONDS = 5.0
 """How long QEMU may take to answer when a client is attached."""
 CLOSE = "close"
 
+REPORT_SECONDS = 2.0
+"""So long a worker may take to report; without a report a client is shown as not paged at the moment."""
+
 ATTACHMENTS = {ClientKind.PROCESS: Attachment.PROCESS, ClientKind.REGION: Attachment.REGION}
 
 
@@ -62,17 +69,30 @@ ATTACHMENTS = {ClientKind.PROCESS: Attachment.PROCESS, ClientKind.REGION: Attach
 class Attached:
     """A client whose memory is paged."""
 
+    record: AttachmentRecord
     memory: ClientMemory
-    table: int
-    """memfd of the page table, which outlives the worker."""
+    state: StateFile
     worker: WorkerProcess
     limit_bytes: int
-    ephemeral: bool
-    """Created for this attachment and deleted after it."""
-    qmp: str | None = None
-    """QMP socket by which the guest is paused while no path works."""
-    guest_paused: bool = False
-    """It is paused by that now."""
+    attaching: bool = False
+    """Its worker has not said yet that it pages it; should that end first, whoever asked it sees to that."""
+    paged: asyncio.Event = field(default_factory=asyncio.Event)
+    """It has a worker: cleared while a lost one is replaced."""
+
+    @property
+    def ephemeral(self) -> bool:
+        """Created for this attachment and deleted after it."""
+        return self.record.kind is ClientKind.REGION and self.record.made_for_it
+
+    @property
+    def qmp(self) -> str | None:
+        """QMP socket by which the guest is paused while no path works."""
+        return self.record.qmp
+
+    @property
+    def guest_paused(self) -> bool:
+        """It is paused by that now."""
+        return self.record.guest_paused
 
 
 @dataclass
@@ -94,7 +114,12 @@ class Clients:
         pool: MemoryPool,
     ) -> None:
         self.attached: dict[str, Attached] = {}
+        self.unrecovered: dict[str, AttachmentRecord] = {}
+        """Clients of an earlier control process whose memory could not be taken again so far."""
         self.records = records
+        self.recover: Callable[[str, Attached], Awaitable[None]]
+        """Finds another worker for a client whose worker has ended; see `farpage.hypervisor.recovery`."""
+        self.run: RunFolder
         self._settings = settings
         self._workers = workers
         self._pool = pool
@@ -159,22 +184,32 @@ class Clients:
         :raise FarpageError: the process goes on as before then.
         """
         async with self._only(client, "attach"):
-            if client in self.attached:
-                raise ClientAttached(client, self.attached[client].memory.pid)
+            self._check_free(client)
             if wanted.qmp is not None:
                 await qmp.execute(wanted.qmp, "query-status", timeout_seconds=QMP_SECONDS)
-            # In a thread: ptrace waits for the process, and belongs to one thread.
-            memory = await asyncio.to_thread(open_process, wanted.pid, wanted.memory)
+            # Before anything is made in the process, so that it is found and closed if this one is killed.
+            record = await asyncio.to_thread(_intent, client, wanted.pid)
+            if record is not None:
+                record = record.model_copy(update={"qmp": wanted.qmp})
+                self.run.save(record)
             try:
-                await self._attach(client, memory, wanted.limit_bytes, Redundancy.PATH, ephemeral=False)
-            except PeerGone:
-                # The worker may have paged something out: without the userfaultfd that would read as zeros.
-                raise
+                # In a thread: ptrace waits for the process, and belongs to one thread.
+                memory = await asyncio.to_thread(open_process, wanted.pid, wanted.memory)
+                try:
+                    await self._attach(client, memory, wanted.limit_bytes, Redundancy.PATH, record)
+                except FarpageError:
+                    await asyncio.to_thread(close_process, memory)
+                    raise
             except FarpageError:
-                await asyncio.to_thread(close_process, memory)
+                self.run.remove(client)
                 raise
-            if client in self.attached:
-                self.attached[client].qmp = wanted.qmp
+
+    def remember_pause(self, client: str, paused: bool) -> None:
+        """Store whether a client's guest is paused, for the next control process too."""
+        attached = self.attached.get(client)
+        if attached is not None:
+            attached.record = attached.record.model_copy(update={"guest_paused": paused})
+            self.run.save(attached.record)
 
     async def attach_region(self, request: AttachRequest, memory: ClientMemory) -> str:
         """Page a region; returns the client's name, made up when the request has none.
@@ -183,14 +218,23 @@ class Clients:
         """
         client = request.name or self._region_name(memory.pid)
         async with self._only(client, "attach"):
-            if client in self.attached:
-                raise ClientAttached(client, self.attached[client].memory.pid)
-            await self._attach(client, memory, request.limit_bytes, request.redundancy, ephemeral=True)
+            self._check_free(client)
+            try:
+                await self._attach(client, memory, request.limit_bytes, request.redundancy, None)
+            except FarpageError:
+                self.run.remove(client)
+                raise
         return client
 
     def _region_name(self, pid: int) -> str:
         self._regions += 1
         return f"region-{pid}-{self._regions}"
+
+    def _check_free(self, client: str) -> None:
+        if client in self.attached:
+            raise ClientAttached(client, self.attached[client].memory.pid)
+        if client in self.unrecovered:
+            raise ClientAttached(client, self.unrecovered[client].process.pid)
 
     async def _attach(
         self,
@@ -198,10 +242,13 @@ class Clients:
         memory: ClientMemory,
         limit_bytes: int | None,
         redundancy: Redundancy,
-        *,
-        ephemeral: bool,
+        record: AttachmentRecord | None,
     ) -> None:
         created = client not in self.records
+        if record is None:
+            record = _record(client, memory)
+        record = record.model_copy(update={"made_for_it": created})
+        self.run.save(record)
         if created:
             await self._create(
                 ClientCreate(
@@ -212,33 +259,33 @@ class Clients:
                 )
             )
         try:
-            await self._attach_existing(client, memory, limit_bytes, ephemeral=created and ephemeral)
-        except FarpageError as error:
-            # A process whose worker ended may have pages on the volume by now; a region was never used.
-            if created and (ephemeral or not isinstance(error, PeerGone)):
+            await self._attach_existing(record, memory, limit_bytes)
+        except FarpageError:
+            if created:
                 await self.records.discard(client)
             raise
 
     async def _attach_existing(
-        self, client: str, memory: ClientMemory, limit_bytes: int | None, *, ephemeral: bool
+        self, record: AttachmentRecord, memory: ClientMemory, limit_bytes: int | None
     ) -> None:
-        record = self.records.of(client)
-        if record.memory_bytes < memory.length_bytes:
-            raise MemoryTooLarge(client, record.memory_bytes, memory.length_bytes)
-        limit = self._pool.limit_for(memory.length_bytes, limit_bytes or record.limit_bytes)
+        client = record.client
+        defined = self.records.of(client)
+        if defined.memory_bytes < memory.length_bytes:
+            raise MemoryTooLarge(client, defined.memory_bytes, memory.length_bytes)
+        limit = self._pool.limit_for(memory.length_bytes, limit_bytes or defined.limit_bytes)
         self._pool.give(client, limit)
+        pages = memory.length_bytes // PAGE_BYTES
         try:
             claimed = await self.records.claim(client)
             replicas = self.records.replicas(client, turn=len(self.attached))
             worker = self._workers.least_loaded()
+            state = StateFile.create(self.run.state_path(client), pages, claimed.epoch)
         except FarpageError:
             self._pool.limits.pop(client)
             raise
-        pages = memory.length_bytes // PAGE_BYTES
-        table = create_memfd(f"farpage-table-{client}", pages * ENTRY_BYTES)
         order = Attach(
             client=client,
-            volume=record.volumes[0].name,
+            volume=defined.volumes[0].name,
             epoch=claimed.epoch,
             owner=claimed.owner,
             kind=memory.kind,
@@ -248,19 +295,75 @@ class Clients:
             memfd_offset_bytes=memory.memfd_offset_bytes,
             limit_pages=limit // PAGE_BYTES,
             replicas=replicas,
+            state_path=str(state.path),
             path_timeout_seconds=self._settings.path_timeout_seconds,
             no_path_timeout_seconds=self._settings.no_path_timeout_seconds,
             open_timeout_seconds=OPEN_TIMEOUT_SECONDS,
         )
-        worker.clients.add(client)
         # Known before the worker says so: the client may exit before the answer arrives.
-        self.attached[client] = Attached(memory, table, worker, limit, ephemeral)
-        descriptors = [memory.uffd.fileno(), memory.memfd, table, memory.pidfd]
+        attached = self.attached[client] = Attached(record, memory, state, worker, limit, attaching=True)
+        worker.clients.add(client)
         try:
-            await worker.channel.call("attach", order, Nothing, descriptors)
+            try:
+                attached.record = record.model_copy(
+                    update={"memory": remember(memory), "order": order, "worker": worker.identity}
+                )
+            except OSError:
+                raise ProcessNotFound(memory.pid) from None
+            self.run.save(attached.record)
+            await worker.channel.call("attach", order, Nothing, self.descriptors(attached))
+        except PeerGone:
+            await self._worker_ended_meanwhile(client, attached)
         except FarpageError:
-            self._forget(client)
+            self._let_go(client)
             raise
+        if self.attached.get(client) is not attached:  # it exited right after
+            raise ProcessNotFound(memory.pid)
+        attached.attaching = False
+        attached.paged.set()
+
+    def take_in(self, attached: Attached) -> None:
+        """Enter a client of an earlier control process."""
+        client = attached.record.client
+        self.attached[client] = attached
+        attached.worker.clients.add(client)
+        self._pool.limits[client] = attached.limit_bytes
+
+    def current_replicas(self, client: str, order: Attach) -> tuple[ReplicaSpec, ...]:
+        """Return the replicas as the definition has them now, or as they were when it is not known."""
+        try:
+            current = self.records.replicas(client, turn=0)
+        except FarpageError:
+            return order.replicas
+        # In the order of preference that the client had.
+        before = {replica.device: replica.endpoints for replica in order.replicas}
+        return tuple(
+            replica.model_copy(update={"endpoints": before[replica.device]})
+            if set(before.get(replica.device, ())) == set(replica.endpoints)
+            else replica
+            for replica in current
+        )
+
+    @staticmethod
+    def descriptors(attached: Attached) -> list[int]:
+        """Return what goes with an `attach` to a worker."""
+        memory = attached.memory
+        return [memory.uffd.fileno(), memory.memfd, attached.state.fileno(), memory.pidfd]
+
+    async def _worker_ended_meanwhile(self, client: str, attached: Attached) -> None:
+        """Decide about a client whose worker ended before it answered: it may page something out by then.
+
+        :raise PeerGone: the client is as it was before.
+        """
+        await attached.worker.dead.wait()
+        try:
+            registered = client in self.attached and attached.memory.is_registered()
+        except ProcessLookupError:
+            registered = False
+        if not registered:
+            self._let_go(client)
+            raise PeerGone("attach")
+        await self.recover(client, attached)
 
     # Limits and reports
 
@@ -294,13 +397,22 @@ class Clients:
         self._pool.give(client, limit_bytes)
         order = SetLimit(client=client, limit_pages=limit_bytes // PAGE_BYTES)
         try:
-            await attached.worker.channel.call("set_limit", order, Nothing)
+            await self._ask(client, attached, "set_limit", order)
             attached.limit_bytes = limit_bytes
+            self._store_limit(attached)
         finally:
             if client in self.attached:
                 self._pool.limits[client] = attached.limit_bytes
             else:  # it has exited meanwhile
                 self._pool.limits.pop(client, None)
+
+    def _store_limit(self, attached: Attached) -> None:
+        if attached.record.order is not None:
+            order = attached.record.order.model_copy(
+                update={"limit_pages": attached.limit_bytes // PAGE_BYTES}
+            )
+            attached.record = attached.record.model_copy(update={"order": order})
+            self.run.save(attached.record)
 
     async def report(self, client: str) -> ClientReport | None:
         """Ask the client's worker for its report; None when the client is not attached."""
@@ -308,9 +420,11 @@ class Clients:
         if attached is None:
             return None
         try:
-            return await attached.worker.channel.call("query", Query(client=client), ClientReport)
+            return await attached.worker.channel.call(
+                "query", Query(client=client), ClientReport, timeout_seconds=REPORT_SECONDS
+            )
         except FarpageError as error:
-            if error.code in ("not_attached", "worker_gone"):
+            if error.code in ("not_attached", "worker_gone", "worker_silent"):
                 return None
             raise
 
@@ -352,7 +466,23 @@ class Clients:
         attached = self.attached.get(client)
         if attached is None:
             raise ClientNotAttached(client)
-        await attached.worker.channel.call(method, order, Nothing)
+        await self._ask(client, attached, method, order)
+
+    async def _ask(self, client: str, attached: Attached, method: str, order: BaseModel) -> None:
+        """Have a client's worker do something, or the one that takes its place when it ends meanwhile.
+
+        :raise PeerGone: the client has exited meanwhile.
+        """
+        while True:
+            await attached.paged.wait()
+            if self.attached.get(client) is not attached:
+                raise PeerGone(method)
+            try:
+                await attached.worker.channel.call(method, order, Nothing)
+                return
+            except PeerGone:
+                if attached.paged.is_set():
+                    raise  # the hypervisor is stopping
 
     # Detaching
 
@@ -373,62 +503,92 @@ class Clients:
 
     async def _detach(self, client: str, attached: Attached, *, discard: bool) -> None:
         order = Detach(client=client, discard=discard)
-        await attached.worker.channel.call("detach", order, Nothing)
+        await self._ask(client, attached, "detach", order)
         self._forget(client)
+        # The record goes last: it tells which descriptor in the process is to be closed.
         await asyncio.to_thread(close_process, attached.memory)
+        self.run.remove(client)
 
     async def region_closed(self, client: str, memory: ClientMemory) -> None:
         """Let go of a region that its process has closed, or that went with its process."""
         async with self._only(client, CLOSE):
             attached = self.attached.get(client)
-            if attached is None:
-                memory.close_descriptors()
-                return
-            try:
-                await attached.worker.channel.call("detach", Detach(client=client, discard=True), Nothing)
-            except FarpageError as error:
-                if error.code not in ("not_attached", "worker_gone"):
-                    raise
-            self._forget(client)
-            memory.close_descriptors()
+            if attached is not None and attached.memory is memory:
+                await self.discard(client, attached)
+
+    async def close_named(self, client: str, pid: int) -> None:
+        """Let go of a region whose process says so; one that is not paged, or not its own, is left alone."""
+        async with self._only(client, CLOSE):
+            attached = self.attached.get(client)
+            if attached and (attached.memory.kind, attached.memory.pid) == (ClientKind.REGION, pid):
+                await self.discard(client, attached)
+
+    async def discard(self, client: str, attached: Attached) -> None:
+        """Let go of a client whose memory nobody uses any more."""
+        try:
+            await self._ask(client, attached, "detach", Detach(client=client, discard=True))
+        except FarpageError as error:
+            if error.code not in ("not_attached", "worker_gone"):
+                raise
+        if self.attached.get(client) is attached:
+            self._let_go(client)
             if attached.ephemeral:
                 await self.records.discard(client)
 
-    def client_gone(self, client: str) -> None:
-        """Clean up after a process that has exited; a region's listener does that for regions."""
+    async def client_gone(self, client: str) -> None:
+        """Clean up after a process that has exited."""
         attached = self.attached.get(client)
-        if attached is None or attached.memory.kind is ClientKind.REGION:
+        if attached is None or not is_gone(attached.memory.pidfd):
             return
-        self._forget(client)
-        attached.memory.close_descriptors()
-
-    def worker_lost(self, worker: WorkerProcess) -> None:
-        """Watch the processes that a worker watched which has ended: what is left of them is their end."""
-        loop = asyncio.get_running_loop()
-
-        def gone(client: str, pidfd: int) -> None:
-            loop.remove_reader(pidfd)
-            self.client_gone(client)
-
-        for client in worker.clients:
-            memory = self.attached[client].memory
-            if memory.kind is ClientKind.PROCESS:
-                loop.add_reader(memory.pidfd, gone, client, memory.pidfd)
+        self._let_go(client)
+        if attached.ephemeral:
+            await self.records.discard(client)
 
     def _forget(self, client: str) -> None:
         attached = self.attached.pop(client)
         attached.worker.clients.discard(client)
+        attached.paged.set()  # who waits for a worker sees that it has gone
         self._pool.limits.pop(client, None)
-        os.close(attached.table)
+        attached.state.close()
+
+    def _let_go(self, client: str) -> None:
+        """Forget a client and close everything that is here of it."""
+        attached = self.attached.get(client)
+        if attached is not None:
+            self._forget(client)
+            if not attached.attaching:
+                attached.memory.close_descriptors()
+            self.run.remove(client)
 
     async def detach_all(self) -> None:
         """Give every client its memory back whole, before the hypervisor stops."""
         for client, attached in list(self.attached.items()):
             order = Detach(client=client)
             try:
-                await attached.worker.channel.call("detach", order, Nothing)
+                await self._ask(client, attached, "detach", order)
             except FarpageError as error:
                 log.error("client_not_detached", client=client, problem=str(error))
                 continue
-            if attached.memory.kind is ClientKind.PROCESS:
+            if client in self.attached:
+                self._forget(client)
                 await asyncio.to_thread(close_process, attached.memory)
+                self.run.remove(client)
+
+
+def _intent(client: str, pid: int) -> AttachmentRecord | None:
+    """Describe what is about to be done to a process; None when there is none."""
+    try:
+        process = identify(pid)
+    except OSError:
+        return None
+    return AttachmentRecord(
+        client=client, kind=ClientKind.PROCESS, process=process, uffds_before=userfaultfds(pid)
+    )
+
+
+def _record(client: str, memory: ClientMemory) -> AttachmentRecord:
+    try:
+        process = identify(memory.pid)
+    except OSError:
+        raise ProcessNotFound(memory.pid) from None
+    return AttachmentRecord(client=client, kind=memory.kind, process=process)

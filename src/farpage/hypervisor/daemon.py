@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import TYPE_CHECKING
 
 import structlog
 
 from farpage.address import UnixAddress, parse_address
-from farpage.api.serve import ControlServer
 from farpage.attach.listener import AttachListener
 from farpage.errors import InvalidInput
-from farpage.hypervisor.api import create_api
 from farpage.hypervisor.service import Hypervisor
 from farpage.hypervisor.settings import HypervisorSettings
+
+if TYPE_CHECKING:
+    from farpage.api.serve import ControlServer
 
 log = structlog.get_logger()
 
@@ -29,12 +31,21 @@ async def run(settings: HypervisorSettings) -> None:
         loop.add_signal_handler(number, told_to_stop.set)
     hypervisor = Hypervisor(settings)
     clients = hypervisor.clients
-    control = ControlServer(create_api(hypervisor, loop), _unix_path(settings.control, "control"))
+    control_path = _unix_path(settings.control, "control")
+    control: ControlServer | None = None
     listener = AttachListener(
-        _unix_path(settings.attach, "attach"), clients.attach_region, clients.region_closed
+        _unix_path(settings.attach, "attach"),
+        clients.attach_region,
+        clients.region_closed,
+        clients.close_named,
     )
     try:
         await hypervisor.start()
+        # Not sooner: what serves the API takes longer to load than clients of a killed one should wait.
+        from farpage.api import serve
+        from farpage.hypervisor.api import create_api
+
+        control = serve.ControlServer(create_api(hypervisor, loop), control_path)
         await control.start()
         await listener.start()
         log.info("hypervisor_ready", hypervisor=settings.name, control=settings.control)
@@ -43,7 +54,8 @@ async def run(settings: HypervisorSettings) -> None:
     finally:
         await listener.close()
         await hypervisor.stop()
-        await control.stop()
+        if control is not None:
+            await control.stop()
 
 
 def _unix_path(address: str, field: str) -> str:

@@ -14,7 +14,7 @@ import structlog
 
 from farpage.definition.model import PAGE_BYTES
 from farpage.errors import FarpageError
-from farpage.hypervisor.clients import Clients
+from farpage.hypervisor.clients import REPORT_SECONDS, Clients
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.reports import resident_bytes
 from farpage.pager.messages import ClientReport, Nothing, SetLimit
@@ -100,7 +100,10 @@ class FullDevices:
         pages = min(limit_bytes, attached.memory.length_bytes) // PAGE_BYTES
         try:
             await attached.worker.channel.call(
-                "set_limit", SetLimit(client=client, limit_pages=pages), Nothing
+                "set_limit",
+                SetLimit(client=client, limit_pages=pages),
+                Nothing,
+                timeout_seconds=REPORT_SECONDS,
             )
         except FarpageError as error:
             log.warning("limit_not_lifted", client=client, problem=error.cause)

@@ -208,8 +208,13 @@ class GuestPauses:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     def _remember(self, client: str, paused: bool) -> None:
-        if client in self._clients.attached:
-            self._clients.attached[client].guest_paused = paused
+        self._clients.remember_pause(client, paused)
+
+    def resume(self) -> None:
+        """Let guests run, once a path works, that an earlier control process has paused."""
+        for client, attached in self._clients.attached.items():
+            if attached.guest_paused:
+                self.outage(client, outage=True)
 
     async def _watch(self) -> None:
         """Follow the clients' reports: a worker that was lost tells nothing of a path that is back."""

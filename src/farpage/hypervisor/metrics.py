@@ -11,11 +11,13 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
+    SummaryMetricFamily,
 )
 from prometheus_client.registry import Collector
 
 from farpage.definition.model import PAGE_BYTES
 from farpage.hypervisor.model import ViosStatus
+from farpage.hypervisor.recovery import RecoveryCounts
 from farpage.pager.messages import ClientReport, CounterReport
 from farpage.volume.state import PathState
 
@@ -56,8 +58,11 @@ class _Collector(Collector):
         vioses: Sequence[ViosStatus],
         alarms: Mapping[str, int],
         pool_bytes: int,
+        *,
         definition: DefinitionFigures,
+        recovery: RecoveryCounts,
     ) -> None:
+        self._recovery = recovery
         self._reports = reports
         self._vioses = vioses
         self._alarms = alarms
@@ -80,6 +85,22 @@ class _Collector(Collector):
         yield alarms
         yield from self._definitions()
         yield GaugeMetricFamily("farpage_pool_bytes", "Size of the memory pool", value=self._pool_bytes)
+        yield from self._recoveries()
+
+    def _recoveries(self) -> Iterator[Metric]:
+        counts = self._recovery
+        yield CounterMetricFamily(
+            "farpage_workers_lost", "Data workers that ended or hung", value=counts.workers_lost
+        )
+        yield CounterMetricFamily(
+            "farpage_clients_adopted", "Clients taken over with their data worker", value=counts.adopted
+        )
+        yield SummaryMetricFamily(
+            "farpage_client_recoveries",
+            "Clients given to another data worker, and the seconds until it paged them",
+            count_value=counts.recovered,
+            sum_value=counts.recovery_seconds,
+        )
 
     def _definitions(self) -> Iterator[Metric]:
         figures = self._definition
@@ -198,9 +219,13 @@ def render(
     vioses: Sequence[ViosStatus],
     alarms: Mapping[str, int],
     pool_bytes: int,
+    *,
     definition: DefinitionFigures,
+    recovery: RecoveryCounts,
 ) -> bytes:
     """Return the text of one scrape."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(reports, vioses, alarms, pool_bytes, definition))
+    registry.register(
+        _Collector(reports, vioses, alarms, pool_bytes, definition=definition, recovery=recovery)
+    )
     return generate_latest(registry)

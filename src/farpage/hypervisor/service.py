@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import structlog
+from pydantic import BaseModel
 
 from farpage import __version__
 from farpage.definition import rules
@@ -26,16 +27,21 @@ from farpage.hypervisor.guestpause import GuestPauses
 from farpage.hypervisor.model import DefinitionPromotion, HypervisorInfo, WorkerInfo
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
+from farpage.hypervisor.recovery import Recovery
+from farpage.hypervisor.runfolder import RunFolder
 from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.stopping import ViosStops
 from farpage.hypervisor.vioses import Vios
-from farpage.hypervisor.workers import WorkerPool, WorkerProcess
+from farpage.hypervisor.workers import WorkerPool
 from farpage.pager.messages import AlarmRaised, ClientLost, EpochRaised, OutageChanged
 
 log = structlog.get_logger()
 
 HEALTH_INTERVAL_SECONDS = 1.0
 DEFINITION_NAME = "definition.json"
+
+RESUME_SECONDS = 5.0
+"""So long recovered clients have the machine to themselves, before the rest of the daemon starts."""
 
 
 class Hypervisor:
@@ -47,13 +53,19 @@ class Hypervisor:
         self.vioses = {name: Vios(name, control) for name, control in settings.vioses.items()}
         own = DefinitionCopy(settings.state_dir / DEFINITION_NAME)
         self.keeper = DefinitionKeeper(self.vioses, own, partial(self.alarms.raise_alarm, ""))
-        self.workers = WorkerPool(self._worker_event, self._worker_lost)
+        self.workers = WorkerPool(
+            self._worker_event,
+            on_request=self._worker_request,
+            timeout_seconds=settings.worker_timeout_seconds,
+        )
         self.pool = MemoryPool(
             settings.pool_size_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             settings.default_limit_bytes,
         )
         records = ClientRecords(settings.name, self.keeper, self.vioses)
         self.clients = Clients(settings, records, self.workers, self.pool)
+        self.recovery = Recovery(self.clients, self.workers, self.alarms.raise_alarm)
+        self._run: RunFolder | None = None
         self._full_devices = FullDevices(self.clients, self.pool)
         self._guest_pauses = GuestPauses(self.clients, self._guest_alarm)
         self.stops = ViosStops(self.vioses, self.keeper, self.clients)
@@ -63,12 +75,22 @@ class Hypervisor:
     async def start(self) -> None:
         """Start the workers and agree with the VIOS on the definition; those away join later.
 
+        Clients of an earlier control process come first, since their accesses may wait.
+
+        :raise RunFolderInUse: when another control process has the run folder.
         :raise OSError: when a process cannot be started.
         """
-        await self.workers.start(self.settings.worker_count)
+        self._run = self.clients.run = RunFolder(self.settings.run_folder)
+        owners = await self.workers.adopt(self._run.workers)
+        self.workers.start(self.settings.worker_count)
+        await self.recovery.resume(owners)
+        await self.recovery.settled(RESUME_SECONDS)
+        self.workers.start_spare()
         await self._ask_all()
         await self.keeper.start()
         await self._record_all()
+        await self.recovery.reconcile()
+        self._guest_pauses.resume()
         self._start(self._watch_vioses())
 
     async def stop(self) -> None:
@@ -76,9 +98,12 @@ class Hypervisor:
         self._full_devices.stop()
         for task in list(self._tasks):
             task.cancel()
-        await self.clients.detach_all()
-        await self._guest_pauses.stop()
-        await self.workers.stop()
+        await self.recovery.stop()
+        if self._run is not None:
+            await self.clients.detach_all()
+            await self._guest_pauses.stop()
+            await self.workers.stop()
+            self._run.close()
         for vios in self.vioses.values():
             await vios.client.close()
 
@@ -198,17 +223,15 @@ class Hypervisor:
                 self._full_devices.check()
                 self._guest_pauses.outage(outage.client, outage.without_path)
             case "client_gone":
-                self.clients.client_gone(ClientLost.model_validate(parameters).client)
+                self._start(self.clients.client_gone(ClientLost.model_validate(parameters).client))
 
     def _guest_alarm(self, client: str, kind: str, message: str) -> None:
         log.warning("alarm", client=client, kind=kind, message=message)
         self.alarms.raise_alarm(client, kind, message)
 
-    def _worker_lost(self, worker: WorkerProcess) -> None:
-        for client in sorted(worker.clients) or [""]:
-            waits = "; the client's accesses wait" if client else ""
-            self.alarms.raise_alarm(client, "worker_lost", f"data worker {worker.index} ended{waits}")
-        self.clients.worker_lost(worker)
+    async def _worker_request(self, method: str, parameters: Any, descriptors: list[int]) -> BaseModel:
+        """Answer a worker's question; there is none yet."""
+        raise AssertionError(f"unknown request {method!r}")
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

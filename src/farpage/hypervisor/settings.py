@@ -25,6 +25,11 @@ class HypervisorSettings(BaseModel):
     """Control address of every VIOS, by name."""
     workers: int | None = Field(default=None, ge=1)
     """Data workers; None for one per core."""
+    run_dir: Path | None = None
+    """Folder of what the next process of this hypervisor needs when this one is killed; None for one in
+    `state_dir`."""
+    worker_timeout_seconds: float = Field(default=2.0, gt=0)
+    """A data worker that does not answer for so long is killed and replaced."""
     path_timeout_seconds: float = Field(default=1.0, gt=0)
     no_path_timeout_seconds: float | None = Field(default=None, gt=0)
     """After so long without a path waiting accesses are answered with poison; None for never."""
@@ -32,6 +37,11 @@ class HypervisorSettings(BaseModel):
     """Limit of a client that asks for none."""
     pool_size_bytes: int | None = Field(default=None, gt=0)
     """Size of the memory pool; None for all of the host's memory."""
+
+    @property
+    def run_folder(self) -> Path:
+        """The run folder, also when none is named."""
+        return self.run_dir or self.state_dir / "run"
 
     @property
     def worker_count(self) -> int:

@@ -7,6 +7,7 @@ Uses the standard library alone: `farpage.kernel.injector` has to start fast.
 
 from __future__ import annotations
 
+import os
 import re
 import select
 from collections.abc import Iterable
@@ -159,6 +160,45 @@ def read_threads(pid: int) -> list[int]:
     """
     threads = sorted(int(folder.name) for folder in Path(f"/proc/{pid}/task").iterdir())
     return sorted(threads, key=lambda thread: thread != pid)
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process as no other one of the same number is."""
+
+    pid: int
+    started_ticks: int
+    """Clock ticks between the host's boot and its start."""
+    boot: str
+    """Random name of the host's boot."""
+
+
+def identify(pid: int) -> ProcessIdentity:
+    """Return the identity of the process that has a number now.
+
+    :raise OSError: ENOENT or ESRCH when there is none.
+    """
+    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    # The second field is the program's name, which may hold brackets and spaces too (proc_pid_stat(5)).
+    fields = text[text.rindex(")") + 2 :].split()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ProcessIdentity(pid, int(fields[19]), boot)
+
+
+def open_identified(process: ProcessIdentity) -> int | None:
+    """Return a pidfd of a process, None when it has ended: its number may belong to another one now."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError:
+        return None
+    try:
+        # After the pidfd is open: it is of the process that is looked at, or of one that has ended.
+        if identify(process.pid) == process and not is_gone(pidfd):
+            return pidfd
+    except OSError:
+        pass
+    os.close(pidfd)
+    return None
 
 
 def process_exists(pid: int) -> bool:

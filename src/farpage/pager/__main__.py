@@ -1,21 +1,22 @@
-"""`python -m farpage.pager DESCRIPTOR`: a data worker, started with its end of a channel."""
+"""`python -m farpage.pager DESCRIPTOR FOLDER`: a data worker, started with its end of a channel."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import sys
+from pathlib import Path
 
 from farpage.daemon import prepare_for_paging
 from farpage.pager.worker import run
 
 
 def main() -> None:
-    """Work until the control process ends."""
+    """Work until there is neither a control process nor a client."""
     # Ctrl-C goes to the whole process group; the control process decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare_for_paging()
-    asyncio.run(run(int(sys.argv[1])))
+    asyncio.run(run(int(sys.argv[1]), Path(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,18 @@ MESSAGE_BYTES = 1 << 17
 DESCRIPTORS = 8
 
 Answer = TypeVar("Answer", bound=BaseModel)
-Handler: TypeAlias = Callable[[str, Any, list[int]], Awaitable[BaseModel]]
-"""`await handler(method, parameters, descriptors)`; it owns the descriptors."""
+
+
+@dataclass(frozen=True)
+class Handing:
+    """An answer with descriptors, which stay the answerer's."""
+
+    answer: BaseModel
+    descriptors: tuple[int, ...]
+
+
+Handler: TypeAlias = Callable[[str, Any, list[int]], Awaitable[BaseModel | Handing]]
+"""`await handler(method, parameters, descriptors)`; it owns the descriptors that came."""
 EventHandler: TypeAlias = Callable[[str, Any], None]
 
 
@@ -55,6 +65,18 @@ class PeerGone(FarpageError):
     method: str
 
 
+@dataclass(eq=False)
+class PeerSilent(FarpageError):
+    """The other process does not answer in time; it may have done what it was asked for all the same."""
+
+    code = "worker_silent"
+    template = "the data worker has not answered {method!r} for {seconds:g} s"
+    remedy = "if it hangs it is replaced by itself; look into the hypervisor's log"
+    exit_status = ExitStatus.UNREACHABLE
+    method: str
+    seconds: float
+
+
 class Channel:
     """One end of the connection; for one event loop."""
 
@@ -79,14 +101,49 @@ class Channel:
         self._closed = False
         self._loop.add_reader(endpoint, self._readable)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the connection has ended."""
+        return self._closed
+
     async def call(
-        self, method: str, parameters: BaseModel, answer: type[Answer], descriptors: Sequence[int] = ()
+        self,
+        method: str,
+        parameters: BaseModel,
+        answer: type[Answer],
+        descriptors: Sequence[int] = (),
+        *,
+        timeout_seconds: float | None = None,
     ) -> Answer:
         """Send a request and wait for its answer. The descriptors stay the caller's.
 
         :raise PeerError: the other side answered with an error.
         :raise PeerGone: it ended.
+        :raise PeerSilent: it has not answered in time.
         """
+        document, received = await self._ask(method, parameters, descriptors, timeout_seconds)
+        _close_all(received)
+        return answer.model_validate(document)
+
+    async def take(
+        self,
+        method: str,
+        parameters: BaseModel,
+        answer: type[Answer],
+        *,
+        timeout_seconds: float | None = None,
+    ) -> tuple[Answer, list[int]]:
+        """As `call`, for an answer with descriptors, which are the caller's then."""
+        document, received = await self._ask(method, parameters, (), timeout_seconds)
+        return answer.model_validate(document), received
+
+    async def _ask(
+        self,
+        method: str,
+        parameters: BaseModel,
+        descriptors: Sequence[int],
+        timeout_seconds: float | None,
+    ) -> tuple[Any, list[int]]:
         if self._closed:
             raise PeerGone(method)
         self._next_call += 1
@@ -96,7 +153,12 @@ class Channel:
         own = [os.dup(descriptor) for descriptor in descriptors]
         self._send({"call": number, "method": method, "parameters": parameters.model_dump()}, own)
         try:
-            return answer.model_validate(await future)
+            async with asyncio.timeout(timeout_seconds):
+                result: tuple[Any, list[int]] = await future
+                return result
+        except TimeoutError:
+            assert timeout_seconds is not None
+            raise PeerSilent(method, timeout_seconds) from None
         finally:
             self._calls.pop(number, None)
 
@@ -163,22 +225,27 @@ class Channel:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         else:
-            self._answered(document)
+            self._answered(document, list(descriptors))
 
-    def _answered(self, document: dict[str, Any]) -> None:
+    def _answered(self, document: dict[str, Any], descriptors: list[int]) -> None:
         _, future = self._calls.get(document["answer"], ("", None))
         if future is None or future.done():
-            return
-        if "error" in document:
+            _close_all(descriptors)
+        elif "error" in document:
+            _close_all(descriptors)
             future.set_exception(PeerError(**document["error"]))
         else:
-            future.set_result(document["result"])
+            future.set_result((document["result"], descriptors))
 
     async def _serve(self, request: dict[str, Any], descriptors: list[int]) -> None:
         assert self._on_request is not None
         answer: dict[str, Any] = {"answer": request["call"]}
+        handed: list[int] = []
         try:
             result = await self._on_request(request["method"], request["parameters"], descriptors)
+            if isinstance(result, Handing):
+                handed = [os.dup(descriptor) for descriptor in result.descriptors]
+                result = result.answer
             answer["result"] = result.model_dump()
         except FarpageError as error:
             answer["error"] = {
@@ -187,8 +254,10 @@ class Channel:
                 "remedy_text": error.advice,
                 "status": int(error.exit_status),
             }
-        if not self._closed:
-            self._send(answer, ())
+        if self._closed:
+            _close_all(handed)
+        else:
+            self._send(answer, handed)
 
 
 def _close_all(descriptors: Sequence[int]) -> None:

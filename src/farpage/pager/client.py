@@ -6,16 +6,20 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+import numpy as np
+
 from farpage.pager.buffers import BufferPool
+from farpage.pager.doubts import Doubts
 from farpage.pager.eviction import Eviction
 from farpage.pager.faults import Faults
 from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.outage import Outage
+from farpage.pager.recovery import recover
 from farpage.pager.replacement import Replacement
 from farpage.pager.scrub import Scrub
 from farpage.pager.space import Space
-from farpage.pager.table import DIRTY, ON_DEVICE, READING, REWRITTEN, WRITING, ZERO, PageTable
+from farpage.pager.table import DIRTY, ON_DEVICE, READING, REWRITTEN, WRITING, ZERO, PageTable, runs_of
 from farpage.volume.paged import PagedVolume
 
 DETACH_WINDOW_PAGES: Final = 64
@@ -51,6 +55,7 @@ class PagedClient:
         volume.on_full = self.outage.full
         self.scrub: Scrub | None = None
         """The latest one."""
+        self._doubts = Doubts(self.space, self.eviction.wake)
         self._loop = asyncio.get_running_loop()
 
     def start(self) -> None:
@@ -63,6 +68,29 @@ class PagedClient:
             table.move(first, count, ZERO, DIRTY)
             self.space.replacement.added(first, count)
         self._loop.add_reader(self.space.memory.fileno(), self.faults.on_events)
+        self.eviction.wake()
+
+    def recover(self, epoch: int) -> None:
+        """Go on where a pager that was killed has left off; see `farpage.pager.recovery`.
+
+        The volume is being opened under `epoch`, which is above every one that the dead pager used.
+
+        :raise ClientGone: the client has exited.
+        """
+        space = self.space
+        present = np.zeros(space.table.pages, np.bool_)
+        for first, count in space.memory.present_runs():
+            present[first : first + count] = True
+        decided = recover(space.table.states, present)
+        for first, count in runs_of(decided.surplus.tolist()):
+            space.memory.release(first, count)
+        space.table.restate(decided.states)
+        for first, count in runs_of(decided.in_memory.tolist()):
+            space.replacement.added(first, count)
+        self._loop.add_reader(space.memory.fileno(), self.faults.on_events)
+        # The dead pager took events with it: who waits for their answers shall ask again.
+        space.memory.wake(0, space.table.pages)
+        self._doubts.begin(decided.doubtful, epoch)
         self.eviction.wake()
 
     def set_limit(self, limit_pages: int) -> None:
@@ -96,6 +124,8 @@ class PagedClient:
         self.stop_scrub()
         self.eviction.stop()
         self.faults.stopped = True
+        # Nothing is written again, and nobody reads the volume after this.
+        self._doubts.settle()
         await self._bring_in_all()
         while self._still_moving():
             await self._settle()
@@ -138,6 +168,7 @@ class PagedClient:
             self.eviction.stop()
             self.outage.cancel()
             self.stop_scrub()
+            self._doubts.cancel()
             self._loop.remove_reader(self.space.memory.fileno())
             # These refer to each other in circles; the table's memory must not wait for the collector.
             self.space.table = PageTable(0)

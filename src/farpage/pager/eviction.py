@@ -83,7 +83,8 @@ class Eviction:
             self._release_clean_ones()
             return
         counts = space.table.counts
-        budget = space.limit.in_flight + self._held_pages - counts[WRITING] - counts[REWRITTEN]
+        waiting = self._held_pages + space.doubtful_pages
+        budget = space.limit.in_flight + waiting - counts[WRITING] - counts[REWRITTEN]
         victims = space.replacement.victims(max(min(self._excess(), SLICE_PAGES, budget), 0))
         if not victims:
             return

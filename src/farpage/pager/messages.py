@@ -36,7 +36,7 @@ class ReplicaSpec(Message):
 
 
 class Attach(Message):
-    """`attach`, with the descriptors [uffd, memfd, table, pidfd]: page this memory from now on."""
+    """`attach`, with the descriptors [uffd, memfd, state file, pidfd]: page this memory from now on."""
 
     client: str
     volume: str
@@ -51,7 +51,12 @@ class Attach(Message):
     limit_pages: int = Field(gt=0)
     replicas: tuple[ReplicaSpec, ...] = Field(min_length=1)
     recover: bool = False
-    """Go on with what a worker that ended has left, instead of beginning with nothing paged out."""
+    """Go on with what a worker that ended has left, instead of beginning with nothing paged out.
+
+    The epoch is the newest that is known of then; the worker raises it.
+    """
+    state_path: str
+    """Where the state file is; a worker without a control process removes it at the client's end."""
     path_timeout_seconds: float = Field(gt=0)
     no_path_timeout_seconds: float | None = Field(default=None, gt=0)
     """Accesses that waited so long without a path are answered with poison; None for never."""
@@ -104,6 +109,26 @@ class Query(Message):
     """`query`: answer with a `ClientReport`."""
 
     client: str
+
+
+class WorkerClients(Message):
+    """The answer to `clients`: those that the worker pages, or is about to."""
+
+    clients: tuple[str, ...]
+
+
+class HandOver(Message):
+    """`hand_over`: answer with a `HandedOver` and the descriptors [uffd, memfd, state file, pidfd]."""
+
+    client: str
+
+
+class HandedOver(Message):
+    """A client as a control process that was started anew has to know it."""
+
+    order: Attach
+    epoch: int
+    limit_pages: int
 
 
 class Nothing(Message):

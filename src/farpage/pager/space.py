@@ -31,6 +31,8 @@ class Space:
     counters: Counters = field(default_factory=Counters)
     full: bool = False
     """No device has room: nothing can be written out."""
+    doubtful_pages: int = 0
+    """Pages that wait until no write of a killed pager can arrive any more."""
     closed: bool = False
     """The client is gone or detached: nothing may touch its memory any more."""
 

@@ -79,6 +79,11 @@ class PageTable:
         else:
             self.states[first : first + count] = new
 
+    def restate(self, states: npt.NDArray[np.uint8]) -> None:
+        """Set the state of every page."""
+        self.states[:] = states
+        self.counts[:] = np.bincount(states, minlength=STATE_COUNT).tolist()
+
     def run(self, first: int, most: int, state: int) -> int:
         """Return how many pages from `first` on, at most `most`, are in `state` without a gap."""
         if self.state[first] != state:

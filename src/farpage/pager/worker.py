@@ -1,18 +1,19 @@
 """A data worker: one process, one event loop, the page tables and volumes of its clients.
 
-It is started by the hypervisor's control process with one end of a `Channel` as descriptor and
-works until that closes.
+It is started by the hypervisor's control process with one end of a `Channel` as descriptor. When the control
+process is gone it works on for as long as it has clients; the next control process adopts it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import mmap
+import math
 import os
 import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -23,8 +24,9 @@ from farpage.attach.memory import ClientMemory
 from farpage.errors import ExitStatus, FarpageError
 from farpage.kernel.userfaultfd import Userfaultfd
 from farpage.pager.buffers import BufferPool
-from farpage.pager.channel import Channel
+from farpage.pager.channel import Handing
 from farpage.pager.client import PagedClient
+from farpage.pager.control import ControlLink
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.messages import (
     AlarmRaised,
@@ -35,6 +37,8 @@ from farpage.pager.messages import (
     Detach,
     EpochRaised,
     FailoverReport,
+    HandedOver,
+    HandOver,
     Leave,
     Nothing,
     OutageChanged,
@@ -46,8 +50,10 @@ from farpage.pager.messages import (
     SetLimit,
     StartScrub,
     StopScrub,
+    WorkerClients,
 )
-from farpage.pager.table import ENTRY_BYTES, PAGE_BYTES, STATE_NAMES, PageTable
+from farpage.pager.statefile import StateFile, StateFileUnusable
+from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.connector import Endpoint, connect_nbd
 from farpage.volume.lease import Leases
 from farpage.volume.multipath import MultipathVolume
@@ -95,18 +101,18 @@ class ScrubUnderWay(FarpageError):
 class _Events:
     """Passes what a client's volume has to tell on to the control process."""
 
-    def __init__(self, channel: Channel, client: str, owner: str) -> None:
-        self._channel = channel
+    def __init__(self, control: ControlLink, client: str, owner: str) -> None:
+        self._control = control
         self._client = client
         self._owner = owner
 
     def epoch_raised(self, epoch: int) -> None:
         raised = EpochRaised(client=self._client, epoch=epoch, owner=self._owner)
-        self._channel.tell("epoch_raised", raised)
+        self._control.tell("epoch_raised", raised)
 
     def alarm(self, kind: str, message: str) -> None:
         log.warning("alarm", client=self._client, kind=kind, message=message)
-        self._channel.tell("alarm", AlarmRaised(client=self._client, kind=kind, message=message))
+        self._control.tell("alarm", AlarmRaised(client=self._client, kind=kind, message=message))
 
 
 @dataclass
@@ -114,27 +120,67 @@ class _Attached:
     """A client and what of it is this worker's own."""
 
     paged: PagedClient
+    client: ClientMemory
     memory: PagedMemory
-    pidfd: int
+    state: StateFile
+    order: Attach
+    opening: asyncio.Task[None] | None = None
+    """The volume of a recovered client, which is paged before a path is found."""
+    detaching: asyncio.Task[None] | None = None
+
+
+class _StoredOwnership(Ownership):
+    """Keeps the epoch in the state file before anything is opened under it, for who recovers the client."""
+
+    def __init__(self, owner: str, epoch: int, state: StateFile) -> None:
+        self._state = state
+        super().__init__(owner, epoch)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "epoch":
+            self._state.epoch = self.epoch
 
 
 class Worker:
     """The clients of this process."""
 
-    def __init__(self, endpoint: socket.socket) -> None:
-        self.closed = asyncio.Event()
+    def __init__(self, endpoint: socket.socket, folder: Path) -> None:
+        self.done = asyncio.Event()
+        """There is neither a control process nor a client any more."""
         self._loop = asyncio.get_running_loop()
         self._buffers = BufferPool()
         self._leases = Leases(connect_nbd)
         self._clients: dict[str, _Attached] = {}
-        self._channel = Channel(endpoint, on_request=self._request, on_closed=self.closed.set)
+        self._attaching: dict[str, asyncio.Event] = {}
+        self._control = ControlLink(
+            endpoint, folder, on_request=self._request, on_alone=self._look_whether_done
+        )
 
-    async def _request(self, method: str, parameters: Any, descriptors: list[int]) -> BaseModel:
+    def _look_whether_done(self) -> None:
+        if self._control.alone and not self._clients and not self._attaching:
+            self.done.set()
+
+    async def _request(self, method: str, parameters: Any, descriptors: list[int]) -> BaseModel | Handing:
         match method:
             case "attach":
                 return await self._attach(Attach.model_validate(parameters), descriptors)
             case "detach":
                 return await self._detach(Detach.model_validate(parameters))
+            case "hand_over":
+                return await self._hand_over(HandOver.model_validate(parameters).client)
+            case "leave":
+                leave = Leave.model_validate(parameters)
+                await self._attached(leave.client).paged.space.volume.leave(leave.vios)
+                return Nothing()
+            case _:
+                return self._answer(method, parameters)
+
+    def _answer(self, method: str, parameters: Any) -> BaseModel:
+        """Answer a request that waits for nothing."""
+        match method:
+            case "ping":
+                pass
             case "set_limit":
                 order = SetLimit.model_validate(parameters)
                 self._attached(order.client).paged.set_limit(order.limit_pages)
@@ -142,14 +188,13 @@ class Worker:
                 return self._start_scrub(StartScrub.model_validate(parameters))
             case "stop_scrub":
                 self._attached(StopScrub.model_validate(parameters).client).paged.stop_scrub()
-            case "leave":
-                leave = Leave.model_validate(parameters)
-                await self._attached(leave.client).paged.space.volume.leave(leave.vios)
             case "rejoin":
                 rejoin = Rejoin.model_validate(parameters)
                 self._attached(rejoin.client).paged.space.volume.rejoin(rejoin.vios, rejoin.reason)
             case "query":
                 return self._report(Query.model_validate(parameters).client)
+            case "clients":
+                return WorkerClients(clients=(*self._clients, *self._attaching))
             case _:
                 raise AssertionError(f"unknown request {method!r}")
         return Nothing()
@@ -164,11 +209,28 @@ class Worker:
             raise NotAttached(client)
         return self._clients[client]
 
+    async def _hand_over(self, client: str) -> Handing:
+        """Tell a new control process what it needs to know of a client."""
+        if client in self._attaching:
+            await self._attaching[client].wait()
+        attached = self._attached(client)
+        space, memory = attached.paged.space, attached.client
+        return Handing(
+            HandedOver(order=attached.order, epoch=space.volume.epoch, limit_pages=space.limit.pages),
+            (memory.uffd.fileno(), memory.memfd, attached.state.fileno(), memory.pidfd),
+        )
+
     async def _attach(self, order: Attach, descriptors: list[int]) -> Nothing:
+        ended = self._attaching[order.client] = asyncio.Event()
+        try:
+            return await self._attach_now(order, descriptors)
+        finally:
+            del self._attaching[order.client]
+            ended.set()
+            self._look_whether_done()
+
+    async def _attach_now(self, order: Attach, descriptors: list[int]) -> Nothing:
         uffd, memfd, table, pidfd = descriptors
-        # The map keeps the table's file alive.
-        table_map = mmap.mmap(table, order.pages * ENTRY_BYTES)
-        os.close(table)
         client = ClientMemory(
             kind=order.kind,
             pid=order.pid,
@@ -180,22 +242,34 @@ class Worker:
             memfd_offset_bytes=order.memfd_offset_bytes,
             remote_uffd=None,
         )
-        events = _Events(self._channel, order.client, order.owner)
         try:
-            volume = await self._open_volume(order, events)
-            try:
-                client.register()
-            except FarpageError:
-                await volume.abandon()
-                raise
-        except FarpageError:
+            state = StateFile.attach(table, Path(order.state_path))
+        except StateFileUnusable:
             client.close_descriptors()
             raise
+        finally:
+            os.close(table)
+        epoch = max(order.epoch, state.epoch) + 1 if order.recover else order.epoch
+        ownership = _StoredOwnership(order.owner, epoch, state)
+        events = _Events(self._control, order.client, order.owner)
+        volume = self._make_volume(order, ownership, events)
+        if not order.recover:
+            try:
+                await volume.open(order.open_timeout_seconds)
+                try:
+                    client.register()
+                except FarpageError:
+                    await volume.abandon()
+                    raise
+            except FarpageError:
+                client.close_descriptors()
+                state.close()
+                raise
         memory = PagedMemory(client)
         gone = partial(self._client_gone, order.client)
         paged = PagedClient(
             memory,
-            PageTable(order.pages, memoryview(table_map)),
+            PageTable(order.pages, state.table_storage),
             volume,
             order.limit_pages,
             self._buffers,
@@ -204,17 +278,27 @@ class Worker:
             on_outage=partial(self._outage, order.client),
             no_path_timeout_seconds=order.no_path_timeout_seconds,
         )
-        self._clients[order.client] = _Attached(paged, memory, pidfd)
+        attached = self._clients[order.client] = _Attached(paged, client, memory, state, order)
         self._loop.add_reader(pidfd, gone)
-        paged.start()
+        if not order.recover:
+            paged.start()
+            return Nothing()
+        # Before a path is found, which may take long: meanwhile pages that need none are served.
+        attached.opening = self._loop.create_task(volume.open(math.inf))
+        events.epoch_raised(epoch)
+        try:
+            paged.recover(epoch)
+        except ClientGone:
+            gone()
+            raise ClientExited(order.client) from None
         return Nothing()
 
-    async def _open_volume(self, order: Attach, events: _Events) -> PagedVolume:
+    def _make_volume(self, order: Attach, ownership: Ownership, events: _Events) -> PagedVolume:
         (replica,) = order.replicas
-        volume = MultipathVolume(
+        return MultipathVolume(
             order.volume,
             order.pages * PAGE_BYTES,
-            Ownership(order.owner, order.epoch),
+            ownership,
             _endpoints(replica),
             connector=connect_nbd,
             events=events,
@@ -223,8 +307,6 @@ class Worker:
             leases=self._leases,
             path_timeout_seconds=order.path_timeout_seconds,
         )
-        await volume.open(order.open_timeout_seconds)
-        return volume
 
     async def _detach(self, order: Detach) -> Nothing:
         attached = self._attached(order.client)
@@ -232,15 +314,15 @@ class Worker:
             self._forget(order.client)
             with suppress(ClientGone, OSError):
                 attached.memory.unregister()
-            await attached.paged.space.volume.abandon()
-            attached.memory.close()
+            await self._let_go(attached)
             return Nothing()
+        if attached.detaching is None:
+            attached.detaching = self._loop.create_task(self._page_in(order.client, attached))
+        # A control process that was started anew joins the detachment that an older one has begun.
         try:
-            await attached.paged.detach()
+            await asyncio.shield(attached.detaching)
         except ClientGone:
             raise ClientExited(order.client) from None
-        self._forget(order.client)
-        attached.memory.close()
         return Nothing()
 
     def _outage(self, client: str) -> None:
@@ -252,13 +334,18 @@ class Worker:
                 without_path=paged.outage.without_path_seconds is not None,
                 device_full=paged.space.full,
             )
-            self._channel.tell("outage", outage)
+            self._control.tell("outage", outage)
+
+    async def _page_in(self, client: str, attached: _Attached) -> None:
+        await attached.paged.detach()
+        self._forget(client)
+        await self._let_go(attached)
 
     def _forget(self, client: str) -> None:
         attached = self._clients.pop(client, None)
         if attached:
             attached.paged.abandon()
-            self._loop.remove_reader(attached.pidfd)
+            self._loop.remove_reader(attached.client.pidfd)
 
     def _client_gone(self, client: str) -> None:
         """Let go of a client whose process has exited."""
@@ -271,9 +358,21 @@ class Worker:
         task.add_done_callback(lambda done: done.result())
 
     async def _bury(self, client: str, attached: _Attached) -> None:
+        await self._let_go(attached)
+        self._control.tell("client_gone", ClientLost(client=client))
+
+    async def _let_go(self, attached: _Attached) -> None:
+        """Close what is left of a client that was forgotten."""
+        if attached.opening is not None:
+            attached.opening.cancel()
+            await asyncio.gather(attached.opening, return_exceptions=True)
         await attached.paged.space.volume.abandon()
         attached.memory.close()
-        self._channel.tell("client_gone", ClientLost(client=client))
+        if self._control.alone:
+            attached.state.remove()
+        else:
+            attached.state.close()
+        self._look_whether_done()
 
     def _report(self, client: str) -> ClientReport:
         paged = self._attached(client).paged
@@ -306,12 +405,9 @@ class Worker:
             failovers=tuple(FailoverReport(**asdict(record)) for record in space.volume.failovers.records),
         )
 
-    async def stop(self) -> None:
-        """Let go of everything when the control process is gone."""
-        for client in list(self._clients):
-            attached = self._clients[client]
-            self._forget(client)
-            await attached.paged.space.volume.abandon()
+    def close(self) -> None:
+        """Leave no socket behind."""
+        self._control.close()
         self._leases.close()
 
 
@@ -319,8 +415,11 @@ def _endpoints(replica: ReplicaSpec) -> list[Endpoint]:
     return [Endpoint(spec.vios, parse_address(spec.address), replica.name) for spec in replica.endpoints]
 
 
-async def run(descriptor: int) -> None:
-    """Work until the control process closes the channel at `descriptor`."""
-    worker = Worker(socket.socket(fileno=descriptor))
-    await worker.closed.wait()
-    await worker.stop()
+async def run(descriptor: int, folder: Path) -> None:
+    """Work until there is neither a control process nor a client.
+
+    The first control process is at the other end of `descriptor`; later ones find a socket in `folder`.
+    """
+    worker = Worker(socket.socket(fileno=descriptor), folder)
+    await worker.done.wait()
+    worker.close()

@@ -104,7 +104,11 @@ async def test_the_request_says_what_was_asked_for(hypervisor: TinyHypervisor, c
     assert request.start_address == await client.run("region.start_address")
     assert await client.run("region.name") == f"region-{client.pid}"
     memory = hypervisor.pagers[f"region-{client.pid}"].memory
-    assert (memory.kind, memory.pid, memory.remote_uffd) == (ClientKind.REGION, client.pid, None)
+    assert (memory.kind, memory.pid, memory.remote_uffd) == (
+        ClientKind.REGION,
+        client.pid,
+        request.uffd_number,
+    )
 
 
 async def test_closing_waits_for_the_hypervisor_and_unmaps(

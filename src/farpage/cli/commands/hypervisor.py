@@ -39,6 +39,15 @@ def run(
             "--attach", metavar="ADDRESS", help="Address that regions connect to; by default DIR/attach.sock."
         ),
     ] = None,
+    run_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--run-dir",
+            metavar="DIR",
+            help="Folder of what its next process needs when this one is killed; best on tmpfs, as /run is; "
+            "by default 'run' in its --dir.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, max=256, help="Data workers; by default one per core.")
     ] = None,
@@ -64,6 +73,7 @@ def run(
         control=control,
         attach=attach,
         vioses=vioses,
+        run_folder=run_folder,
         workers=workers,
         path_timeout_seconds=path_timeout,
         no_path_timeout_seconds=no_path_timeout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +22,15 @@ def up(
             "--device",
             metavar="SPEC",
             help="Paging device of every VIOS; may be repeated; by default a folder in the state folder.",
+        ),
+    ] = None,
+    run_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--run-dir",
+            metavar="DIR",
+            help="Folder of what a hypervisor that is started again needs; best on tmpfs, as /run is; "
+            "by default in the state folder.",
         ),
     ] = None,
     workers: Annotated[
@@ -58,6 +68,7 @@ def up(
         state_dir=state or default_state_dir(),
         vios_count=vios_count,
         devices=tuple(devices or ()),
+        run_dir=run_folder,
         workers=workers,
         path_timeout_seconds=path_timeout,
         no_path_timeout_seconds=no_path_timeout,

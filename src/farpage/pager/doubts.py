@@ -1,0 +1,59 @@
+"""Pages that a killed pager was writing out: whether that has reached the volume, nobody knows at first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from farpage.pager.recovery import Pages
+from farpage.pager.space import Space
+from farpage.pager.table import DIRTY, REWRITTEN, runs_of
+
+LOOK_SECONDS: Final = 0.1
+"""Pause between two looks whether the servers are fenced."""
+
+
+class Doubts:
+    """Keeps such pages in memory until no write of the dead pager can arrive any more.
+
+    That is when every server has accepted a newer epoch than the dead pager's: before, it drains its older
+    commands.
+    """
+
+    def __init__(self, space: Space, on_settled: Callable[[], None]) -> None:
+        self._space = space
+        self._on_settled = on_settled
+        self._loop = asyncio.get_running_loop()
+        self._runs: list[tuple[int, int]] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, pages: Pages, epoch: int) -> None:
+        """Hold pages, all REWRITTEN, until every path was opened under `epoch`."""
+        self._runs = runs_of(pages.tolist())
+        self._space.doubtful_pages = len(pages)
+        self._look(epoch)
+
+    def _look(self, epoch: int) -> None:
+        self._timer = None
+        if not self._runs:
+            return
+        if all(path.epoch >= epoch for path in self._space.volume.status()):
+            self.settle()
+        else:
+            self._timer = self._loop.call_later(LOOK_SECONDS, self._look, epoch)
+
+    def settle(self) -> None:
+        """Let the pages be written again."""
+        runs, self._runs = self._runs, []
+        self._space.doubtful_pages = 0
+        for first, count in runs:
+            self._space.table.move(first, count, REWRITTEN, DIRTY)
+            self._space.replacement.returned(first, count)
+        if runs:
+            self._on_settled()
+
+    def cancel(self) -> None:
+        """Look no more."""
+        if self._timer:
+            self._timer.cancel()

@@ -1,0 +1,162 @@
+"""What a client sees when the data worker that pages it is killed or hangs: a wait; each byte is compared."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from farpage.embedded.set import EmbeddedSet
+from farpage.hypervisor.model import ClientAttach
+from tests.support.hammer import hammering
+from tests.support.paged_set import PagedSet, until_client
+from tests.support.processes import descriptors_of, kill_and_wait, worker_pid
+from tests.support.scrape import Scrape
+
+MIB = 1 << 20
+SMALL_BYTES = MIB
+
+
+async def until_recovered(embedded: EmbeddedSet, times: int = 1) -> None:
+    async with asyncio.timeout(30):
+        while [alarm.kind for alarm in await embedded.hypervisor.alarms()].count("worker_recovered") < times:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_worker_killed_while_its_client_works_is_replaced(paged: PagedSet) -> None:
+    await paged.write_all()
+    lost = await worker_pid(paged.embedded, "client")
+    paged.client.send(f"verify 0 {paged.pages}")
+    os.kill(lost, signal.SIGKILL)
+    assert await paged.client.answer() == "wrong 0"
+    await until_recovered(paged.embedded)
+    assert await worker_pid(paged.embedded, "client") != lost
+    await paged.write_all()
+    await paged.verify_all()
+    kinds = [alarm.kind for alarm in await paged.embedded.hypervisor.alarms()]
+    assert kinds.index("worker_lost") < kinds.index("worker_recovered")
+
+
+async def test_one_worker_after_the_other_is_killed(paged: PagedSet) -> None:
+    for turn in range(1, 5):
+        paged.client.send(f"write 0 {paged.pages}")
+        await kill_and_wait(await worker_pid(paged.embedded, "client"))
+        assert await paged.client.answer() == "done"
+        await until_recovered(paged.embedded, turn)
+        await paged.verify_all()
+    scrape = await Scrape.of(paged.embedded.document.hypervisor.control)
+    assert scrape.value("farpage_workers_lost_total") == 4
+    assert scrape.value("farpage_client_recoveries_count") == 4
+    assert scrape.value("farpage_client_recoveries_sum") < 4 * 1.5
+
+
+async def test_a_worker_that_hangs_is_killed_and_replaced(paged: PagedSet) -> None:
+    await paged.write_all()
+    hung = await worker_pid(paged.embedded, "client")
+    os.kill(hung, signal.SIGSTOP)
+    await paged.verify_all()
+    await until_recovered(paged.embedded)
+    (alarm,) = [alarm for alarm in await paged.embedded.hypervisor.alarms() if alarm.kind == "worker_lost"]
+    assert "did not answer" in alarm.message
+    with pytest.raises(ProcessLookupError):
+        os.kill(hung, 0)
+
+
+async def test_a_client_of_a_hung_worker_can_be_shown(paged: PagedSet) -> None:
+    hung = await worker_pid(paged.embedded, "client")
+    os.kill(hung, signal.SIGSTOP)
+    async with asyncio.timeout(5):
+        assert (await paged.info()).attachment == "region"
+        await Scrape.of(paged.embedded.document.hypervisor.control)
+    await until_recovered(paged.embedded)
+
+
+async def test_a_worker_killed_with_page_outs_in_flight_loses_none(paged: PagedSet) -> None:
+    await paged.write_all()
+    active = await paged.active()
+    paged.signal(active, signal.SIGSTOP)
+    limiting = asyncio.get_running_loop().create_task(paged.set_limit(SMALL_BYTES))
+    await paged.until(
+        lambda info: any(path.vios == active and path.in_flight > 0 for path in info.paths), "in flight"
+    )
+    await kill_and_wait(await worker_pid(paged.embedded, "client"))
+    await limiting
+    await paged.verify_all()
+    # The hung VIOS may still carry out what the dead worker sent it: those pages have to wait for it.
+    paged.signal(active, signal.SIGCONT)
+    await paged.until(
+        lambda info: info.resident_bytes <= SMALL_BYTES and len(info.paths) == 2, "within the limit"
+    )
+    await paged.write_all()
+    await paged.verify_all()
+
+
+async def test_a_worker_killed_during_a_failover_finds_the_other_path(paged: PagedSet) -> None:
+    await paged.write_all()
+    active = await paged.active()
+    paged.client.send(f"write 0 {paged.pages}")
+    paged.signal(active, signal.SIGKILL)
+    await kill_and_wait(await worker_pid(paged.embedded, "client"))
+    assert await paged.client.answer() == "done"
+    await paged.verify_all()
+    await paged.restart(active)
+    await paged.until_state(active, "standby")
+    await paged.verify_all()
+
+
+async def test_a_worker_killed_without_any_vios_waits_for_one(paged: PagedSet) -> None:
+    await paged.write_all()
+    for vios in paged.embedded.vioses:
+        paged.signal(vios, signal.SIGKILL)
+    await kill_and_wait(await worker_pid(paged.embedded, "client"))
+    paged.client.send(f"verify 0 {paged.pages}")
+    await until_recovered(paged.embedded)
+    await paged.until(lambda info: info.stalled_faults > 0, "an access waits")
+    for vios in paged.embedded.vioses:
+        await paged.restart(vios)
+    assert await paged.client.answer() == "wrong 0"
+
+
+async def test_a_request_that_its_worker_did_not_survive_is_carried_out_by_the_next(
+    paged: PagedSet, hammer_program: Path
+) -> None:
+    hypervisor = paged.embedded.hypervisor
+    async with hammering(hammer_program, 2048, threads=2) as hammer:
+        await hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        await until_client(hypervisor, "vm", lambda info: info.on_device_bytes > 0, "paged out")
+        lost = await worker_pid(paged.embedded, "vm")
+        os.kill(lost, signal.SIGSTOP)
+        detaching = asyncio.get_running_loop().create_task(hypervisor.detach("vm"))
+        await asyncio.sleep(0.05)
+        os.kill(lost, signal.SIGKILL)
+        await detaching
+        assert (await hypervisor.client("vm")).attachment == "none"
+        assert (await hammer.quit()).wrong == 0
+    await hypervisor.delete_client("vm")
+
+
+async def test_nothing_is_left_open_after_workers_were_replaced(
+    paged: PagedSet, hammer_program: Path
+) -> None:
+    hypervisor = paged.embedded.hypervisor
+    pid = paged.embedded.hypervisor_pid
+    assert pid is not None
+    async with hammering(hammer_program, 2048, threads=2) as hammer:
+        hammers = descriptors_of(hammer.pid)
+        before: list[str] = []
+        for turn in range(1, 4):
+            await hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+            await kill_and_wait(await worker_pid(paged.embedded, "vm"))
+            await until_recovered(paged.embedded, 2 * turn)
+            assert (await hammer.check()).wrong == 0
+            await hypervisor.detach("vm")
+            assert descriptors_of(hammer.pid) == hammers
+            async with asyncio.timeout(10):
+                while before and descriptors_of(pid) != before:
+                    await asyncio.sleep(0.02)
+            before = descriptors_of(pid)
+        assert (await hammer.quit()).wrong == 0
+    await hypervisor.delete_client("vm")

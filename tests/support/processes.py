@@ -1,0 +1,68 @@
+"""What the processes of a set have open, and which run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+from farpage.embedded.set import EmbeddedSet
+
+DEADLINE_SECONDS = 60.0
+
+
+async def worker_pid(embedded: EmbeddedSet, client: str) -> int:
+    """Return the process number of the data worker that pages a client."""
+    info = await embedded.hypervisor.client(client)
+    return {worker.index: worker.pid for worker in (await embedded.hypervisor.info()).workers}[
+        info.worker or 0
+    ]
+
+
+def workers_running(embedded: EmbeddedSet) -> set[int]:
+    """Return the data workers of a set, whoever started them and whether or not anybody talks to them."""
+    folder = str(embedded.layout.hypervisor_dir / "run" / "workers").encode()
+    found: set[int] = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"farpage.pager" in arguments and folder in arguments:
+                found.add(int(entry.name))
+    return found
+
+
+async def until_no_worker(embedded: EmbeddedSet) -> None:
+    """Wait until no data worker of a set is left."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while workers_running(embedded):
+            await asyncio.sleep(0.02)
+
+
+def descriptors_of(pid: int) -> list[str]:
+    """Return what a process has open, sorted, sockets and pipes without their numbers."""
+    found: list[str] = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.append(str(link.readlink()).split(":[")[0])
+        except OSError:
+            continue
+    return sorted(found)
+
+
+async def kill_and_wait(pid: int) -> None:
+    """Kill a process, and wait until it is gone."""
+    pidfd = os.pidfd_open(pid)
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(pidfd, gone.set)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await gone.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
