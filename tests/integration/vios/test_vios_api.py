@@ -288,6 +288,7 @@ async def test_the_description_names_every_request(vios: ViosProcess) -> None:
     }
     assert requests == {
         "GET /v1/health",
+        "POST /v1/stop",
         "GET /v1/devices",
         "POST /v1/devices",
         "GET /v1/volumes",
