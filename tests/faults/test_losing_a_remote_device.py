@@ -88,3 +88,18 @@ async def test_page_outs_go_on_when_a_remote_device_is_killed_under_them(
         await server.start()
         assert await remote.client.answer() == "done"
         await remote.verify_all()
+
+
+async def test_a_vios_restarted_while_its_remote_device_is_away_serves_it_when_it_is_back(
+    remote: PagedSet, server: Nbdkit
+) -> None:
+    await remote.write_all()
+    await server.kill()
+    for vios in remote.embedded.vioses:
+        remote.signal(vios, signal.SIGKILL)
+        await remote.restart(vios)
+        assert await remote.embedded.vioses[vios].devices() == ()
+    await server.start()
+    await remote.verify_all()
+    await remote.write_all()
+    await remote.verify_all()

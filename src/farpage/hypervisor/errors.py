@@ -43,6 +43,19 @@ class ClientBusy(FarpageError):
 
 
 @dataclass(eq=False)
+class ClientElsewhere(FarpageError):
+    """Another hypervisor has claimed the client."""
+
+    code = "client_elsewhere"
+    template = "client {client!r} belongs to hypervisor {hypervisor!r} since epoch {epoch}"
+    remedy = "ask that hypervisor for it; or attach the client here, which takes it over"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    hypervisor: str
+    epoch: int
+
+
+@dataclass(eq=False)
 class MemoryTooLarge(FarpageError):
     """The memory found is larger than what the client was created for."""
 

@@ -152,6 +152,9 @@ class _Collector(Collector):
             "farpage_client_stalled_faults", "Accesses that wait now", labels=["client"]
         )
         epoch = GaugeMetricFamily("farpage_client_epoch", "Epoch of a client's volume", labels=["client"])
+        fenced = GaugeMetricFamily(
+            "farpage_client_fenced", "1 for a client that another owner has claimed", labels=["client"]
+        )
         without_path = GaugeMetricFamily(
             "farpage_client_without_path", "1 while no path to a client's volume works", labels=["client"]
         )
@@ -172,9 +175,10 @@ class _Collector(Collector):
             limit.add_metric([report.client], report.limit_pages * PAGE_BYTES)
             stalled.add_metric([report.client], report.stalled_faults)
             epoch.add_metric([report.client], report.epoch)
+            fenced.add_metric([report.client], float(bool(report.fenced)))
             without_path.add_metric([report.client], float(report.without_path_seconds is not None))
             full.add_metric([report.client], float(report.device_full))
-        yield from (memory, limit, stalled, epoch, without_path, full, scrub)
+        yield from (memory, limit, stalled, epoch, fenced, without_path, full, scrub)
 
     def _paths(self) -> Metric:
         family = GaugeMetricFamily(

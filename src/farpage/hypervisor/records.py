@@ -16,7 +16,7 @@ from farpage.definition.errors import ClientExists
 from farpage.definition.model import ClientRecord, Definition, Redundancy
 from farpage.errors import FarpageError
 from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
-from farpage.hypervisor.errors import NoDirectAccess
+from farpage.hypervisor.errors import ClientElsewhere, NoDirectAccess
 from farpage.hypervisor.model import ClientCreate
 from farpage.hypervisor.vioses import Vios
 from farpage.pager.messages import EndpointSpec, EpochRaised, ReplicaSpec
@@ -35,6 +35,8 @@ class ClientRecords:
         self._vioses = vioses
         self._leftovers: dict[str, int] = {}
         """Clients that nobody wants and that a VIOS may still know or learn of, with the revision before."""
+        self._claimed: dict[str, str] = {}
+        """The token of this hypervisor's latest claim of each client."""
 
     def of(self, client: str) -> ClientRecord:
         """Look a client up.
@@ -119,11 +121,13 @@ class ClientRecords:
         """Delete a client's volume and remove the client.
 
         :raise ClientMissing: there is none.
+        :raise ClientElsewhere: another hypervisor has claimed it.
         :raise NoVios: none answers.
         """
         paths = rules.paths(self._keeper.current, client)
         # Under an epoch of its own, so that nobody who had the volume open still writes.
-        request = partial(Vios.delete_volume, name=paths[0].volume, epoch=(await self.claim(client)).epoch)
+        claimed = await self.claim(client, take_over=False)
+        request = partial(Vios.delete_volume, name=paths[0].volume, epoch=claimed.epoch)
         try:
             await self._on_any_vios([path.vios for path in paths], request)
         except FarpageError as error:
@@ -135,6 +139,8 @@ class ClientRecords:
         """Delete a client that was made for a request which failed or has ended, now or later."""
         try:
             await self.delete(client)
+        except ClientElsewhere as error:
+            log.info("client_left", client=client, reason=error.cause)
         except FarpageError as error:
             log.warning("client_not_deleted", client=client, problem=error.cause)
             self._leftovers[client] = self._keeper.current.revision
@@ -159,12 +165,13 @@ class ClientRecords:
 
     # Claimed
 
-    async def claim(self, client: str) -> ClientRecord:
+    async def claim(self, client: str, *, take_over: bool = True) -> ClientRecord:
         """Take ownership: a new token, and an epoch above every one that a VIOS knows of.
 
-        Whoever had the client before is fenced by it.
+        Whoever had the client before is fenced by it. Without `take_over` that can only be this hypervisor.
 
         :raise ClientMissing: there is none.
+        :raise ClientElsewhere: without `take_over`, when another hypervisor has claimed it.
         :raise FarpageError: the definition could not be changed.
         """
         record = self.of(client)
@@ -176,10 +183,21 @@ class ClientRecords:
             except FarpageError:
                 continue  # its volumes are fenced when it is reached again
             known = max([known, *(v.epoch for v in volumes if v.name == record.volumes[0].name)])
-        definition = await self._keeper.change(
-            lambda now: rules.claim(now, client, owner, self._hypervisor, known + 1)
-        )
+
+        def edit(definition: Definition) -> Definition:
+            if not take_over:
+                self._must_be_ours(client, rules.client_of(definition, client))
+            return rules.claim(definition, client, owner, self._hypervisor, known + 1)
+
+        definition = await self._keeper.change(edit)
+        self._claimed[client] = owner
         return definition.clients[client]
+
+    def _must_be_ours(self, client: str, record: ClientRecord) -> None:
+        # Also of two hypervisors with one name only the one whose claim stands may delete the client.
+        ours = record.hypervisor == self._hypervisor
+        if not ours or record.owner != self._claimed.get(client, record.owner):
+            raise ClientElsewhere(client, record.hypervisor, record.epoch)
 
     async def epoch_raised(self, raised: EpochRaised) -> None:
         """Record in the definition that a client's volume was opened under a newer epoch of its owner."""

@@ -56,7 +56,7 @@ from farpage.pager.statefile import StateFile, StateFileUnusable
 from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.connector import Endpoint, connect_nbd
 from farpage.volume.lease import Leases
-from farpage.volume.multipath import MultipathVolume
+from farpage.volume.multipath import ClientFenced, MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import PagedVolume
 
@@ -316,6 +316,9 @@ class Worker:
                 attached.memory.unregister()
             await self._let_go(attached)
             return Nothing()
+        ownership = attached.paged.space.volume.ownership
+        if ownership.fenced:
+            raise ClientFenced(order.client, ownership.fenced)
         if attached.detaching is None:
             attached.detaching = self._loop.create_task(self._page_in(order.client, attached))
         # A control process that was started anew joins the detachment that an older one has begun.

@@ -20,14 +20,13 @@ from farpage.daemon import prepare_for_paging
 from farpage.definition.database import Database
 from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore, EpochStore
-from farpage.device.errors import DeviceUnusable
-from farpage.errors import FarpageError, InvalidInput
+from farpage.errors import InvalidInput
 from farpage.vios.api import make_app
 from farpage.vios.errors import StateInUse
 from farpage.vios.exports import VolumeExports
 from farpage.vios.leases import Leases
 from farpage.vios.metrics import registry_of
-from farpage.vios.remembered import RememberedDevices
+from farpage.vios.remembered import RememberedDevice, RememberedDevices
 from farpage.vios.service import ViosService
 from farpage.vios.settings import ViosSettings
 from farpage.vios.volumes import Volumes
@@ -126,24 +125,20 @@ async def _draining(service: ViosService) -> AsyncIterator[None]:
 async def _open_devices(settings: ViosSettings, service: ViosService) -> None:
     """Open the devices of the settings, and those that were added.
 
-    One that cannot be used is left out, so that the others are served.
+    One that cannot be used yet is tried again in the background, so that the others are served.
 
     :raise InvalidInput: a specification in the settings cannot be read.
     :raise DeviceUnusable: none of those in the settings can be used.
     """
-    unusable: DeviceUnusable | None = None
-    for spec in settings.devices:
-        try:
-            await service.serve_device(spec)
-        except DeviceUnusable as error:
-            log.error("device_unusable", spec=spec, problem=str(error))
-            unusable = unusable or error
-    if unusable is not None and not service.volumes.devices:
-        raise unusable
+    problems = [
+        await service.serve_from_start(RememberedDevice(spec, None, None)) for spec in settings.devices
+    ]
+    if problems and problems[0] is not None and None not in problems:
+        raise problems[0]
     for device in service.remembered.all():
         try:
-            await service.serve_device(device.spec, name=device.name, size_bytes=device.size_bytes)
-        except FarpageError as error:
+            await service.serve_from_start(device)
+        except InvalidInput as error:
             log.error("device_unusable", spec=device.spec, problem=str(error))
 
 

@@ -18,8 +18,9 @@ from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore
 from farpage.device.base import PagingDevice, Usage
 from farpage.device.claim import Claim
-from farpage.device.errors import VolumeFenced, VolumeMissing
+from farpage.device.errors import DeviceUnusable, VolumeFenced, VolumeMissing
 from farpage.device.open import open_device
+from farpage.device.spec import parse_spec
 from farpage.errors import FarpageError
 from farpage.vios.exports import VolumeExports
 from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeCreate, VolumeInfo
@@ -29,6 +30,12 @@ from farpage.vios.volumes import Located, Volumes, if_it_answers
 log = structlog.get_logger()
 
 Result = TypeVar("Result")
+
+FIRST_TRY_SECONDS = 2.0
+"""So long each device may hold up the VIOS's start."""
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 5.0
+"""Between two tries of a device that cannot be used."""
 
 
 @dataclass
@@ -44,7 +51,7 @@ class ViosService:
     started_at: float = field(default_factory=time.monotonic)
     told_to_stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Set in `loop`; ends the process."""
-    _adding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _adding: dict[str, asyncio.Lock] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def _on_data(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -116,7 +123,7 @@ class ViosService:
         self, spec: str, *, name: str | None = None, size_bytes: int | None = None, force: bool = False
     ) -> PagingDevice:
         """Open a device, if it is not open yet; in the data plane's loop."""
-        async with self._adding:
+        async with self._adding.setdefault(spec, asyncio.Lock()):
             for known in self.volumes.devices:
                 if known.spec == spec:
                     return known
@@ -131,6 +138,42 @@ class ViosService:
             size_bytes=device.size_bytes,
         )  # fmt: skip
         return device
+
+    async def serve_from_start(self, device: RememberedDevice) -> DeviceUnusable | None:
+        """Open a device at the VIOS's start; one that cannot be used is tried again in the background.
+
+        Returns the first problem; None if there is none, or none within `FIRST_TRY_SECONDS`: a remote server
+        that hangs must not keep the other devices from being served. In the data plane's loop.
+
+        :raise InvalidInput: the specification cannot be read.
+        """
+        parse_spec(device.spec)
+        first: asyncio.Future[DeviceUnusable | None] = self.loop.create_future()
+        task = self.loop.create_task(self._serve_when_usable(device, first))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.wait({first}, timeout=FIRST_TRY_SECONDS)
+        return first.result() if first.done() else None
+
+    async def _serve_when_usable(
+        self, device: RememberedDevice, first: asyncio.Future[DeviceUnusable | None]
+    ) -> None:
+        pause, reported = FIRST_PAUSE_SECONDS, ""
+        while True:
+            try:
+                await self.serve_device(device.spec, name=device.name, size_bytes=device.size_bytes)
+            except DeviceUnusable as error:
+                if str(error) != reported:
+                    reported = str(error)
+                    log.error("device_unusable", spec=device.spec, problem=reported)
+                if not first.done():
+                    first.set_result(error)
+            else:
+                if not first.done():
+                    first.set_result(None)
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
     # Volumes
 

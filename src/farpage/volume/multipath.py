@@ -76,7 +76,7 @@ class ClientFenced(FarpageError):
     """Another owner has claimed the volume."""
 
     code = "fenced"
-    template = "volume {volume!r} is fenced: {reason}"
+    template = "client {volume!r} is fenced: {reason}"
     remedy = "end the client here if it runs elsewhere now; attach it anew to claim it back"
     exit_status = ExitStatus.CONFLICT
     volume: str

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -15,6 +16,7 @@ from farpage.definition.rules import next_revision
 from farpage.nbd.client import Connection
 from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeCreate, VolumeInfo
 from farpage.vios.remembered import RememberedDevice, RememberedDevices
+from tests.support.nbdkit import Nbdkit
 from tests.support.vios import ViosProcess, vios_processes
 from tests.support.volumes import write
 
@@ -74,6 +76,29 @@ async def test_a_device_that_is_away_leaves_the_others_served(folder: Path) -> N
         assert (await vios.device()).name == "disk"
         unusable = [line["spec"] for line in log_lines(vios) if line["event"] == "device_unusable"]
         assert unusable == ["dir:/proc/gone/too", "dir:/proc/gone/away"]
+
+
+async def test_a_remote_device_that_is_away_or_hangs_at_the_start_is_served_when_it_answers(
+    folder: Path,
+) -> None:
+    server = Nbdkit(folder / "s", "memory", "16M")
+    with vios_processes(folder, "one", devices=[server.uri, spec(folder)]) as (vios,):
+        assert [device.name for device in await devices_of(vios)] == ["disk"]
+        async with server:
+            while {device.kind for device in await devices_of(vios)} != {"dir", "nbd"}:
+                await asyncio.sleep(0.02)
+            vios.stop()
+            server.signal(signal.SIGSTOP)
+            vios.start()
+            assert [device.name for device in await devices_of(vios)] == ["disk"]
+            server.signal(signal.SIGCONT)
+            while {device.kind for device in await devices_of(vios)} != {"dir", "nbd"}:
+                await asyncio.sleep(0.02)
+
+
+async def devices_of(vios: ViosProcess) -> tuple[DeviceInfo, ...]:
+    async with vios.client() as client:
+        return await client.get("/v1/devices", tuple[DeviceInfo, ...])
 
 
 async def test_a_device_that_fails_later_leaves_the_others_shown(folder: Path) -> None:

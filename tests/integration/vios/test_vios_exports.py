@@ -10,10 +10,12 @@ import pytest
 from farpage.blockio import Feature, read_bytes
 from farpage.definition.model import Definition, PagingCommand, ViosRecord
 from farpage.definition.rules import FoundDevice, next_revision, register_vios
-from farpage.nbd.client import list_exports
+from farpage.nbd.client import Connection, list_exports
 from farpage.nbd.errors import ServerRefused
 from tests.support.vios import ViosProcess, vios_processes
 from tests.support.volumes import extents, flush, trim, write, zero
+
+ANNA, BERT = "00000000000000aa", "00000000000000bb"
 
 
 async def test_an_owner_reads_what_it_wrote(vios: ViosProcess) -> None:
@@ -151,6 +153,51 @@ async def test_an_epoch_raised_through_one_vios_holds_for_the_other(
         await one.connect("vm1@1")
     assert (await one.volume("vm1")).epoch == 2
     await old.close()
+
+
+async def test_of_owners_who_come_to_one_epoch_through_two_vios_one_is_let_in(
+    pair: tuple[ViosProcess, ViosProcess],
+) -> None:
+    await pair[0].create("contested")
+    for epoch in range(1, 6):
+        names = [f"contested@{epoch}:{epoch:08x}{number:08x}" for number in range(6)]
+        opened = await asyncio.gather(
+            *(pair[number % 2].connect(name) for number, name in enumerate(names)), return_exceptions=True
+        )
+        winners = [connection for connection in opened if isinstance(connection, Connection)]
+        assert len(winners) == 1
+        for refusal in opened:
+            assert isinstance(refusal, Connection) or f"another_owner {epoch}: " in str(refusal)
+        for vios in pair:
+            assert (await vios.volume("contested")).owner == winners[0].export_name.partition(":")[2]
+        assert await write(winners[0], 0, bytes(4096)) == 0
+        await winners[0].close()
+
+
+async def test_an_owner_whom_another_has_replaced_stays_out_through_either_vios(
+    pair: tuple[ViosProcess, ViosProcess],
+) -> None:
+    one, two = pair
+    await one.create("replaced")
+    old = await one.connect(f"replaced@5:{ANNA}")
+    new = await two.connect(f"replaced@6:{BERT}")
+    assert await write(old, 0, b"a" * 4096) == errno.ESHUTDOWN
+    for vios in pair:
+        for epoch in (5, 6, 7, 900):
+            with pytest.raises(ServerRefused, match="another_owner 6: "):
+                await vios.connect(f"replaced@{epoch}:{ANNA}")
+            with pytest.raises(ServerRefused, match="another_owner 6: "):
+                await vios.connect(f"replaced@{epoch}:{ANNA}", structured_replies=False)
+    one.kill()
+    one.start()
+    with pytest.raises(ServerRefused, match="another_owner 6: "):
+        await one.connect(f"replaced@900:{ANNA}")
+    assert await write(new, 0, b"b" * 4096) == 0
+    with pytest.raises(ServerRefused, match="stale_epoch 6: "):
+        await one.connect(f"replaced@5:{BERT}")
+    await (await one.connect(f"replaced@7:{BERT}")).close()
+    await old.close()
+    await new.close()
 
 
 async def test_two_vios_that_provision_at_once_stay_within_the_capacity(

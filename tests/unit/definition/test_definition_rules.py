@@ -210,6 +210,31 @@ def test_an_epoch_never_falls(wanted: list[int]) -> None:
         assert definition.clients["vm1"].epoch == max(before + 1, at_least)
 
 
+def test_a_claim_gives_a_client_to_a_new_owner_above_every_epoch_known() -> None:
+    definition = rules.add_client(defined(one=[found(A, "a")]), "vm1", memory_bytes=MIB, hypervisor="host")
+    assert definition.clients["vm1"].owner == ""
+    claimed = rules.claim(definition, "vm1", "00000000000000aa", "other", 40)
+    record = claimed.clients["vm1"]
+    assert (record.owner, record.hypervisor, record.epoch) == ("00000000000000aa", "other", 40)
+    assert rules.claims(claimed) == {"vm1": (40, "00000000000000aa")}
+    assert compare({"one": definition, "two": claimed}).newest == claimed
+
+
+def test_an_owner_s_own_takeover_keeps_its_claim() -> None:
+    definition = rules.add_client(defined(one=[found(A, "a")]), "vm1", memory_bytes=MIB, hypervisor="host")
+    definition = rules.claim(definition, "vm1", "00000000000000aa", "host")
+    raised = rules.raise_epoch(definition, "vm1")
+    assert raised.clients["vm1"].owner == "00000000000000aa"
+    assert raised.clients["vm1"].epoch == definition.clients["vm1"].epoch + 1
+
+
+def test_a_document_from_before_owners_were_told_apart_is_read() -> None:
+    definition = rules.add_client(defined(one=[found(A, "a")]), "vm1", memory_bytes=MIB, hypervisor="host")
+    old = definition.model_dump(mode="json")
+    del old["clients"]["vm1"]["owner"]
+    assert Definition.model_validate(old) == definition
+
+
 def test_a_client_made_anew_begins_above_every_epoch_of_the_old_one(two_vios: Definition) -> None:
     definition = rules.add_client(two_vios, "vm1", memory_bytes=MIB, hypervisor="host")
     definition = old = rules.raise_epoch(definition, "vm1", 70)

@@ -68,11 +68,17 @@ def overview(clients: Sequence[ClientInfo]) -> Table:
                 format_size(info.on_device_bytes),
                 str(info.counters.page_in_pages),
                 str(info.counters.page_out_pages),
-                ", ".join(f"{path.vios} {path.state}" for path in info.paths) or "none",
+                _paths(info),
             )
             for info in clients
         ),
     )
+
+
+def _paths(info: ClientInfo) -> str:
+    if info.fenced:
+        return f"fenced: {info.fenced}"
+    return ", ".join(f"{path.vios} {path.state}" for path in info.paths) or "none"
 
 
 def details(info: ClientInfo) -> Iterator[RenderableType]:
@@ -91,6 +97,7 @@ def details(info: ClientInfo) -> Iterator[RenderableType]:
             ("zero", format_size(info.zero_bytes)),
             ("redundancy", str(info.redundancy)),
             ("epoch", str(info.epoch)),
+            *([("fenced", info.fenced)] if info.fenced else []),
             ("worker", "-" if info.worker is None else str(info.worker)),
             ("stalled faults", str(info.stalled_faults)),
             ("volume", _volume(info)),

@@ -1,0 +1,133 @@
+"""Two hypervisors on the same VIOSes that both believe they own a client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from farpage.api.remote import RemoteError
+from farpage.embedded.control import HypervisorControl
+from farpage.embedded.layout import StateLayout
+from farpage.embedded.set import EmbeddedSet
+from farpage.errors import FarpageError
+from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set, until_client
+from tests.support.scrape import Scrape
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PAGES = 1024
+LIMIT_BYTES = 1 << 20
+
+
+@dataclass
+class Other:
+    """A second hypervisor, in a state folder of its own."""
+
+    state: Path
+    control: HypervisorControl
+
+
+@asynccontextmanager
+async def second_hypervisor(embedded: EmbeddedSet) -> AsyncIterator[Other]:
+    """Run another hypervisor on the VIOSes of a set."""
+    layout = StateLayout.at(embedded.layout.root.parent / "other")
+    vioses = embedded.document.vioses
+    layout.create_root()
+    document = layout.describe(()).model_copy(update={"vioses": vioses})
+    layout.create(document)
+    arguments = [sys.executable, "-m", "farpage", "hypervisor", "run", "other"]
+    arguments += ["--dir", str(layout.hypervisor_dir), "--workers", "1"]
+    for name, vios in vioses.items():
+        arguments += ["--vios", f"{name}={vios.control}"]
+    with (layout.root / "log").open("wb") as log:
+        process = subprocess.Popen(arguments, stderr=log, stdout=log)  # noqa: ASYNC220
+    control = HypervisorControl(document.hypervisor.control)
+    try:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not await answers(control):
+                assert process.poll() is None, "it ended"
+                await asyncio.sleep(0.02)
+        yield Other(layout.root, control)
+    finally:
+        await control.close()
+        process.terminate()
+        await asyncio.to_thread(process.wait, DEADLINE_SECONDS)
+
+
+async def answers(control: HypervisorControl) -> bool:
+    try:
+        await control.info()
+    except FarpageError:
+        return False
+    return True
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def embedded() -> AsyncIterator[EmbeddedSet]:
+    async with running_set(workers=1) as running:
+        yield running
+
+
+async def test_of_two_hypervisors_that_own_a_client_exactly_one_writes(embedded: EmbeddedSet) -> None:
+    old = embedded.hypervisor
+    first = await RegionProcess.start(embedded.layout.root, PAGES, LIMIT_BYTES)
+    try:
+        assert await first.do(f"write 0 {PAGES}") == "done"
+        async with second_hypervisor(embedded) as other:
+            second = await RegionProcess.start(other.state, PAGES, LIMIT_BYTES)
+            try:
+                first.send(f"verify 0 {PAGES}")  # and waits for good
+                fenced = await until_client(old, "client", lambda info: bool(info.fenced), "fenced")
+                assert "another owner has the volume at epoch" in fenced.fenced
+                assert {path.state for path in fenced.paths} == {"failed"}
+                assert {path.reason for path in fenced.paths} == {fenced.fenced}
+                await until_client(old, "client", lambda info: info.stalled_faults > 0, "waiting")
+                assert [alarm.kind for alarm in await old.alarms()].count("fenced") == 1
+                scrape = await Scrape.of(embedded.document.hypervisor.control)
+                assert scrape.value("farpage_client_fenced", client="client") == 1
+                assert f"fenced: {fenced.fenced}" in await farpage(embedded, "client", "list")
+                assert fenced.fenced in await farpage(embedded, "client", "show", "client")
+
+                for _ in range(3):
+                    assert await second.do(f"write 0 {PAGES}") == "done"
+                    assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
+                info = await other.control.client("client")
+                assert (info.fenced, info.failovers) == ("", ())
+                record = (await other.control.definition()).clients["client"]
+                assert (record.hypervisor, record.epoch) == ("other", info.epoch)
+                with pytest.raises(RemoteError) as caught:
+                    await old.delete_client("client")
+                assert caught.value.code == "client_attached"
+
+                # The one that is fenced made the client for its region, and deletes nothing of the other's.
+                await first.stop()
+                await until_client(old, "client", lambda info: info.attachment == "none", "let go")
+                with pytest.raises(RemoteError) as caught:
+                    await old.delete_client("client")
+                assert caught.value.code == "client_elsewhere"
+                assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
+            finally:
+                await second.stop()
+            await until_client(other.control, "client", lambda info: info.attachment == "none", "let go")
+    finally:
+        await first.stop()
+
+
+async def farpage(embedded: EmbeddedSet, *arguments: str) -> str:
+    """Run a command and return what it prints, without the breaks of its lines."""
+    command = [sys.executable, "-m", "farpage", *arguments, "--state", str(embedded.layout.root)]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, env=os.environ | {"COLUMNS": "400"}
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    return output.decode()
