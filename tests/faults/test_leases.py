@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator
 
@@ -62,3 +63,20 @@ async def test_a_hung_vios_that_wakes_up_after_its_lease_writes_nothing(leased: 
     leased.signal(active, signal.SIGCONT)
     await leased.until_state(active, "standby")
     await leased.verify_all()
+
+
+async def test_a_worker_that_was_stopped_for_longer_than_its_leases_goes_on(leased: PagedSet) -> None:
+    await leased.write_all()
+    (worker,) = (await leased.embedded.hypervisor.info()).workers
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        leased.client.send(f"write 0 {leased.pages}")
+        for vios in leased.embedded.vioses.values():
+            while (await vios.health()).leases:
+                await asyncio.sleep(0.02)
+    finally:
+        os.kill(worker.pid, signal.SIGCONT)
+    assert await leased.client.answer() == "done"
+    await leased.verify_all()
+    info = await leased.until(lambda info: any(path.state == "standby" for path in info.paths), "redundant")
+    assert info.fenced == ""

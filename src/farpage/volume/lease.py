@@ -55,7 +55,9 @@ class Lease:
     @property
     def renewed(self) -> bool:
         """Whether it is being kept alive."""
-        return self._renewing is not None and not self._renewing.done() and not self.over
+        if self._renewing is None or self._renewing.done() or self._ends_at is None:
+            return False
+        return self._loop.time() < self._ends_at
 
     async def begin(self) -> None:
         """Ask for the lease, and go on asking.

@@ -14,11 +14,15 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from farpage.api.client import ControlClient
 from farpage.api.remote import RemoteError
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.layout import StateLayout
 from farpage.embedded.set import EmbeddedSet
 from farpage.errors import FarpageError
+from farpage.hypervisor.model import ClientAttach
+from farpage.vios.model import VolumeInfo, VolumeOpen
+from tests.support.hammer import hammering
 from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set, until_client
 from tests.support.scrape import Scrape
 
@@ -131,3 +135,20 @@ async def farpage(embedded: EmbeddedSet, *arguments: str) -> str:
     output, _ = await process.communicate()
     assert process.returncode == 0
     return output.decode()
+
+
+async def test_a_process_whose_client_is_fenced_is_not_let_go(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    """Its memory cannot be brought back: it goes on waiting, rather than reading something else."""
+    hypervisor = embedded.hypervisor
+    async with hammering(hammer_program, PAGES) as process:
+        info = await hypervisor.attach("taken", ClientAttach(pid=process.pid, limit_bytes=LIMIT_BYTES))
+        wanted = VolumeOpen(epoch=info.epoch + 1, owner="00000000000000bb")
+        async with ControlClient(embedded.document.vioses["vios1"].control) as vios1:
+            assert (await vios1.post("/v1/volumes/taken/open", wanted, VolumeInfo)).owner == wanted.owner
+        await until_client(hypervisor, "taken", lambda info: bool(info.fenced), "fenced")
+        with pytest.raises(RemoteError, match="client 'taken' is fenced: another owner has") as caught:
+            await hypervisor.detach("taken")
+        assert (caught.value.http_status, caught.value.code) == (409, "fenced")
+        assert (await hypervisor.client("taken")).attachment == "process"

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from unittest import mock
 
 import pytest
 
 from farpage.errors import Unreachable
+from farpage.vios import leases as served
 from farpage.volume.lease import MARGIN, Lease
 from tests.support.simulated_loop import run_simulated
 from tests.unit.volume.model import LEASE_SECONDS, PAGE, Rig
@@ -47,10 +49,10 @@ def test_a_worker_keeps_one_lease_at_each_vios_alive() -> None:
 def test_a_lease_is_taken_for_over_only_after_the_server_has_stopped() -> None:
     async def test(rig: Rig) -> None:
         lease, vios = await lease_at(rig, "vios1"), rig.vioses["vios1"]
-        served = vios.leases.find(lease.identifier) if vios.leases else None
-        assert served is not None
+        server_side = vios.leases.find(lease.identifier) if vios.leases else None
+        assert server_side is not None
         over: list[bool] = []
-        lease.when_over(lambda: over.append(served.over()))
+        lease.when_over(lambda: over.append(server_side.over()))
         loop = asyncio.get_running_loop()
         await asyncio.sleep(7.3)
         vios.hang()
@@ -60,8 +62,33 @@ def test_a_lease_is_taken_for_over_only_after_the_server_has_stopped() -> None:
         assert loop.time() - hung <= LEASE_SECONDS * (1 + MARGIN) + 0.1
         vios.resume()
         await asyncio.sleep(1.0)
-        assert served.over(), "what lay in the socket must not revive it"
+        assert server_side.over(), "what lay in the socket must not revive it"
         assert await lease_at(rig, "vios1") is not lease
+
+    with_leases(test)
+
+
+def test_a_renewal_that_lay_in_the_socket_does_not_outlast_what_the_worker_knows() -> None:
+    async def test(rig: Rig) -> None:
+        lease, vios = await lease_at(rig, "vios1"), rig.vioses["vios1"]
+        server_side = vios.leases.find(lease.identifier) if vios.leases else None
+        assert server_side is not None
+        offer = served.Lease.offer
+
+        def offer_and_hang(self: served.Lease) -> bytes:
+            if self is server_side:
+                vios.hang()
+            return offer(self)
+
+        with mock.patch.object(served.Lease, "offer", offer_and_hang):
+            await rig.until(lambda: vios.hung)
+            await asyncio.sleep(LEASE_SECONDS / 2)
+            vios.resume()  # the renewal is taken now
+            await asyncio.sleep(0.1)
+            vios.hang()
+            assert not server_side.over()
+        await rig.until(lambda: lease.over)
+        assert server_side.over()
 
     with_leases(test)
 
