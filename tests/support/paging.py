@@ -23,7 +23,7 @@ from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
 from farpage.volume.ownership import Ownership
-from farpage.volume.paged import MirrorCounts, ReplicaHealth, ReplicaStatus
+from farpage.volume.paged import MirrorCounts, PagedVolume, ReplicaHealth, ReplicaStatus
 from tests.support.blockio import MemoryIO
 
 
@@ -277,9 +277,13 @@ class ModelClient:
     """A client of `pages` pages: real faults and page-outs over a model of its memory and volume."""
 
     def __init__(
-        self, pages: int, limit_pages: int | None = None, devices: tuple[str, ...] = ("disk1",)
+        self,
+        pages: int,
+        limit_pages: int | None = None,
+        devices: tuple[str, ...] = ("disk1",),
+        paged_to: PagedVolume | None = None,
     ) -> None:
-        """Make the client within a running event loop."""
+        """Make the client within a running event loop; without `paged_to` it has a model of a volume."""
         self.memory = ModelMemory()
         self.table = PageTable(pages)
         self.volume = ModelVolume(pages * PAGE_BYTES, devices)
@@ -287,7 +291,7 @@ class ModelClient:
         self.space = Space(
             self.memory,
             self.table,
-            self.volume,
+            paged_to or self.volume,
             Limit(limit_pages or pages),
             BufferPool(preallocated=1),
             lambda kind, message: self.alarms.append((kind, message)),

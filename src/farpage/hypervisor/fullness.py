@@ -49,6 +49,7 @@ class FullDevices:
         self._pool = pool
         self._task: asyncio.Task[None] | None = None
         self._wanted = False
+        self._lifted: set[str] = set()
 
     def check(self) -> None:
         """Look whether a client's device is full, or no longer; its report says so."""
@@ -61,14 +62,20 @@ class FullDevices:
         if self._task:
             self._task.cancel()
 
+    def resume(self) -> None:
+        """Take over from an earlier control process, which may have lifted limits."""
+        self._lifted = set(self._clients.attached)
+        self.check()
+
     async def _watch(self) -> None:
         """Share the room out until no device is full, and every client has its own limit again."""
-        lifted: set[str] = set()
+        lifted = self._lifted
         while self._wanted or lifted:
             self._wanted = False
             lifted = await self._share(lifted)
             if lifted:
                 await asyncio.sleep(INTERVAL_SECONDS)
+        self._lifted = lifted
         self._task = None
 
     async def _share(self, lifted: set[str]) -> set[str]:

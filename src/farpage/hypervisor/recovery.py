@@ -210,7 +210,9 @@ class Recovery:
             raise
         finally:
             os.close(table)
-        attached = Attached(record, memory, state, worker, handed.limit_pages * PAGE_BYTES)
+        # What the worker goes by may be lifted, while a device is full.
+        limit_pages = record.order.limit_pages if record.order else handed.limit_pages
+        attached = Attached(record, memory, state, worker, limit_pages * PAGE_BYTES)
         self._clients.take_in(attached)
         attached.paged.set()
         self.counts.adopted += 1

@@ -91,6 +91,7 @@ class Hypervisor:
         await self._record_all()
         await self.recovery.reconcile()
         self._guest_pauses.resume()
+        self._full_devices.resume()
         self._start(self._watch_vioses())
 
     async def stop(self) -> None:

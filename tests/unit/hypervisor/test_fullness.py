@@ -1,6 +1,16 @@
 from __future__ import annotations
 
-from farpage.hypervisor.fullness import lifted_limits
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+from farpage.definition.model import PAGE_BYTES
+from farpage.hypervisor.clients import Clients
+from farpage.hypervisor.fullness import FullDevices, lifted_limits
+from farpage.hypervisor.pool import MemoryPool
+from farpage.pager.messages import SetLimit
+from farpage.pager.table import STATE_NAMES
+from tests.support.simulated_loop import run_simulated
 
 MIB = 1 << 20
 
@@ -27,3 +37,58 @@ def test_a_full_pool_leaves_the_limit_as_it_is() -> None:
 
 def test_a_client_that_has_gone_meanwhile_gets_nothing() -> None:
     assert lifted_limits(8 * MIB, {}, {}, frozenset({"gone"})) == {}
+
+
+class OneClient:
+    """A client with a limit of 10 MiB of 100, and what its worker is told."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.limits: list[int] = []
+        channel = SimpleNamespace(call=self._call)
+        attached = SimpleNamespace(
+            limit_bytes=10 * MIB,
+            memory=SimpleNamespace(length_bytes=100 * MIB),
+            worker=SimpleNamespace(channel=channel),
+        )
+        self.attached = {"vm": attached}
+
+    async def _call(self, method: str, order: SetLimit, answer: object, **options: object) -> None:
+        assert method == "set_limit"
+        self.limits.append(order.limit_pages * PAGE_BYTES)
+
+    async def report(self, client: str) -> Any:
+        pages = {**dict.fromkeys(STATE_NAMES, 0), "dirty": 10 * MIB // PAGE_BYTES}
+        return SimpleNamespace(device_full=self.full, pages_by_state=pages)
+
+
+def test_a_limit_is_lifted_while_the_device_is_full_and_given_back_then() -> None:
+    async def main() -> None:
+        client = OneClient()
+        devices = FullDevices(cast(Clients, client), MemoryPool(30 * MIB, None))
+        devices.check()
+        await asyncio.sleep(5)
+        assert client.limits == []
+        client.full = True
+        devices.check()
+        await asyncio.sleep(0.1)
+        assert client.limits == [30 * MIB]
+        client.full = False
+        await asyncio.sleep(5)
+        assert client.limits[-1] == 10 * MIB
+        told = len(client.limits)
+        await asyncio.sleep(60)
+        assert len(client.limits) == told
+
+    run_simulated(main)
+
+
+def test_a_limit_that_an_earlier_control_process_lifted_is_given_back() -> None:
+    async def main() -> None:
+        client = OneClient()
+        devices = FullDevices(cast(Clients, client), MemoryPool(30 * MIB, None))
+        devices.resume()
+        await asyncio.sleep(5)
+        assert client.limits == [10 * MIB]
+
+    run_simulated(main)
