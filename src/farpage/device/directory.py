@@ -38,6 +38,7 @@ from farpage.device.claim import Claim
 from farpage.device.errors import CapacityExceeded, DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
 from farpage.device.file import FEATURES, Access, FileVolume
 from farpage.device.label import Header, Label, read_label, sync_folder, write_label
+from farpage.device.reads import RingReader
 from farpage.device.spans import SpanGate
 from farpage.device.spec import CacheMode, DirectorySpec
 from farpage.device.threads import IoThreads
@@ -78,6 +79,7 @@ class DirectoryDevice(PagingDevice):
         self.access = str(self._access)
         self.features = FEATURES | (Feature.CACHE if self._access is Access.BUFFERED else Feature.NONE)
         self._threads = IoThreads(f"io-{label.name}"[:15])
+        self._reader = RingReader.open() if self._access is Access.DIRECT else None
         self._buffers = BufferPool()
         self._gates: weakref.WeakValueDictionary[str, SpanGate] = weakref.WeakValueDictionary()
 
@@ -184,6 +186,7 @@ class DirectoryDevice(PagingDevice):
             size_bytes,
             access=self._access,
             threads=self._threads,
+            reader=self._reader,
             buffers=self._buffers,
             gate=gate,
             superseded=superseded,
@@ -192,6 +195,8 @@ class DirectoryDevice(PagingDevice):
 
     async def close(self) -> None:
         """End the threads."""
+        if self._reader is not None:
+            await self._reader.close()
         await self._threads.close()
         self._buffers.close()
 

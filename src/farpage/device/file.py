@@ -1,4 +1,4 @@
-"""A volume in a file: commands become system calls, made in threads.
+"""A volume in a file: commands become system calls, made in threads; direct reads go through io_uring.
 
 With direct I/O what is aligned goes between the caller's memory and the device; the rest takes
 a detour over aligned buffers. Without it the kernel's page cache sees to that.
@@ -17,6 +17,7 @@ from typing import Any, Final
 from farpage.blockio import Allocation, BlockLimits, Done, Extent, ExtentsDone, Feature, ReadDone
 from farpage.device.base import BLOCK_BYTES, never
 from farpage.device.buffers import BufferPool
+from farpage.device.reads import RingReader
 from farpage.device.spans import SpanGate
 from farpage.device.threads import IoThreads
 from farpage.kernel.libc import last_error, libc
@@ -83,13 +84,17 @@ class FileVolume:
         *,
         access: Access,
         threads: IoThreads,
+        reader: RingReader | None,
         buffers: BufferPool,
         gate: SpanGate,
         superseded: Callable[[], bool] | None,
         origin_bytes: int = 0,
         over: Callable[[], bool] = never,
     ) -> None:
-        """Take over `descriptor`; `superseded` is None for a read-only volume."""
+        """Take over `descriptor`; `superseded` is None for a read-only volume.
+
+        Without a `reader`, and for what it does not take, threads read.
+        """
         self.size_bytes = size_bytes
         self.read_only = superseded is None
         self.features = FEATURES | (Feature.CACHE if access is Access.BUFFERED else Feature.NONE)
@@ -101,6 +106,7 @@ class FileVolume:
         self._drop = access is Access.DROP
         self._nowait = access is Access.BUFFERED
         self._threads = threads
+        self._reader = reader if access is Access.DIRECT else None
         self._buffers = buffers
         self._gate = gate
         self._in_flight = 0
@@ -141,7 +147,8 @@ class FileVolume:
             finally:
                 self._buffers.give_back(buffer)
 
-        self._submit(finished, self._do_read, buffer, start, end - start)
+        if self._reader is None or not self._start_read(self._reader, finished, buffer, start, end - start):
+            self._submit(finished, self._do_read, buffer, start, end - start)
 
     def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
         """Write without a copy where `data`, its place and its length are multiples of a block."""
@@ -260,6 +267,21 @@ class FileVolume:
     def _submit(self, done: Done, work: Callable[..., int], *arguments: Any) -> None:
         self._in_flight += 1
         self._threads.submit(partial(self._finish, done), work, *arguments)
+
+    def _start_read(
+        self, reader: RingReader, done: Done, buffer: AlignedBuffer, offset: int, length: int
+    ) -> bool:
+        """Read without a thread, unless that turns out to be more than one plain read."""
+
+        def completed(result: int) -> None:
+            if result == length:
+                self._finish(done, 0)
+            else:  # short, or refused: the threads find out why
+                self._threads.submit(partial(self._finish, done), self._do_read, buffer, offset, length)
+
+        started = reader.read(self._descriptor, buffer, length, offset, completed)
+        self._in_flight += started
+        return started
 
     def _finish(self, done: Done, error: int) -> None:
         self._in_flight -= 1

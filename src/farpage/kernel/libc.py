@@ -24,10 +24,21 @@ class SyscallNumbers:
     userfaultfd: int
     pidfd_getfd: int
     process_madvise: int
+    io_uring_setup: int
+    io_uring_enter: int
+    io_uring_register: int
 
 
 _NUMBERS = {
-    "x86_64": SyscallNumbers(close=3, userfaultfd=323, pidfd_getfd=438, process_madvise=440),
+    "x86_64": SyscallNumbers(
+        close=3,
+        userfaultfd=323,
+        io_uring_setup=425,
+        io_uring_enter=426,
+        io_uring_register=427,
+        pidfd_getfd=438,
+        process_madvise=440,
+    ),
 }
 
 

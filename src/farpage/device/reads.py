@@ -1,0 +1,88 @@
+"""Reads without threads: an io_uring whose completions the event loop delivers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from farpage.errors import Unsupported
+from farpage.kernel.io_uring import Ring
+from farpage.kernel.memory import AlignedBuffer
+
+log = structlog.get_logger()
+
+READS_IN_FLIGHT: Final = 256
+"""Further ones are read by threads."""
+
+
+class RingReader:
+    """Direct reads of one device; made, used and closed in the running event loop's thread.
+
+    Reads that are started in one turn of the loop go to the kernel in one system call.
+    """
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._loop = asyncio.get_running_loop()
+        self._reads: dict[int, tuple[Callable[[int], None], AlignedBuffer]] = {}
+        """By token; the buffer is kept while the kernel writes to it."""
+        self._next_token = 0
+        self._submission: asyncio.Handle | None = None
+        self._idle: asyncio.Future[None] | None = None
+        self._loop.add_reader(ring.fileno(), self._deliver)
+
+    @classmethod
+    def open(cls) -> RingReader | None:
+        """Make one; None where the kernel does not allow it, and threads have to read."""
+        try:
+            return cls(Ring(READS_IN_FLIGHT))
+        except Unsupported as error:
+            log.info("reading_with_threads", reason=error.cause)
+            return None
+
+    def read(
+        self, descriptor: int, buffer: AlignedBuffer, length: int, offset: int, done: Callable[[int], None]
+    ) -> bool:
+        """Start a read of a file that was opened with O_DIRECT; False when too many are in flight.
+
+        `done` gets the bytes read or a negative errno.
+        """
+        token = self._next_token
+        if not self._ring.read(descriptor, buffer.address, length, offset, token):
+            return False
+        self._next_token += 1
+        self._reads[token] = (done, buffer)
+        if self._submission is None:
+            self._submission = self._loop.call_soon(self._submit)
+        return True
+
+    def _submit(self) -> None:
+        self._submission = None
+        try:
+            self._ring.submit()
+        except OSError as error:  # no memory at the moment; what is in flight brings some back
+            log.warning("reads_delayed", problem=str(error))
+            self._submission = self._loop.call_later(0.001, self._submit)
+
+    def _deliver(self) -> None:
+        for token, result in self._ring.completions():
+            done, _ = self._reads.pop(token)
+            try:
+                done(result)
+            except Exception:
+                log.exception("completion_failed")
+        if self._idle is not None and not self._reads and not self._idle.done():
+            self._idle.set_result(None)
+
+    async def close(self) -> None:
+        """Wait for the reads in flight, as long as the device hangs, and free the ring."""
+        if self._reads:
+            self._idle = self._loop.create_future()
+            await self._idle
+        if self._submission:
+            self._submission.cancel()
+        self._loop.remove_reader(self._ring.fileno())
+        self._ring.close()

@@ -1,0 +1,209 @@
+"""io_uring: reads that the kernel carries out while the caller goes on, many started with one system call.
+
+Structures and constants are those of `include/uapi/linux/io_uring.h`; what they mean is described in
+io_uring(7), io_uring_setup(2) and io_uring_enter(2). The rings are shared memory: the kernel reads the
+submission queue's tail only within io_uring_enter(2), and x86-64 keeps stores in order, so plain stores do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from typing import Final
+
+from farpage.errors import Unsupported
+from farpage.kernel.libc import last_error, libc, syscall, syscall_numbers
+
+_OP_READ, _OP_ASYNC_CANCEL = 22, 14
+_CANCEL_ALL, _CANCEL_ANY = 1 << 0, 1 << 2
+_OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
+_SETUP_CQSIZE, _SETUP_CLAMP = 1 << 3, 1 << 4
+_FEAT_SINGLE_MMAP, _FEAT_NODROP = 1 << 0, 1 << 1
+_ENTER_GETEVENTS = 1 << 0
+_REGISTER_EVENTFD = 4
+
+_PARAMETERS: Final = struct.Struct("=7I3I10I10I")
+"""`struct io_uring_params`: seven words, three reserved ones, `io_sqring_offsets`, `io_cqring_offsets`."""
+_SQE: Final = struct.Struct("=BBHiQQIIQHHiQQ")
+"""`struct io_uring_sqe`: opcode, flags, ioprio, fd, off, addr, len, rw_flags, user_data, ..."""
+_CQE: Final = struct.Struct("=QiI")
+"""`struct io_uring_cqe`: user_data, res, flags."""
+
+_CANCEL_TOKEN: Final = (1 << 64) - 1
+_REQUIRED: Final = _FEAT_SINGLE_MMAP | _FEAT_NODROP
+"""Linux 5.5: rings in one mapping, and completions that are kept when the queue is full."""
+
+
+class Ring:
+    """A submission and a completion queue; for one thread.
+
+    `fileno` is an eventfd that becomes readable when commands have finished.
+    """
+
+    def __init__(self, entries: int = 256) -> None:
+        """Make the queues; up to `entries` commands may be in flight.
+
+        :raise Unsupported: when the kernel has no io_uring, or does not allow it (`kernel.io_uring_disabled`,
+            seccomp).
+        """
+        numbers = syscall_numbers()
+        self._enter_number: Final = numbers.io_uring_enter
+        parameters = bytearray(_PARAMETERS.size)
+        _PARAMETERS.pack_into(
+            parameters, 0, 0, entries * 2, _SETUP_CQSIZE | _SETUP_CLAMP, *([0] * (7 - 3 + 3 + 10 + 10))
+        )
+        try:
+            self._descriptor = syscall(numbers.io_uring_setup, entries, _address(parameters))
+        except OSError as error:
+            raise _unsupported(error) from error
+        self._event = -1
+        try:
+            self._map(parameters)
+            self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            event = struct.pack("=i", self._event)
+            buffer = ctypes.create_string_buffer(event, len(event))
+            syscall(
+                numbers.io_uring_register, self._descriptor, _REGISTER_EVENTFD, ctypes.addressof(buffer), 1
+            )
+        except OSError as error:
+            self._close_descriptors()
+            raise _unsupported(error) from error
+        except BaseException:
+            self._close_descriptors()
+            raise
+
+    def _map(self, parameters: bytearray) -> None:
+        fields = _PARAMETERS.unpack(parameters)
+        sq_entries, cq_entries, features = fields[0], fields[1], fields[5]
+        if features & _REQUIRED != _REQUIRED:
+            raise OSError(errno.ENOSYS, "io_uring of this kernel is too old")
+        sq, cq = fields[10:20], fields[20:30]
+        ring_bytes = max(sq[6] + sq_entries * 4, cq[5] + cq_entries * _CQE.size)
+        flags, access = mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ | mmap.PROT_WRITE
+        self._ring = mmap.mmap(self._descriptor, ring_bytes, flags, access, offset=_OFF_SQ_RING)
+        self._sqes = mmap.mmap(self._descriptor, sq_entries * _SQE.size, flags, access, offset=_OFF_SQES)
+        self._words = memoryview(self._ring)[: ring_bytes // 4 * 4].cast("I")
+        self._sq_head, self._sq_tail = sq[0] // 4, sq[1] // 4
+        self._cq_head, self._cq_tail = cq[0] // 4, cq[1] // 4
+        self._sq_mask, self._cq_mask = sq_entries - 1, cq_entries - 1
+        self._cqes_offset = cq[5]
+        self.entries: Final = sq_entries
+        # Entry i of the submission queue is always element i of the array of commands.
+        self._words[sq[6] // 4 : sq[6] // 4 + sq_entries] = memoryview(
+            struct.pack(f"={sq_entries}I", *range(sq_entries))
+        ).cast("I")
+        self._tail = self._words[self._sq_tail]
+        self._unsubmitted = 0
+        self.in_flight = 0
+        """Commands whose completion has not been taken yet, submitted or not."""
+
+    def fileno(self) -> int:
+        """Return the eventfd."""
+        return self._event
+
+    def read(self, descriptor: int, address: int, length: int, offset: int, token: int) -> bool:
+        """Queue a read into the memory at `address`, which must stay; False when too many are in flight.
+
+        It starts with `submit`. `token` comes back with its completion.
+        """
+        if self.in_flight >= self.entries:
+            return False
+        self._queue(_OP_READ, descriptor, offset, address, length, 0, token)
+        self.in_flight += 1
+        return True
+
+    def _queue(
+        self, operation: int, descriptor: int, offset: int, address: int, length: int, flags: int, token: int
+    ) -> None:
+        tail = self._tail
+        _SQE.pack_into(
+            self._sqes,
+            (tail & self._sq_mask) * _SQE.size,
+            *(operation, 0, 0, descriptor, offset, address, length, flags, token, 0, 0, 0, 0, 0),
+        )
+        self._tail = tail = (tail + 1) & 0xFFFFFFFF
+        self._words[self._sq_tail] = tail
+        self._unsubmitted += 1
+
+    def submit(self) -> None:
+        """Start what was queued.
+
+        :raise OSError: EAGAIN or ENOMEM, when the kernel has no memory for it; it stays queued.
+        """
+        while self._unsubmitted:
+            try:
+                self._unsubmitted -= self._enter(self._unsubmitted, 0, 0)
+            except InterruptedError:
+                continue
+
+    def _enter(self, submit: int, wait_for: int, flags: int) -> int:
+        result: int = libc.syscall(self._enter_number, self._descriptor, submit, wait_for, flags, None, 0)
+        if result < 0:
+            raise last_error()
+        return result
+
+    def completions(self) -> list[tuple[int, int]]:
+        """Take what has finished, as `(token, result)`: the bytes read, or a negative errno."""
+        try:
+            os.eventfd_read(self._event)
+        except BlockingIOError:
+            pass
+        finished: list[tuple[int, int]] = []
+        words, mask, base = self._words, self._cq_mask, self._cqes_offset
+        head = words[self._cq_head]
+        while head != words[self._cq_tail]:
+            token, result, _ = _CQE.unpack_from(self._ring, base + (head & mask) * _CQE.size)
+            head = (head + 1) & 0xFFFFFFFF
+            if token != _CANCEL_TOKEN:
+                finished.append((token, result))
+        words[self._cq_head] = head
+        self.in_flight -= len(finished)
+        return finished
+
+    def cancel_all(self) -> None:
+        """Ask the kernel to give up what is in flight; what cannot be given up still completes."""
+        self.submit()
+        if self.in_flight:
+            self._queue(_OP_ASYNC_CANCEL, -1, 0, 0, 0, _CANCEL_ALL | _CANCEL_ANY, _CANCEL_TOKEN)
+            self.submit()
+
+    def wait(self) -> None:
+        """Block until a completion is there; for the end of a process, where no event loop waits any more."""
+        while self.in_flight and self._words[self._cq_head] == self._words[self._cq_tail]:
+            try:
+                self._enter(0, 1, _ENTER_GETEVENTS)
+            except InterruptedError:
+                continue
+
+    def close(self) -> None:
+        """Free the queues; memory of reads in flight must stay until they have completed.
+
+        :raise ValueError: when commands are in flight.
+        """
+        if self.in_flight:
+            raise ValueError(f"{self.in_flight} commands are in flight")
+        self._words.release()
+        self._ring.close()
+        self._sqes.close()
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        for descriptor in (self._descriptor, self._event):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._event = -1
+
+
+def _address(buffer: bytearray) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def _unsupported(error: OSError) -> Unsupported:
+    return Unsupported(
+        "io_uring",
+        os.strerror(error.errno or errno.EIO),
+        "allow it with 'sysctl kernel.io_uring_disabled=0'; without it, threads read",
+    )
