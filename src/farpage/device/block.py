@@ -34,6 +34,7 @@ from farpage.device.file import (
 )
 from farpage.device.layout import DATA_OFFSET_BYTES, HEADER_BYTES, DeviceLabel
 from farpage.device.occupied import refuse_signed, refuse_used
+from farpage.device.reads import RingReader
 from farpage.device.spans import SpanGate
 from farpage.device.spec import BlockSpec
 from farpage.device.threads import IoThreads
@@ -227,6 +228,7 @@ class BlockDevice(WholeDevice):
         self.limits = block_limits(storage.block_bytes)
         self._block = storage
         self._threads = IoThreads(f"io-{label.name}"[:15])
+        self._reader = RingReader.open()
         self._buffers = BufferPool()
         self._gates: weakref.WeakValueDictionary[str, SpanGate] = weakref.WeakValueDictionary()
 
@@ -248,6 +250,7 @@ class BlockDevice(WholeDevice):
             descriptor,
             size_bytes,
             threads=self._threads,
+            reader=self._reader,
             buffers=self._buffers,
             gate=gate,
             superseded=superseded,
@@ -256,6 +259,8 @@ class BlockDevice(WholeDevice):
 
     async def close(self) -> None:
         """End the threads and close the device."""
+        if self._reader is not None:
+            await self._reader.close()
         await self._threads.close()
         self._buffers.close()
         self._block.close()

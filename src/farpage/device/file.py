@@ -279,7 +279,7 @@ class FileVolume:
             else:  # short, or refused: the threads find out why
                 self._threads.submit(partial(self._finish, done), self._do_read, buffer, offset, length)
 
-        started = reader.read(self._descriptor, buffer, length, offset, completed)
+        started = reader.read(self._descriptor, buffer, length, self._origin + offset, completed)
         self._in_flight += started
         return started
 

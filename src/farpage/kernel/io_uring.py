@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import struct
+from contextlib import suppress
 from typing import Final
 
 from farpage.errors import Unsupported
@@ -90,7 +91,8 @@ class Ring:
         self._cq_head, self._cq_tail = cq[0] // 4, cq[1] // 4
         self._sq_mask, self._cq_mask = sq_entries - 1, cq_entries - 1
         self._cqes_offset = cq[5]
-        self.entries: Final = sq_entries
+        self.entries = sq_entries
+        """Most commands in flight."""
         # Entry i of the submission queue is always element i of the array of commands.
         self._words[sq[6] // 4 : sq[6] // 4 + sq_entries] = memoryview(
             struct.pack(f"={sq_entries}I", *range(sq_entries))
@@ -111,19 +113,14 @@ class Ring:
         """
         if self.in_flight >= self.entries:
             return False
-        self._queue(_OP_READ, descriptor, offset, address, length, 0, token)
+        self._queue(_SQE.pack(_OP_READ, 0, 0, descriptor, offset, address, length, 0, token, 0, 0, 0, 0, 0))
         self.in_flight += 1
         return True
 
-    def _queue(
-        self, operation: int, descriptor: int, offset: int, address: int, length: int, flags: int, token: int
-    ) -> None:
+    def _queue(self, command: bytes) -> None:
         tail = self._tail
-        _SQE.pack_into(
-            self._sqes,
-            (tail & self._sq_mask) * _SQE.size,
-            *(operation, 0, 0, descriptor, offset, address, length, flags, token, 0, 0, 0, 0, 0),
-        )
+        at = (tail & self._sq_mask) * _SQE.size
+        self._sqes[at : at + _SQE.size] = command
         self._tail = tail = (tail + 1) & 0xFFFFFFFF
         self._words[self._sq_tail] = tail
         self._unsubmitted += 1
@@ -147,10 +144,8 @@ class Ring:
 
     def completions(self) -> list[tuple[int, int]]:
         """Take what has finished, as `(token, result)`: the bytes read, or a negative errno."""
-        try:
+        with suppress(BlockingIOError):
             os.eventfd_read(self._event)
-        except BlockingIOError:
-            pass
         finished: list[tuple[int, int]] = []
         words, mask, base = self._words, self._cq_mask, self._cqes_offset
         head = words[self._cq_head]
@@ -167,7 +162,8 @@ class Ring:
         """Ask the kernel to give up what is in flight; what cannot be given up still completes."""
         self.submit()
         if self.in_flight:
-            self._queue(_OP_ASYNC_CANCEL, -1, 0, 0, 0, _CANCEL_ALL | _CANCEL_ANY, _CANCEL_TOKEN)
+            flags = _CANCEL_ALL | _CANCEL_ANY
+            self._queue(_SQE.pack(_OP_ASYNC_CANCEL, 0, 0, -1, 0, 0, 0, flags, _CANCEL_TOKEN, 0, 0, 0, 0, 0))
             self.submit()
 
     def wait(self) -> None:

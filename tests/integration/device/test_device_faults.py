@@ -15,6 +15,7 @@ import structlog
 
 from farpage.blockio import read_bytes
 from farpage.device import file
+from farpage.device.reads import RingReader
 from tests.support.volumes import extents, flush, read_error, write, zero
 
 from .conftest import opening
@@ -67,7 +68,14 @@ async def test_a_file_that_was_cut_gives_errors_and_never_zeros(tmp_path: Path, 
         await volume.close()
 
 
+@pytest.fixture
+def reading_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where io_uring is not allowed."""
+    monkeypatch.setattr(RingReader, "open", lambda: None)
+
+
 @CACHES
+@pytest.mark.usefixtures("reading_with_threads")
 async def test_one_slow_read_does_not_hold_up_the_others(
     tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +122,7 @@ def _fail(_descriptor: int) -> None:
     raise OSError(errno.EIO, "injected")
 
 
+@pytest.mark.usefixtures("reading_with_threads")
 async def test_a_bug_in_a_thread_ends_one_command_and_not_the_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,55 @@
+"""Reads of a device through io_uring, and without it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from farpage.blockio import read_bytes, wait_done
+from farpage.device import reads
+from farpage.device.open import open_device
+from farpage.device.reads import RingReader
+from farpage.errors import Unsupported
+from farpage.kernel.io_uring import Ring
+from farpage.kernel.memory import AlignedBuffer
+
+PAGES = 600
+"""More than a ring takes at once."""
+
+
+@pytest.mark.parametrize("allowed", [True, False], ids=["io_uring", "threads"])
+async def test_many_reads_at_once_are_all_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    def refused(entries: int) -> Ring:
+        raise Unsupported("io_uring", "not permitted", "")
+
+    if not allowed:
+        monkeypatch.setattr(reads, "Ring", refused)
+    device = await open_device(f"dir:{tmp_path}")
+    await device.run(device.create_volume, "vm1", PAGES * 4096)
+    volume = await device.open_volume("vm1", 1)
+    with AlignedBuffer(PAGES * 4096) as content:
+        for page in range(PAGES):
+            content.view[page * 4096 : (page + 1) * 4096] = page.to_bytes(2, "little") * 2048
+        await wait_done(lambda done: volume.write(0, content.view, done))
+        found = await asyncio.gather(*(read_bytes(volume, page * 4096, 4096) for page in range(PAGES)))
+    await volume.close()
+    await device.close()
+    assert found == [page.to_bytes(2, "little") * 2048 for page in range(PAGES)]
+
+
+async def test_closing_waits_for_reads_in_flight(tmp_path: Path) -> None:
+    reader = RingReader.open()
+    if reader is None:
+        pytest.skip("io_uring is not allowed")
+    path = tmp_path / "page"
+    path.write_bytes(b"x" * 4096)
+    results: list[int] = []
+    with path.open("rb") as file, AlignedBuffer(4096) as buffer:
+        assert reader.read(file.fileno(), buffer, 4096, 0, results.append)
+        await reader.close()
+        assert results == [4096]
+        assert bytes(buffer.view) == b"x" * 4096
