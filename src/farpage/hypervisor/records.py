@@ -35,8 +35,8 @@ class ClientRecords:
         self._vioses = vioses
         self._leftovers: dict[str, int] = {}
         """Clients that nobody wants and that a VIOS may still know or learn of, with the revision before."""
-        self._claimed: dict[str, str] = {}
-        """The token of this hypervisor's latest claim of each client."""
+        self._claimed: dict[str, tuple[int, str]] = {}
+        """Epoch and token of this hypervisor's latest claim of each client."""
 
     def of(self, client: str) -> ClientRecord:
         """Look a client up.
@@ -107,6 +107,9 @@ class ClientRecords:
         """
         problems: list[str] = []
         for name in names:
+            if name not in self._vioses:
+                problems.append(f"VIOS {name!r} is none of this hypervisor's")
+                continue
             try:
                 await request(self._vioses[name])
             except FarpageError as error:
@@ -190,13 +193,19 @@ class ClientRecords:
             return rules.claim(definition, client, owner, self._hypervisor, known + 1)
 
         definition = await self._keeper.change(edit)
-        self._claimed[client] = owner
-        return definition.clients[client]
+        claimed = definition.clients[client]
+        self._claimed[client] = (claimed.epoch, owner)
+        return claimed
+
+    def claimed_before(self, client: str, epoch: int, owner: str) -> None:
+        """Take note of a claim that an earlier control process of this hypervisor has made."""
+        self._claimed[client] = (epoch, owner)
 
     def _must_be_ours(self, client: str, record: ClientRecord) -> None:
         # Also of two hypervisors with one name only the one whose claim stands may delete the client.
-        ours = record.hypervisor == self._hypervisor
-        if not ours or record.owner != self._claimed.get(client, record.owner):
+        epoch, owner = self._claimed.get(client, (record.epoch, record.owner))
+        claimed_since = record.owner not in ("", owner) and record.epoch >= epoch
+        if record.hypervisor != self._hypervisor or claimed_since:
             raise ClientElsewhere(client, record.hypervisor, record.epoch)
 
     async def epoch_raised(self, raised: EpochRaised) -> None:

@@ -166,6 +166,8 @@ class Recovery:
 
     async def _resume(self, record: AttachmentRecord, owner: WorkerProcess | None, began: float) -> None:
         client = record.client
+        if record.order is not None:
+            self._clients.records.claimed_before(client, record.order.epoch, record.order.owner)
         if owner is not None and record.order is not None:
             try:
                 await self._adopt(record, owner)
