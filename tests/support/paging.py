@@ -203,6 +203,7 @@ class ModelVolume(MemoryIO):
         self.failovers = FailoverLog()
         self.on_active: Callable[[], None] = lambda: None
         self.on_full: Callable[[bool], None] = lambda _full: None
+        self.wanted_pages: Callable[[], npt.NDArray[np.bool_]] | None = None
         self.on_no_path: Callable[[bool], None] = lambda _none: None
 
     @property

@@ -22,6 +22,7 @@ def run_hypervisor(
     workers: int | None,
     path_timeout_seconds: float,
     no_path_timeout_seconds: float | None,
+    resync_bytes_per_second: int,
     default_limit_bytes: int | None,
     pool_size_bytes: int | None,
 ) -> None:
@@ -44,6 +45,7 @@ def run_hypervisor(
         workers=workers,
         path_timeout_seconds=path_timeout_seconds,
         no_path_timeout_seconds=no_path_timeout_seconds,
+        resync_bytes_per_second=resync_bytes_per_second,
         default_limit_bytes=default_limit_bytes,
         pool_size_bytes=pool_size_bytes,
     )

@@ -54,6 +54,18 @@ class ClientMissing(FarpageError):
 
 
 @dataclass(eq=False)
+class NotTheOwner(FarpageError):
+    """A change of a client by somebody who has it no more."""
+
+    code = "not_the_owner"
+    template = "client {client!r} has been claimed by another owner at epoch {epoch}"
+    remedy = "let only one hypervisor have the client: detach it from the other one first"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    epoch: int
+
+
+@dataclass(eq=False)
 class NoDeviceFits(FarpageError):
     """No paging device can take the new client's volume."""
 

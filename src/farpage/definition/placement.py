@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,6 @@ from farpage.definition.model import (
     ReplicaState,
     ViosRedundancy,
 )
-from farpage.errors import Unsupported
 
 NEEDED_COMMANDS = frozenset(
     {PagingCommand.OPEN, PagingCommand.PAGE_IN, PagingCommand.PAGE_OUT, PagingCommand.CLOSE}
@@ -39,18 +39,13 @@ def choose_devices(definition: Definition, wish: Wish) -> tuple[str, ...]:
     """Return the identifiers of the devices for a new client's volume, one for each replica.
 
     It is the one with the least free room that fits. Redundancy `path` takes a common device; where the
-    VIOS redundancy is not `required` an independent one will do when no common one fits.
+    VIOS redundancy is not `required` an independent one will do when no common one fits. Redundancy `mirror`
+    takes two devices that no single VIOS serves alone, independent ones before common ones.
 
     :raise NoDeviceFits: saying for each device why not.
-    :raise Unsupported: redundancy `mirror`.
     """
-    if wish.redundancy is Redundancy.MIRROR:
-        raise Unsupported(
-            "redundancy 'mirror'",
-            "volumes on two devices are not implemented",
-            "use 'path' with a common device",
-        )
-    common_only = wish.vios_redundancy is ViosRedundancy.REQUIRED
+    mirror = wish.redundancy is Redundancy.MIRROR
+    common_only = wish.vios_redundancy is ViosRedundancy.REQUIRED and not mirror
     common_first = wish.redundancy is Redundancy.PATH and wish.vios_redundancy is not ViosRedundancy.NONE
     fitting: list[tuple[bool, int, str, str]] = []
     reasons: list[str] = []
@@ -61,9 +56,35 @@ def choose_devices(definition: Definition, wish: Wish) -> tuple[str, ...]:
             reasons.append(f"{device.name} {reason}")
         else:
             fitting.append((common_first and not device.is_common, free_bytes, device.name, identifier))
+    if mirror:
+        return _choose_pair(definition, wish, [identifier for *_, identifier in sorted(fitting)], reasons)
     if not fitting:
         raise NoDeviceFits(wish.client, wish.size_bytes, "; ".join(sorted(reasons)) or "there is no device")
     return (min(fitting)[-1],)
+
+
+def _choose_pair(
+    definition: Definition, wish: Wish, fitting: list[str], reasons: list[str]
+) -> tuple[str, ...]:
+    """Return two of the devices that fit, each served when any one VIOS is lost by a VIOS or by the other."""
+
+    def reaching(device: str) -> set[str]:
+        return {reach.vios for reach in definition.devices[device].reached_by}
+
+    pairs = [
+        pair for pair in itertools.combinations(fitting, 2) if len(reaching(pair[0]) | reaching(pair[1])) > 1
+    ]
+    if pairs:
+        return min(pairs, key=lambda pair: sum(definition.devices[device].is_common for device in pair))
+    reasons = [
+        *reasons,
+        *(
+            f"{definition.devices[device].name} fits, but no second device over another VIOS"
+            for device in fitting
+        ),
+    ]
+    detail = "; ".join(sorted(reasons)) or "there is no device"
+    raise NoDeviceFits(wish.client, wish.size_bytes, f"a mirror needs two devices: {detail}")
 
 
 def free_bytes_of(definition: Definition, identifier: str, provisioned_bytes: int = 0) -> int:

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from farpage.definition.document import same_content
-from farpage.definition.errors import ClientExists, ClientMissing, DeviceMismatch, InvalidDefinition
+from farpage.definition.errors import (
+    ClientExists,
+    ClientMissing,
+    DeviceMismatch,
+    InvalidDefinition,
+    NotTheOwner,
+)
 from farpage.definition.model import (
     ClientRecord,
     Definition,
@@ -262,7 +268,6 @@ def add_client(
     :raise ClientExists: the name is taken.
     :raise NoDeviceFits: saying for each device why not.
     :raise InvalidDefinition: a value contradicts another one.
-    :raise Unsupported: redundancy `mirror`.
     """
     if name in definition.clients:
         raise ClientExists(name)
@@ -324,6 +329,41 @@ def raise_epoch(definition: Definition, name: str, at_least: int = 0) -> Definit
     client = client_of(definition, name)
     raised = client.model_copy(update={"epoch": max(client.epoch + 1, at_least)})
     return next_revision(definition, clients={**definition.clients, name: raised})
+
+
+def set_replica_states(
+    definition: Definition, name: str, owner: str, epoch: int, states: Mapping[str, ReplicaState]
+) -> Definition:
+    """Say what the replicas of a client are worth, by the identifiers of their devices.
+
+    `epoch` is that of the owner who says so; the client's rises to it, so that of two documents that
+    contradict each other the later owner's is followed.
+
+    :raise ClientMissing: there is none.
+    :raise NotTheOwner: somebody else has claimed the client.
+    :raise InvalidDefinition: no replica would be in sync.
+    """
+    client = client_of(definition, name)
+    if client.owner != owner:
+        raise NotTheOwner(name, client.epoch)
+    volumes = tuple(
+        volume.model_copy(
+            update={
+                "replicas": tuple(
+                    replica.model_copy(update={"state": states.get(replica.device, replica.state)})
+                    for replica in volume.replicas
+                )
+            }
+        )
+        for volume in client.volumes
+    )
+    for volume in volumes:
+        if all(replica.state is not ReplicaState.IN_SYNC for replica in volume.replicas):
+            raise InvalidDefinition(
+                definition.revision, f"clients[{name}].volumes[{volume.name}].replicas: none is in sync"
+            )
+    changed = client.model_copy(update={"epoch": max(client.epoch, epoch), "volumes": volumes})
+    return next_revision(definition, clients={**definition.clients, name: changed})
 
 
 def set_limit(definition: Definition, name: str, limit_bytes: int) -> Definition:

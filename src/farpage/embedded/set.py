@@ -63,7 +63,10 @@ class ViosPlacement:
 
 @dataclass(frozen=True)
 class SetSettings:
-    """What an embedded set consists of; without `devices` it has one folder that every VIOS reaches."""
+    """What an embedded set consists of; without `devices` it has one folder that every VIOS reaches.
+
+    A device is `SPEC`, which every VIOS reaches, or `VIOS=SPEC`, which that one alone does.
+    """
 
     state_dir: Path
     vios_count: int = 2
@@ -248,13 +251,20 @@ class EmbeddedSet:
 
     async def _add_devices(self) -> None:
         """Have every VIOS reach every device, which makes them common; known ones are left as they are."""
-        specs = self.settings.devices
-        if not specs:
+        own: dict[str, list[str]] = {name: [] for name in self.vioses}
+        common: list[str] = []
+        for device in self.settings.devices:
+            name, equals, spec = device.partition("=")
+            if equals and name in own:
+                own[name].append(spec)
+            else:
+                common.append(device)
+        if not common:
             self.layout.common_device.mkdir(mode=0o700, parents=True, exist_ok=True)
-            specs = (f"dir:{self.layout.common_device}",)
-        for vios in self.vioses.values():
+            common = [f"dir:{self.layout.common_device}"]
+        for name, vios in self.vioses.items():
             known = {device.spec for device in await vios.devices()}
-            for spec in specs:
+            for spec in [*common, *own[name]]:
                 if spec not in known:
                     await vios.add_device(DeviceAdd(spec=spec))
 

@@ -298,6 +298,7 @@ class Clients:
             state_path=str(state.path),
             path_timeout_seconds=self._settings.path_timeout_seconds,
             no_path_timeout_seconds=self._settings.no_path_timeout_seconds,
+            resync_bytes_per_second=self._settings.resync_bytes_per_second,
             open_timeout_seconds=OPEN_TIMEOUT_SECONDS,
         )
         # Known before the worker says so: the client may exit before the answer arrives.
@@ -334,7 +335,12 @@ class Clients:
         try:
             current = self.records.replicas(client, turn=0)
         except FarpageError:
-            return order.replicas
+            # The ways there are as they were; what each replica is worth may have changed since.
+            states = self.records.replica_states(client)
+            return tuple(
+                replica.model_copy(update={"state": states.get(replica.device, replica.state)})
+                for replica in order.replicas
+            )
         # In the order of preference that the client had.
         before = {replica.device: replica.endpoints for replica in order.replicas}
         return tuple(

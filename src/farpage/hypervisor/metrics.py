@@ -19,6 +19,7 @@ from farpage.definition.model import PAGE_BYTES
 from farpage.hypervisor.model import ViosStatus
 from farpage.hypervisor.recovery import RecoveryCounts
 from farpage.pager.messages import ClientReport, CounterReport
+from farpage.volume.paged import ReplicaHealth
 from farpage.volume.state import PathState
 
 COUNTERS = {
@@ -74,6 +75,7 @@ class _Collector(Collector):
         yield from self._gauges()
         yield self._paths()
         yield self._failovers()
+        yield from self._replicas()
         yield self._waits()
         up = GaugeMetricFamily("farpage_vios_up", "Whether a VIOS answers", labels=["vios"])
         for vios in self._vioses:
@@ -189,6 +191,37 @@ class _Collector(Collector):
                 for state in PathState:
                     family.add_metric([report.client, path.vios, state], float(path.state is state))
         return family
+
+    def _replicas(self) -> Iterator[Metric]:
+        state = GaugeMetricFamily(
+            "farpage_replica_state",
+            "1 for what a replica is good for",
+            labels=["client", "device", "state"],
+        )
+        dirty = GaugeMetricFamily(
+            "farpage_replica_dirty_pages",
+            "Pages that a replica has missed and not got yet",
+            labels=["client", "device"],
+        )
+        rate = GaugeMetricFamily(
+            "farpage_replica_resync_bytes_per_second", "Speed of a resync", labels=["client", "device"]
+        )
+        hedged = CounterMetricFamily(
+            "farpage_client_hedged_reads", "Reads repeated because they were late", labels=["client"]
+        )
+        won = CounterMetricFamily(
+            "farpage_client_hedges_won", "Repeated reads that were answered first", labels=["client"]
+        )
+        for report in self._reports:
+            hedged.add_metric([report.client], report.hedged_reads)
+            won.add_metric([report.client], report.hedges_won)
+            for replica in report.replicas:
+                for health in ReplicaHealth:
+                    labels = [report.client, replica.name, health.value]
+                    state.add_metric(labels, float(replica.health is health))
+                dirty.add_metric([report.client, replica.name], replica.dirty_pages)
+                rate.add_metric([report.client, replica.name], replica.rate_bytes)
+        yield from (state, dirty, rate, hedged, won)
 
     def _failovers(self) -> Metric:
         family = CounterMetricFamily(

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.definition.model import NUMBER_MAX, PAGE_BYTES, Name, Redundancy, ViosRedundancy
 from farpage.pager.progress import ScrubState
+from farpage.volume.paged import ReplicaHealth
 from farpage.volume.state import PathState
 
 PID_MAX = (1 << 22) - 1
@@ -131,6 +132,22 @@ class FailoverInfo(Document):
     longest_stall_ms: float
 
 
+class ReplicaInfo(Document):
+    """One replica of a client's volume: `state` is what it is good for at the moment."""
+
+    device: str
+    state: ReplicaHealth
+    reason: str
+    dirty_pages: int
+    """Pages that it has missed and not got yet."""
+    resynced_pages: int
+    """Pages that the latest resync has copied."""
+    rate_bytes: float
+    """What the resync copies a second."""
+    eta_seconds: float | None
+    since_seconds: float
+
+
 class ClientInfo(Document):
     """`GET /v1/clients`."""
 
@@ -159,6 +176,10 @@ class ClientInfo(Document):
     """The VM was paused by that socket because no path works."""
     scrub: ScrubInfo | None
     counters: ClientCounters
+    hedged_reads: int = 0
+    """Reads that were repeated on another replica because they were late."""
+    hedges_won: int = 0
+    replicas: tuple[ReplicaInfo, ...] = ()
     paths: tuple[PathInfo, ...]
     failovers: tuple[FailoverInfo, ...]
 

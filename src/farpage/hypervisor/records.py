@@ -6,20 +6,21 @@ Whatever fails half-way is undone: at once where a VIOS answers, else when one i
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 
 import structlog
 
 from farpage.definition import rules
 from farpage.definition.errors import ClientExists
-from farpage.definition.model import ClientRecord, Definition, Redundancy
+from farpage.definition.model import ClientRecord, Definition, Redundancy, ReplicaState
+from farpage.definition.rules import VolumePath
 from farpage.errors import FarpageError
 from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
 from farpage.hypervisor.errors import ClientElsewhere, NoDirectAccess
 from farpage.hypervisor.model import ClientCreate
 from farpage.hypervisor.vioses import Vios
-from farpage.pager.messages import EndpointSpec, EpochRaised, ReplicaSpec
+from farpage.pager.messages import EndpointSpec, EpochRaised, RecordReplicas, ReplicaSpec
 from farpage.vios.model import VolumeCreate
 from farpage.volume.resolve import Direct, NoAccess, ThroughSecond, resolve
 
@@ -86,10 +87,12 @@ class ClientRecords:
             # One that hangs may still store it.
             self._leftovers[wanted.name] = self._keeper.current.revision
             raise
-        paths = rules.paths(definition, wanted.name)
-        volume = VolumeCreate(name=paths[0].volume, device=paths[0].device, size_bytes=paths[0].size_bytes)
         try:
-            await self._on_any_vios([path.vios for path in paths], partial(Vios.create_volume, wanted=volume))
+            for device, paths in _by_device(rules.paths(definition, wanted.name)).items():
+                volume = VolumeCreate(name=paths[0].volume, device=device, size_bytes=paths[0].size_bytes)
+                await self._on_any_vios(
+                    [path.vios for path in paths], partial(Vios.create_volume, wanted=volume)
+                )
         except FarpageError:
             await self.discard(wanted.name)
             raise
@@ -127,15 +130,16 @@ class ClientRecords:
         :raise ClientElsewhere: another hypervisor has claimed it.
         :raise NoVios: none answers.
         """
-        paths = rules.paths(self._keeper.current, client)
+        by_device = _by_device(rules.paths(self._keeper.current, client))
         # Under an epoch of its own, so that nobody who had the volume open still writes.
-        claimed = await self.claim(client, take_over=False)
-        request = partial(Vios.delete_volume, name=paths[0].volume, epoch=claimed.epoch)
-        try:
-            await self._on_any_vios([path.vios for path in paths], request)
-        except FarpageError as error:
-            if error.code != "volume_not_found":
-                raise
+        epoch = (await self.claim(client, take_over=False)).epoch
+        for paths in by_device.values():
+            request = partial(Vios.delete_volume, name=paths[0].volume, epoch=epoch)
+            try:
+                await self._on_any_vios([path.vios for path in paths], request)
+            except FarpageError as error:
+                if error.code != "volume_not_found":
+                    raise
         await self._keeper.change(lambda now: rules.remove_client(now, client))
 
     async def discard(self, client: str) -> None:
@@ -223,6 +227,23 @@ class ClientRecords:
             # The VIOS that opened the volume has the epoch stored; the definition follows later.
             log.warning("epoch_not_recorded", client=raised.client, epoch=raised.epoch, problem=error.cause)
 
+    async def record_replicas(self, wanted: RecordReplicas) -> None:
+        """Store what a client's replicas are worth.
+
+        :raise NotTheOwner: somebody else has claimed the client.
+        :raise FarpageError: no VIOS has surely stored it.
+        """
+        await self._keeper.change(
+            lambda now: rules.set_replica_states(
+                now, wanted.client, wanted.owner, wanted.epoch, wanted.states
+            )
+        )
+
+    def replica_states(self, client: str) -> dict[str, ReplicaState]:
+        """Return what the replicas of a client are worth, by device; nothing when it is not known."""
+        record = self._keeper.current.clients.get(client)
+        return {replica.device: replica.state for replica in record.volumes[0].replicas} if record else {}
+
     def replicas(self, client: str, turn: int) -> tuple[ReplicaSpec, ...]:
         """List the replicas of the volume with the ways to each, beginning with another VIOS at each turn.
 
@@ -234,6 +255,8 @@ class ClientRecords:
         specs: list[ReplicaSpec] = []
         for replica in record.volumes[0].replicas:
             device = replica.device
+            if replica.state is ReplicaState.RETIRED:
+                continue
             access = resolve(self._keeper.current, client, device, self._vioses.keys())
             if not isinstance(access, Direct):
                 raise NoDirectAccess(client, self._device_name(device), _why(access))
@@ -251,6 +274,14 @@ class ClientRecords:
 
     def _device_name(self, identifier: str) -> str:
         return self._keeper.current.devices[identifier].name
+
+
+def _by_device(paths: Iterable[VolumePath]) -> dict[str, list[VolumePath]]:
+    """Take the paths of each device together."""
+    found: dict[str, list[VolumePath]] = {}
+    for path in paths:
+        found.setdefault(path.device, []).append(path)
+    return found
 
 
 def _why(access: ThroughSecond | NoAccess) -> str:

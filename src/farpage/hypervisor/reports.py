@@ -9,9 +9,10 @@ from farpage.hypervisor.model import (
     ClientInfo,
     FailoverInfo,
     PathInfo,
+    ReplicaInfo,
     ScrubInfo,
 )
-from farpage.pager.messages import ClientReport, PathReport, ScrubReport
+from farpage.pager.messages import ClientReport, PathReport, ReplicaReport, ScrubReport
 from farpage.pager.table import IN_MEMORY, STATE_NAMES
 
 RESIDENT_STATES = tuple(STATE_NAMES[state] for state in IN_MEMORY)
@@ -54,6 +55,9 @@ def client_info(
         guest_paused=guest_paused,
         scrub=_scrub(report.scrub, now_seconds) if report and report.scrub else None,
         counters=_counters(report),
+        hedged_reads=report.hedged_reads if report else 0,
+        hedges_won=report.hedges_won if report else 0,
+        replicas=tuple(_replica(replica, now_seconds) for replica in report.replicas) if report else (),
         paths=tuple(_path(name, path, report, now_seconds) for path in report.paths) if report else (),
         failovers=_failovers(name, report) if report else (),
     )
@@ -75,6 +79,19 @@ def _scrub(scrub: ScrubReport, now_seconds: float) -> ScrubInfo:
     return ScrubInfo(
         seconds=round(max(ended - scrub.started_seconds, 0.0), 3),
         **scrub.model_dump(exclude={"started_seconds", "ended_seconds"}),
+    )
+
+
+def _replica(replica: ReplicaReport, now_seconds: float) -> ReplicaInfo:
+    return ReplicaInfo(
+        device=replica.name,
+        state=replica.health,
+        reason=replica.reason,
+        dirty_pages=replica.dirty_pages,
+        resynced_pages=replica.resynced_pages,
+        rate_bytes=round(replica.rate_bytes),
+        eta_seconds=None if replica.eta_seconds is None else round(replica.eta_seconds, 1),
+        since_seconds=round(max(now_seconds - replica.since_seconds, 0.0), 3),
     )
 
 

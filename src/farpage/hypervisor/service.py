@@ -33,7 +33,14 @@ from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.stopping import ViosStops
 from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool
-from farpage.pager.messages import AlarmRaised, ClientLost, EpochRaised, OutageChanged
+from farpage.pager.messages import (
+    AlarmRaised,
+    ClientLost,
+    EpochRaised,
+    Nothing,
+    OutageChanged,
+    RecordReplicas,
+)
 
 log = structlog.get_logger()
 
@@ -231,7 +238,11 @@ class Hypervisor:
         self.alarms.raise_alarm(client, kind, message)
 
     async def _worker_request(self, method: str, parameters: Any, descriptors: list[int]) -> BaseModel:
-        """Answer a worker's question; there is none yet."""
+        """Answer a worker's question."""
+        del descriptors
+        if method == "record_replicas":
+            await self.clients.records.record_replicas(RecordReplicas.model_validate(parameters))
+            return Nothing()
         raise AssertionError(f"unknown request {method!r}")
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:

@@ -32,6 +32,8 @@ class HypervisorSettings(BaseModel):
     """A data worker that does not answer for so long is killed and replaced."""
     path_timeout_seconds: float = Field(default=1.0, gt=0)
     no_path_timeout_seconds: float | None = Field(default=None, gt=0)
+    resync_bytes_per_second: int = Field(default=100 << 20, gt=0)
+    """The most that is copied to a replica which has missed something, for each client."""
     """After so long without a path waiting accesses are answered with poison; None for never."""
     default_limit_bytes: int | None = Field(default=None, gt=0)
     """Limit of a client that asks for none."""

@@ -53,6 +53,7 @@ class PagedClient:
         self.outage = Outage(self.space, self.faults, self.eviction, no_path_timeout_seconds, on_outage)
         volume.on_no_path = self.outage.no_path
         volume.on_full = self.outage.full
+        volume.wanted_pages = self.space.wanted_pages
         self.scrub: Scrub | None = None
         """The latest one."""
         self._doubts = Doubts(self.space, self.eviction.wake)

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from farpage.attach.memory import ClientKind
 from farpage.definition.model import ReplicaState
 from farpage.pager.progress import ScrubState
+from farpage.volume.paged import ReplicaHealth
 from farpage.volume.state import PathState
 
 
@@ -50,6 +51,7 @@ class Attach(Message):
     memfd_offset_bytes: int
     limit_pages: int = Field(gt=0)
     replicas: tuple[ReplicaSpec, ...] = Field(min_length=1)
+    resync_bytes_per_second: int = Field(default=100 << 20, gt=0)
     recover: bool = False
     """Go on with what a worker that ended has left, instead of beginning with nothing paged out.
 
@@ -201,8 +203,26 @@ class ScrubReport(Message):
     ended_seconds: float | None
 
 
+class ReplicaReport(Message):
+    """One replica of a client; `since_seconds` is a loop time."""
+
+    device: str
+    name: str
+    health: ReplicaHealth
+    reason: str
+    dirty_pages: int
+    resynced_pages: int
+    rate_bytes: float
+    eta_seconds: float | None
+    since_seconds: float
+
+
 class ClientReport(Message):
     """A client as its worker sees it: pages by state, waits, paths."""
+
+    replicas: tuple[ReplicaReport, ...]
+    hedged_reads: int
+    hedges_won: int
 
     client: str
     pages_by_state: dict[str, int]
@@ -219,6 +239,16 @@ class ClientReport(Message):
     counters: CounterReport
     paths: tuple[PathReport, ...]
     failovers: tuple[FailoverReport, ...]
+
+
+class RecordReplicas(Message):
+    """`record_replicas`, a worker asks: store what the replicas are worth; answered when it is stored."""
+
+    client: str
+    owner: str
+    epoch: int
+    states: dict[str, ReplicaState]
+    """By the identifier of the device."""
 
 
 class EpochRaised(Message):

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Protocol, TypeVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from farpage.pager.buffers import BufferPool
 from farpage.pager.counters import Counters
 from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.replacement import Replacement
-from farpage.pager.table import READING, PageTable
+from farpage.pager.table import DIRTY, POISONED, READING, ZERO, PageTable
 from farpage.volume.paged import PagedVolume
 
 
@@ -48,6 +51,10 @@ class Space:
     def room(self) -> int:
         """Pages that may still be brought in."""
         return self.limit.most - self.taken
+
+    def wanted_pages(self) -> NDArray[np.bool_]:
+        """Tell which pages' content is on the volume, or about to be, there alone or in memory as well."""
+        return np.isin(self.table.states, (ZERO, DIRTY, POISONED), invert=True)
 
     def waited(self, began_seconds: float, ended_seconds: float) -> None:
         """Count an access that waited for its page."""

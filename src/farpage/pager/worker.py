@@ -44,7 +44,9 @@ from farpage.pager.messages import (
     OutageChanged,
     PathReport,
     Query,
+    RecordReplicas,
     Rejoin,
+    ReplicaReport,
     ReplicaSpec,
     ScrubReport,
     SetLimit,
@@ -56,9 +58,11 @@ from farpage.pager.statefile import StateFile, StateFileUnusable
 from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.connector import Endpoint, connect_nbd
 from farpage.volume.lease import Leases
+from farpage.volume.mirror import MirrorVolume, ReplicaPlace
 from farpage.volume.multipath import ClientFenced, MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import PagedVolume
+from farpage.volume.recorder import States
 
 log = structlog.get_logger()
 
@@ -109,6 +113,10 @@ class _Events:
     def epoch_raised(self, epoch: int) -> None:
         raised = EpochRaised(client=self._client, epoch=epoch, owner=self._owner)
         self._control.tell("epoch_raised", raised)
+
+    async def record_replicas(self, epoch: int, states: States) -> None:
+        record = RecordReplicas(client=self._client, owner=self._owner, epoch=epoch, states=states)
+        await self._control.call("record_replicas", record, Nothing)
 
     def alarm(self, kind: str, message: str) -> None:
         log.warning("alarm", client=self._client, kind=kind, message=message)
@@ -252,7 +260,7 @@ class Worker:
         epoch = max(order.epoch, state.epoch) + 1 if order.recover else order.epoch
         ownership = _StoredOwnership(order.owner, epoch, state)
         events = _Events(self._control, order.client, order.owner)
-        volume = self._make_volume(order, ownership, events)
+        volume = self._make_volume(order, ownership, events, state)
         if not order.recover:
             try:
                 await volume.open(order.open_timeout_seconds)
@@ -293,7 +301,26 @@ class Worker:
             raise ClientExited(order.client) from None
         return Nothing()
 
-    def _make_volume(self, order: Attach, ownership: Ownership, events: _Events) -> PagedVolume:
+    def _make_volume(
+        self, order: Attach, ownership: Ownership, events: _Events, state: StateFile
+    ) -> PagedVolume:
+        if len(order.replicas) > 1:
+            return MirrorVolume(
+                order.volume,
+                order.pages * PAGE_BYTES,
+                ownership,
+                [
+                    ReplicaPlace(spec.device, spec.name, spec.state, tuple(_endpoints(spec)))
+                    for spec in order.replicas
+                ],
+                connector=connect_nbd,
+                events=events,
+                store=state,
+                recover=order.recover,
+                leases=self._leases,
+                path_timeout_seconds=order.path_timeout_seconds,
+                resync_bytes_per_second=order.resync_bytes_per_second,
+            )
         (replica,) = order.replicas
         return MultipathVolume(
             order.volume,
@@ -391,6 +418,9 @@ class Worker:
             device_full=space.full,
             scrub=ScrubReport(**asdict(paged.scrub.progress)) if paged.scrub else None,
             counters=CounterReport(**asdict(space.counters)),
+            replicas=tuple(ReplicaReport(**asdict(replica)) for replica in space.volume.replica_status()),
+            hedged_reads=space.volume.counts.hedged_reads,
+            hedges_won=space.volume.counts.hedges_won,
             paths=tuple(
                 PathReport(
                     vios=path.endpoint.vios,

@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from farpage.blockio import CONNECTION_LOST, BlockIO, BlockLimits, Done, ExtentsDone, Feature, ReadDone
 from farpage.errors import ExitStatus, FarpageError
 from farpage.volume.command import Command, Finished
@@ -113,6 +116,7 @@ class MultipathVolume:
         """Called when a path has taken over: what was held up can go on."""
         self.on_full: Callable[[bool], None] = lambda _full: None
         self.on_no_path: Callable[[bool], None] = lambda _none: None
+        self.wanted_pages: Callable[[], NDArray[np.bool_]] | None = None
         self.on_fenced_server: Callable[[], None] = lambda: None
         """Called when no server can any more carry out a write that was given up."""
         self.gives_up: Callable[[int], bool] = lambda _error: False

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from farpage.blockio import Done, ReadDone
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
@@ -67,6 +70,9 @@ class PagedVolume(Protocol):
     """Called with True when writes wait because no device has room for them, with False when they go on."""
     on_no_path: Callable[[bool], None]
     """Called with True when no path is left, or the last one doesn't answer, and with False when one does."""
+
+    wanted_pages: Callable[[], NDArray[np.bool_]] | None
+    """Tells which pages' content will be read before they are written again; None for all."""
 
     @property
     def epoch(self) -> int:

@@ -151,7 +151,7 @@ async def test_a_body_without_end_is_refused(running: Running) -> None:
 CONFLICTS = [
     (CREATE, TAKEN, 409, "client_exists"),
     (CREATE, {**NEW, "memory_bytes": 1 << 50}, 409, "no_device_fits"),
-    (CREATE, {**NEW, "redundancy": "mirror"}, 501, "unsupported"),
+    (CREATE, {**NEW, "redundancy": "mirror"}, 409, "no_device_fits"),
     (("DELETE", "/v1/clients/paged"), None, 409, "client_attached"),
     (("DELETE", "/v1/clients/nobody"), None, 404, "client_not_found"),
     (("GET", "/v1/clients/nobody"), None, 404, "client_not_found"),

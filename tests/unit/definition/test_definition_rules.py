@@ -17,6 +17,7 @@ from farpage.definition.errors import (
     DeviceMismatch,
     InvalidDefinition,
     NoDeviceFits,
+    NotTheOwner,
 )
 from farpage.definition.model import (
     Access,
@@ -30,7 +31,7 @@ from farpage.definition.model import (
     ViosRedundancy,
 )
 from farpage.definition.rules import FoundDevice
-from farpage.errors import FarpageError, Unsupported
+from farpage.errors import FarpageError
 
 MIB = 1 << 20
 ALL = tuple(PagingCommand)
@@ -162,9 +163,52 @@ def test_a_device_that_cannot_page_out_is_not_taken() -> None:
         placed(defined(one=[reader]), 4096)
 
 
-def test_mirrors_are_not_there_yet(two_vios: Definition) -> None:
-    with pytest.raises(Unsupported):
-        placed(two_vios, MIB, redundancy=Redundancy.MIRROR)
+def with_mirror() -> Definition:
+    """A mirrored client on A, which VIOS one reaches, and C, which two does."""
+    return rules.add_client(
+        defined(one=[found(A, "a")], two=[found(C, "c")]),
+        "vm1",
+        memory_bytes=MIB,
+        hypervisor="host",
+        redundancy=Redundancy.MIRROR,
+    )
+
+
+def test_a_mirror_takes_two_devices_over_different_vios() -> None:
+    mirrored = with_mirror()
+    replicas = mirrored.clients["vm1"].volumes[0].replicas
+    reached = [mirrored.devices[replica.device].reached_by for replica in replicas]
+    assert [reach[0].vios for reach in reached] == ["one", "two"]
+
+
+def test_a_mirror_on_devices_of_one_vios_is_refused_with_the_reason() -> None:
+    only = defined(one=[found(A, "a"), found(C, "c")])
+    with pytest.raises(NoDeviceFits, match="a fits, but no second device over another VIOS"):
+        placed(only, 4096, redundancy=Redundancy.MIRROR)
+
+
+def test_a_stale_replica_is_recorded_with_the_epoch_of_its_owner() -> None:
+    claimed = rules.claim(with_mirror(), "vm1", "me", "host")
+    changed = rules.set_replica_states(claimed, "vm1", "me", 70, {A: ReplicaState.STALE})
+    record = changed.clients["vm1"]
+    assert record.epoch == 70
+    assert [replica.state for replica in record.volumes[0].replicas] == [
+        ReplicaState.STALE,
+        ReplicaState.IN_SYNC,
+    ]
+
+
+def test_nobody_but_the_owner_says_what_a_replica_is_worth() -> None:
+    claimed = rules.claim(with_mirror(), "vm1", "me", "host")
+    with pytest.raises(NotTheOwner):
+        rules.set_replica_states(claimed, "vm1", "another", 70, {A: ReplicaState.STALE})
+
+
+def test_the_last_replica_in_sync_cannot_become_stale() -> None:
+    claimed = rules.claim(with_mirror(), "vm1", "me", "host")
+    stale = dict.fromkeys([A, C], ReplicaState.STALE)
+    with pytest.raises(InvalidDefinition, match="none is in sync"):
+        rules.set_replica_states(claimed, "vm1", "me", 70, stale)
 
 
 # Clients

@@ -32,7 +32,7 @@ def create(
         int, typer.Option("--weight", help="0 to 255; a higher weight loses memory later.")
     ] = 128,
     redundancy: Annotated[
-        str, typer.Option("--redundancy", metavar="none|path", help="What the volume survives.")
+        str, typer.Option("--redundancy", metavar="none|path|mirror", help="What the volume survives.")
     ] = "path",
     state: State = None,
     as_json: AsJson = False,

@@ -54,6 +54,10 @@ def run(
     path_timeout: Annotated[
         float, duration_option("--path-timeout", "A command that waits longer makes its path suspect.")
     ] = 1.0,
+    resync_bandwidth: Annotated[
+        int,
+        size_option("--resync-bandwidth", "The most a second that is copied to a replica that missed pages."),
+    ] = 100 << 20,
     no_path_timeout: Annotated[
         float | None,
         duration_option(
@@ -77,6 +81,7 @@ def run(
         workers=workers,
         path_timeout_seconds=path_timeout,
         no_path_timeout_seconds=no_path_timeout,
+        resync_bytes_per_second=resync_bandwidth,
         default_limit_bytes=limit,
         pool_size_bytes=pool_size,
     )

@@ -20,8 +20,9 @@ def up(
         list[str] | None,
         typer.Option(
             "--device",
-            metavar="SPEC",
-            help="Paging device of every VIOS; may be repeated; by default a folder in the state folder.",
+            metavar="[VIOS=]SPEC",
+            help="Paging device of every VIOS, by default a folder in the state folder; or, with its name, "
+            "of one VIOS alone, as mirrors need. May be repeated.",
         ),
     ] = None,
     run_folder: Annotated[

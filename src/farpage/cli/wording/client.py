@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from farpage.hypervisor.model import ClientInfo, FailoverInfo, ScrubInfo
+    from farpage.hypervisor.model import ClientInfo, FailoverInfo, ReplicaInfo, ScrubInfo
 
 
 def created(info: ClientInfo) -> str:
@@ -124,11 +124,33 @@ def details(info: ClientInfo) -> Iterator[RenderableType]:
                 for device, wrong in sorted(counters.wrong_by_device.items())
             ),
         )
+    if len(info.replicas) > 1:
+        yield ""
+        yield _replicas(info.replicas)
     yield ""
     yield paths_overview(info.paths)
     if info.failovers:
         yield ""
         yield _failovers(info.failovers)
+
+
+def _replicas(replicas: Sequence[ReplicaInfo]) -> Table:
+    return table(
+        ["replica on", "state", "for", "missing", "copied", "rate", "left", "reason"],
+        (
+            (
+                replica.device,
+                str(replica.state),
+                format_duration(replica.since_seconds),
+                str(replica.dirty_pages),
+                str(replica.resynced_pages),
+                f"{format_size(int(replica.rate_bytes))}/s" if replica.rate_bytes else "-",
+                "-" if replica.eta_seconds is None else format_duration(replica.eta_seconds),
+                replica.reason or "-",
+            )
+            for replica in replicas
+        ),
+    )
 
 
 def _volume(info: ClientInfo) -> str:

@@ -1,0 +1,104 @@
+"""Clients whose volume has replicas on the devices of two VIOS: each may be lost, full or replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from farpage.definition.model import Redundancy, ReplicaState
+from farpage.errors import FarpageError
+from farpage.hypervisor.model import ClientCreate, ClientInfo
+from tests.support.paged_set import PagedSet, paged_region, running_set
+
+PAGES = 2048
+LIMIT = 512 * 4096
+
+
+@asynccontextmanager
+async def mirrored() -> AsyncIterator[PagedSet]:
+    """Page a region to a device of each of two VIOS."""
+    folder = Path(tempfile.mkdtemp(prefix="fpmir-", dir="/tmp"))
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    try:
+        async with running_set(
+            devices=(f"vios1=dir:{folder / 'a'}", f"vios2=dir:{folder / 'b'}")
+        ) as embedded:
+            wanted = ClientCreate(
+                name="client", memory_bytes=PAGES * 4096, limit_bytes=LIMIT, redundancy=Redundancy.MIRROR
+            )
+            await embedded.hypervisor.create_client(wanted)
+            async with paged_region(embedded, PAGES, LIMIT) as paged:
+                yield paged
+    finally:
+        shutil.rmtree(folder)
+
+
+def health(info: ClientInfo) -> dict[str, str]:
+    """Return the states of the replicas by the VIOS of their device."""
+    of = {path.device: path.vios for path in info.paths}
+    return {of[replica.device]: replica.state.value for replica in info.replicas}
+
+
+async def stored_states(paged: PagedSet, vios: str) -> set[ReplicaState]:
+    """Return the replica states that a VIOS stores."""
+    definition = await paged.embedded.vioses[vios].definition()
+    return {replica.state for replica in definition.clients["client"].volumes[0].replicas}
+
+
+async def test_a_vios_is_killed_and_comes_back_with_its_replica_resynced() -> None:
+    async with mirrored() as paged:
+        await paged.write_all()
+        paged.signal("vios1", signal.SIGKILL)
+        await paged.write_all()
+        await paged.verify_all()
+        info = await paged.info()
+        assert health(info) == {"vios1": "stale", "vios2": "in_sync"}
+        assert await stored_states(paged, "vios2") == {ReplicaState.IN_SYNC, ReplicaState.STALE}
+        missed = next(replica.dirty_pages for replica in info.replicas if replica.state.value == "stale")
+        assert 0 < missed <= PAGES
+        await paged.restart("vios1")
+        await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
+        await paged.until_alarm("replica_resynced")
+        assert await stored_states(paged, "vios2") == {ReplicaState.IN_SYNC}
+        paged.signal("vios2", signal.SIGKILL)
+        await paged.verify_all()
+
+
+async def test_a_vios_that_hangs_costs_its_replica_alone() -> None:
+    async with mirrored() as paged:
+        await paged.write_all()
+        paged.signal("vios2", signal.SIGSTOP)
+        await paged.write_all()
+        await paged.verify_all()
+        assert health(await paged.info()) == {"vios1": "in_sync", "vios2": "stale"}
+        paged.embedded.kill_vios("vios2", signal.SIGCONT)
+        await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
+        paged.signal("vios1", signal.SIGKILL)
+        await paged.verify_all()
+
+
+async def test_a_mirror_without_two_independent_devices_is_refused() -> None:
+    async with running_set(vios_count=1) as embedded:
+        wanted = ClientCreate(name="vm1", memory_bytes=1 << 20, redundancy=Redundancy.MIRROR)
+        with pytest.raises(FarpageError, match="no second device over another VIOS"):
+            await embedded.hypervisor.create_client(wanted)
+        assert "vm1" not in {client.name for client in await embedded.hypervisor.clients()}
+
+
+async def test_deleting_a_mirrored_client_deletes_both_volumes() -> None:
+    async with mirrored() as paged:
+        await paged.client.stop()
+        async with asyncio.timeout(30):
+            while (await paged.info()).attachment.value != "none":
+                await asyncio.sleep(0.02)
+        await paged.embedded.hypervisor.delete_client("client")
+        for vios in paged.embedded.vioses.values():
+            assert await vios.volumes() == ()
