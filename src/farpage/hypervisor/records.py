@@ -141,6 +141,8 @@ class ClientRecords:
                 if error.code != "volume_not_found":
                     raise
         await self._keeper.change(lambda now: rules.remove_client(now, client))
+        # A record that comes up again, from a VIOS that hung meanwhile, is older than that claim.
+        self._claimed.pop(client, None)
 
     async def discard(self, client: str) -> None:
         """Delete a client that was made for a request which failed or has ended, now or later."""
