@@ -45,6 +45,8 @@ class Disk:
         self.full = False
         self.failing = False
         self.hung = False
+        self.flips = 0
+        """So many coming reads return a wrong bit."""
         self.slowness = 1.0
         self.thread_slowness = 1.0
         self.on_change: Callable[[Disk, int, bytes, int], None] = lambda *_: None
@@ -94,18 +96,21 @@ class Disk:
         self.on_change(self, page, content, epoch)
         return 0
 
-    def flip(self, page: int) -> bool:
-        """Change a bit of a stored page of each volume; returns whether there was one."""
-        flipped = False
+    def stored_pages(self) -> list[int]:
+        """Return the pages that any volume has."""
+        return sorted({page for volume in self.volumes.values() for page in volume.pages})
+
+    def flip(self, page: int) -> None:
+        """Change a bit of a stored page of each volume."""
         for volume in self.volumes.values():
-            content = volume.pages.get(page)
-            if content is not None:
-                at = self._chance.randrange(PAGE_BYTES)
-                changed = bytearray(content)
-                changed[at] ^= 1 << self._chance.randrange(8)
-                volume.pages[page] = bytes(changed)
-                flipped = True
-        return flipped
+            if page in volume.pages:
+                volume.pages[page] = self.flipped(volume.pages[page])
+
+    def flipped(self, content: bytes | bytearray) -> bytes:
+        """Return content with one bit changed."""
+        changed = bytearray(content)
+        changed[self._chance.randrange(len(content))] ^= 1 << self._chance.randrange(8)
+        return bytes(changed)
 
 
 class SimulatedDevice(PagingDevice):
@@ -229,6 +234,9 @@ class SimulatedVolume:
             first = offset // PAGE_BYTES
             for page in range(first, first + length // PAGE_BYTES):
                 content.extend(pages.get(page, ZEROS))
+            if self._disk.flips:
+                self._disk.flips -= 1
+                content[:] = self._disk.flipped(content)
             return 0
 
         self._disk.command(

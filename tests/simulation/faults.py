@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tests.simulation.disk import Disk
+from tests.simulation.guest import Guest
 from tests.simulation.network import Network
 from tests.simulation.vios import SimulatedVios
 from tests.simulation.world import World
@@ -32,6 +33,7 @@ class Parts:
     vioses: Sequence[SimulatedVios]
     disks: Sequence[Disk]
     hosts: Sequence[str]
+    guest: Guest | None
 
 
 def nothing() -> None:
@@ -104,6 +106,29 @@ def fail_disk(parts: Parts, chance: random.Random) -> Fault:
     )
 
 
+def flip_stored(parts: Parts, chance: random.Random) -> Fault:
+    """Change bits of a few stored pages."""
+    disk = chance.choice(parts.disks)
+
+    def begin() -> None:
+        for page in chance.sample(disk.stored_pages(), min(3, len(disk.stored_pages()))):
+            disk.flip(page)
+            if parts.guest:
+                parts.guest.may_be_lost.add(page)
+
+    return Fault(f"flip {disk.name}", begin, nothing)
+
+
+def flip_read(parts: Parts, chance: random.Random) -> Fault:
+    """Change bits of what is read, and not of what is stored."""
+    disk = chance.choice(parts.disks)
+
+    def begin() -> None:
+        disk.flips = 1
+
+    return Fault(f"flip a read of {disk.name}", begin, nothing)
+
+
 Kind = Callable[[Parts, random.Random], Fault]
 
 PATH_KINDS: dict[Kind, int] = {
@@ -115,6 +140,8 @@ PATH_KINDS: dict[Kind, int] = {
     fill_disk: 1,
     fail_disk: 1,
 }
+
+FLIP_KINDS: dict[Kind, int] = {flip_stored: 2, flip_read: 3}
 
 
 class FaultSchedule:

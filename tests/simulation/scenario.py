@@ -11,23 +11,24 @@ from unittest import mock
 import structlog
 
 from farpage.address import UnixAddress
+from farpage.pager.table import PAGE_BYTES
 from farpage.volume.connector import Endpoint
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from tests.simulation.checker import History, wrong_reads
 from tests.simulation.connection import Connector, SimulatedServerProcess
 from tests.simulation.disk import Disk, SimulatedDevice
-from tests.simulation.faults import PATH_KINDS, FaultSchedule, Parts
+from tests.simulation.faults import FLIP_KINDS, PATH_KINDS, FaultSchedule, Parts
 from tests.simulation.mutations import mutated
 from tests.simulation.network import Network
-from tests.simulation.stamps import content_of, version_of
+from tests.simulation.stamps import ZEROS
+from tests.simulation.users import PagerUser, User, VolumeUser
 from tests.simulation.vios import SimulatedVios, running
 from tests.simulation.world import Process, World
 
-PAGE = 4096
-PAGES = 24
 FAULTY_SECONDS = 12.0
 QUIET_SECONDS = 60.0
+SETTLE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -71,74 +72,7 @@ def quiet() -> Iterator[None]:
         structlog.configure(**before)
 
 
-class VolumeUser:
-    """Writes and reads pages of a volume as the pager does: never two commands for one page in flight."""
-
-    def __init__(self, world: World, process: Process, volume: MultipathVolume, history: History) -> None:
-        self._world = world
-        self._process = process
-        self._volume = volume
-        self._history = history
-        self._chance = world.random("user")
-        self._versions = [0] * PAGES
-        self._busy: set[int] = set()
-        self.stopped = False
-        self.writes = 0
-
-    @property
-    def idle(self) -> bool:
-        """Whether no command waits."""
-        return not self._busy
-
-    def step(self) -> None:
-        """Begin a few commands, and come again."""
-        if self.stopped:
-            return
-        for _ in range(self._chance.choice((1, 1, 2, 6))):
-            page = self._chance.randrange(PAGES)
-            if page in self._busy:
-                continue
-            if self._chance.random() < 0.6:
-                self.write(page)
-            else:
-                self.read(page)
-        self._volume.push()
-        pause = self._chance.choice((0.001, 0.02, 0.1, 0.3))
-        self._process.loop.call_later(pause, self.step)
-
-    def write(self, page: int) -> None:
-        """Write a new version."""
-        self._versions[page] += 1
-        self.writes += 1
-        version = self._versions[page]
-        self._busy.add(page)
-        write = self._history.begin_write(page, version)
-        content = memoryview(content_of(page, version))
-
-        def done(error: int) -> None:
-            self._busy.discard(page)
-            if error:
-                self._world.violated(f"a write of page {page} ended with errno {error}")
-            self._history.end_write(write)
-
-        self._volume.write(page * PAGE, content, done)
-
-    def read(self, page: int, by: str = "a read") -> None:
-        """Read a page."""
-        self._busy.add(page)
-        began = self._history.instant()
-
-        def done(error: int, payload: memoryview | None) -> None:
-            self._busy.discard(page)
-            if error or payload is None:
-                self._world.violated(f"a read of page {page} ended with errno {error}")
-            else:
-                self._history.read(page, version_of(page, payload), began, by)
-
-        self._volume.read(page * PAGE, PAGE, done)
-
-
-class PathScenario:
+class Scenario:
     """One client with a volume on a common device, over two VIOS."""
 
     def __init__(self, world: World) -> None:
@@ -147,50 +81,64 @@ class PathScenario:
         self.network = Network(world)
         self.network.slow = chance.choice((0.0, 0.02, 0.2))
         self.history = History()
+        user = PagerUser(world, self.history) if chance.random() < 0.6 else VolumeUser(world, self.history)
+        self.user: User = user
         self.disk = Disk(world, "disk1")
         self.disk.slowness = chance.choice((1.0, 1.0, 20.0))
         self.disk.thread_slowness = chance.choice((1.0, 1.0, 500.0))
         self.vioses = {name: SimulatedVios(world, name, [self.disk]) for name in ("vios1", "vios2")}
         for vios in self.vioses.values():
             vios.start()
-        SimulatedDevice(self.disk, world.process("setup")).create_volume("vm1", PAGES * PAGE)
+        setup = SimulatedDevice(self.disk, world.process("setup"))
+        setup.create_volume("vm1", self.user.pages * PAGE_BYTES)
         self.process = world.process("worker")
         self.connector = Connector(
             self.network, self.vioses, self.process, host="host1", same_host=chance.random() < 0.5
         )
-        parts = Parts(self.network, list(self.vioses.values()), [self.disk], ["host1"])
-        self.faults = FaultSchedule(world, parts, PATH_KINDS)
-        self.user: VolumeUser | None = None
+        guest = user.guest if isinstance(user, PagerUser) else None
+        parts = Parts(self.network, list(self.vioses.values()), [self.disk], ["host1"], guest)
+        self.faults = FaultSchedule(world, parts, PATH_KINDS | (FLIP_KINDS if guest else {}))
 
     def run(self) -> None:
         """Run it to its end."""
-        world = self.world
+        world, user = self.world, self.user
         with running(self.process):
             volume = MultipathVolume(
                 "vm1",
-                PAGES * PAGE,
+                user.pages * PAGE_BYTES,
                 Ownership("a" * 16, 1),
                 [Endpoint(name, UnixAddress(f"/{name}"), "disk1") for name in self.vioses],
                 connector=self.connector,
                 events=Events(world, "worker"),
+                device="disk1",
             )
             opening = self.process.loop.create_task(volume.open(30.0))
         world.run_until(30.0, opening.done)
-        user = self.user = VolumeUser(world, self.process, volume, self.history)
-        self.process.loop.call_soon(user.step)
+        with running(self.process):
+            user.start(self.process, volume)
         self.faults.start(FAULTY_SECONDS)
         world.run_until(world.now_seconds + FAULTY_SECONDS)
-        user.stopped = True
+        user.stop()
         self.faults.heal()
-        if not world.run_until(world.now_seconds + QUIET_SECONDS, lambda: user.idle):
-            world.violated("commands still wait long after everything is healed")
+        if not self._quiet("commands still wait long after everything is healed"):
             return
-        world.run_until(world.now_seconds + 5.0)
+        world.run_until(world.now_seconds + SETTLE_SECONDS)
+        for problem in user.wrong_in_store(self._stored):
+            world.violated(problem)
         with running(self.process):
-            for page in range(PAGES):
-                user.read(page, "the last read")
-        if not world.run_until(world.now_seconds + QUIET_SECONDS, lambda: user.idle):
-            world.violated("the last reads do not come back")
+            user.read_all()
+        self._quiet("the last reads do not come back")
+
+    def _quiet(self, problem: str) -> bool:
+        world = self.world
+        if world.run_until(world.now_seconds + QUIET_SECONDS, lambda: self.user.idle):
+            return True
+        if not world.violations:
+            world.violated(problem)
+        return False
+
+    def _stored(self, page: int) -> list[bytes]:
+        return [self.disk.volumes["vm1"].pages.get(page, ZEROS)]
 
 
 def run_seed(
@@ -203,7 +151,7 @@ def run_seed(
         stack.enter_context(mutated(mutation))
         stack.enter_context(mock.patch("farpage.volume.link.ServerProcess", SimulatedServerProcess))
         SimulatedServerProcess.find = partial(_process_of, world)
-        scenario = PathScenario(world)
+        scenario = Scenario(world)
         scenario.run()
         if not world.violations:
             for problem in wrong_reads(scenario.history):

@@ -1,0 +1,210 @@
+"""Who uses a volume in a scenario: a plain user of its commands, or a pager with a guest."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Protocol
+
+from farpage.pager.buffers import BufferPool
+from farpage.pager.client import PagedClient
+from farpage.pager.limit import Limit
+from farpage.pager.table import CLEAN, ENTRY_BYTES, ON_DEVICE, PAGE_BYTES, READING, PageTable
+from farpage.volume.paged import PagedVolume
+from tests.simulation.checker import History
+from tests.simulation.guest import Guest
+from tests.simulation.memory import SimulatedMemory
+from tests.simulation.stamps import content_of, version_of
+from tests.simulation.world import Process, World
+
+BUFFERS = BufferPool(8)
+"""Used again by run after run: page-outs fill what they take."""
+
+Store = Callable[[int], list[bytes]]
+"""What each device in sync holds of a page."""
+
+
+class User(Protocol):
+    """What a scenario needs of its user."""
+
+    pages: int
+
+    def start(self, process: Process, volume: PagedVolume) -> None:
+        """Begin, within the process."""
+
+    def stop(self) -> None:
+        """Begin nothing new."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits."""
+
+    def read_all(self) -> None:
+        """Read every page for the last time."""
+
+    def wrong_in_store(self, stored: Store) -> list[str]:
+        """Compare what the devices hold with what they have to hold, once all is quiet."""
+
+
+class VolumeUser:
+    """Writes and reads pages of a volume as the pager does: never two commands for one page in flight."""
+
+    pages = 24
+
+    def __init__(self, world: World, history: History) -> None:
+        self._world = world
+        self._history = history
+        self._chance = world.random("user")
+        self._versions = [0] * self.pages
+        self._busy: set[int] = set()
+        self._stopped = False
+        self._process: Process
+        self._volume: PagedVolume
+
+    def start(self, process: Process, volume: PagedVolume) -> None:
+        self._process = process
+        self._volume = volume
+        process.loop.call_soon(self._step)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    @property
+    def idle(self) -> bool:
+        return not self._busy
+
+    def _step(self) -> None:
+        """Begin a few commands, and come again."""
+        if self._stopped:
+            return
+        for _ in range(self._chance.choice((1, 1, 2, 6))):
+            page = self._chance.randrange(self.pages)
+            if page in self._busy:
+                continue
+            if self._chance.random() < 0.6:
+                self._write(page)
+            else:
+                self._read(page, "a read")
+        self._volume.push()
+        pause = self._chance.choice((0.001, 0.02, 0.1, 0.3))
+        self._process.loop.call_later(pause, self._step)
+
+    def _write(self, page: int) -> None:
+        self._versions[page] += 1
+        version = self._versions[page]
+        self._busy.add(page)
+        write = self._history.begin_write(page, version)
+        content = memoryview(content_of(page, version))
+
+        def done(error: int) -> None:
+            self._busy.discard(page)
+            if error:
+                self._world.violated(f"a write of page {page} ended with errno {error}")
+            self._history.end_write(write)
+
+        self._volume.write(page * PAGE_BYTES, content, done)
+
+    def _read(self, page: int, by: str) -> None:
+        self._busy.add(page)
+        began = self._history.instant()
+
+        def done(error: int, payload: memoryview | None) -> None:
+            self._busy.discard(page)
+            if error or payload is None:
+                self._world.violated(f"a read of page {page} ended with errno {error}")
+            else:
+                self._history.read(page, version_of(page, payload), began, by)
+
+        self._volume.read(page * PAGE_BYTES, PAGE_BYTES, done)
+
+    def read_all(self) -> None:
+        for page in range(self.pages):
+            self._read(page, "the last read")
+        self._volume.push()
+
+    def wrong_in_store(self, stored: Store) -> list[str]:
+        return [
+            f"page {page}: a device in sync holds another version than {version}"
+            for page, version in enumerate(self._versions)
+            if any(version_of(page, content) != version for content in stored(page))
+        ]
+
+
+class TightLimit(Limit):
+    """A limit of a few pages, below what the pager's own marks allow."""
+
+    def __init__(self, pages: int, chance: random.Random) -> None:
+        super().__init__(pages)
+        headroom = max(pages // 8, 1)
+        self.low = pages - 2 * headroom  # type: ignore[misc]
+        self.high = pages - headroom  # type: ignore[misc]
+        self.most = pages + chance.choice((0, 1, 4))  # type: ignore[misc]
+        self.in_flight = chance.choice((1, 2, pages // 4))  # type: ignore[misc]
+
+
+class PagerUser:
+    """A guest over the real pager."""
+
+    pages = 40
+
+    def __init__(self, world: World, history: History) -> None:
+        self._world = world
+        self._chance = world.random("pager")
+        self.memory = SimulatedMemory(world, self.pages)
+        self.guest = Guest(world, self.memory, history)
+        self._storage = memoryview(bytearray(self.pages * ENTRY_BYTES))
+        self._limit = TightLimit(self._chance.randrange(8, 24), self._chance)
+        self._detaching: asyncio.Task[None] | None = None
+        self._process: Process
+        self._client: PagedClient
+
+    def start(self, process: Process, volume: PagedVolume) -> None:
+        self._process = process
+        self.memory.worker = process
+        self._client = client = PagedClient(
+            self.memory,
+            PageTable(self.pages, self._storage),
+            volume,
+            self.pages - 1,
+            BUFFERS,
+            alarm=lambda kind, message: self._world.note(f"alarm {kind}: {message}"),
+            on_gone=lambda: self._world.violated("the pager believes that its client is gone"),
+        )
+        client.space.limit = self._limit
+        client.start()
+        self.guest.start(self._chance.choice((1, 2, 4)))
+
+    def stop(self) -> None:
+        self.guest.stopped = True
+
+    @property
+    def idle(self) -> bool:
+        return self.guest.idle and (self._detaching is None or self._detaching.done())
+
+    def read_all(self) -> None:
+        """Read everything, either through the pager or after a detachment."""
+        if self._chance.random() < 0.5:
+            self._detaching = self._process.loop.create_task(self._client.detach())
+            self._detaching.add_done_callback(lambda _: self._guest_reads_all())
+        else:
+            self._guest_reads_all()
+
+    def _guest_reads_all(self) -> None:
+        for page in range(self.pages):
+            self.guest.read(page, "the last read")
+
+    def wrong_in_store(self, stored: Store) -> list[str]:
+        table = self._client.space.table
+        problems = []
+        for page in range(table.pages):
+            state = table.state[page]
+            if state in (ON_DEVICE, CLEAN, READING) and page not in self.guest.may_be_lost:
+                contents = stored(page)
+                versions = {version_of(page, content) for content in contents}
+                present = self.memory.content.get(page)
+                if len(versions) != 1 or None in versions:
+                    problems.append(f"page {page} is paged out, but the devices in sync hold {versions}")
+                elif state == CLEAN and present is not None and present != contents[0]:
+                    problems.append(f"page {page} is clean, but the device holds another version")
+        return problems
