@@ -9,8 +9,9 @@ from typing import Any
 
 from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, ExtentsDone, Feature, ReadDone
 from farpage.errors import Unreachable
-from farpage.nbd.errors import ConnectionEnded, ServerRefused
+from farpage.nbd.errors import ConnectionEnded, ExportRefused, ServerRefused
 from farpage.nbd.export import Export
+from farpage.nbd.protocol import REP_ERROR_NAMES
 from farpage.volume.connector import Endpoint, PathConnection
 from tests.simulation.network import Network, Pipe
 from tests.simulation.vios import SimulatedServerConnection, SimulatedVios
@@ -48,10 +49,11 @@ class Connector:
             if not opened.done():
                 opened.set_exception(error)
 
-        def answered(export: Export | None, refusal: str) -> None:
-            if export is None:
-                fail(ServerRefused(export_name, endpoint.vios, refusal, "NBD_REP_ERR_POLICY"))
-            elif not opened.done():
+        def answered(export: Export | None, refusal: ExportRefused | None) -> None:
+            if refusal is not None:
+                reply = REP_ERROR_NAMES[refusal.reply_type]
+                fail(ServerRefused(export_name, endpoint.vios, refusal.message, reply))
+            elif export is not None and not opened.done():
                 opened.set_result(export)
 
         def greeted(server: SimulatedServerConnection) -> None:

@@ -1,8 +1,8 @@
 """Simulated disks, and the paging devices through which VIOS reach them.
 
-A command goes the way that it goes on a real device: a thread looks at the epoch in the volume's header,
-then calls the kernel. Between the two the process may be stopped; once in the kernel the command is carried
-out whatever becomes of the process.
+A command goes the way that it goes on a real device: a thread looks at the epoch in the volume's header, then
+at the lease, then calls the kernel. Before the look at the lease the process may be stopped; once in the
+kernel the command is carried out whatever becomes of the process.
 """
 
 from __future__ import annotations
@@ -25,6 +25,20 @@ Result = TypeVar("Result")
 ZEROS = bytes(PAGE_BYTES)
 
 
+@dataclass(eq=False)
+class Change:
+    """A change of pages under way: in a thread of its process, or already in the kernel."""
+
+    pages: range
+    process: Process
+    in_kernel: bool = False
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it can still happen: what was in a thread ends with the process."""
+        return self.in_kernel or self.process.alive
+
+
 @dataclass
 class StoredVolume:
     """What a disk holds of a volume."""
@@ -33,6 +47,9 @@ class StoredVolume:
     size_bytes: int
     claims: Claims = field(default_factory=Claims)
     pages: dict[int, bytes] = field(default_factory=dict)
+    written_under: dict[int, int] = field(default_factory=dict)
+    """By page, the newest epoch under which it was written."""
+    in_flight: list[Change] = field(default_factory=list)
 
 
 class Disk:
@@ -49,8 +66,6 @@ class Disk:
         """So many coming reads return a wrong bit."""
         self.slowness = 1.0
         self.thread_slowness = 1.0
-        self.on_change: Callable[[Disk, int, bytes, int], None] = lambda *_: None
-        """Told of each page that is written: disk, page, content, epoch of the writer's open."""
         self._chance = world.random(f"disk {name}")
         self._waiting: list[Callable[[], None]] = []
 
@@ -67,11 +82,8 @@ class Disk:
     def command(self, process: Process, work: Callable[[], int], done: Callable[[int], None]) -> None:
         """Carry out a command for a process; on a disk that hangs, when that goes on."""
 
-        def checked() -> int:
-            return errno.EIO if self.failing else work()
-
         if not self.hung:
-            process.system_call(self.seconds(), checked, done)
+            process.system_call(self.seconds(), work, done)
             return
 
         def again() -> None:
@@ -92,9 +104,24 @@ class Disk:
         """Change a page; returns an errno."""
         if self.full and page not in volume.pages:
             return errno.ENOSPC
+        newest = volume.written_under.get(page, 0)
+        if epoch < newest:
+            self.world.violated(f"{self.name}: page {page} is written under epoch {epoch} after {newest}")
+        volume.written_under[page] = epoch
         volume.pages[page] = content
-        self.on_change(self, page, content, epoch)
         return 0
+
+    def begin(self, volume: StoredVolume, pages: range, process: Process) -> Change:
+        """Begin a change; the pages must have no other one under way."""
+        volume.in_flight = [change for change in volume.in_flight if change.under_way]
+        for other in volume.in_flight:
+            if other.pages.start < pages.stop and pages.start < other.pages.stop:
+                self.world.violated(
+                    f"{self.name}: two writes of page {max(other.pages.start, pages.start)} in flight"
+                )
+        change = Change(pages, process)
+        volume.in_flight.append(change)
+        return change
 
     def stored_pages(self) -> list[int]:
         """Return the pages that any volume has."""
@@ -169,6 +196,8 @@ class SimulatedDevice(PagingDevice):
         problem: list[Exception] = []
 
         def carry_out() -> int:
+            if self._disk.failing:
+                return errno.EIO
             try:
                 outcome.append(work(*arguments))
             except Exception as error:
@@ -221,6 +250,7 @@ class SimulatedVolume:
         self._stored = stored
         self._epoch = epoch or 0
         self._over = over
+        self._over = over
         self._process = process
 
     def read_now(self, offset: int, into: memoryview) -> bool:
@@ -230,6 +260,8 @@ class SimulatedVolume:
         content = bytearray()
 
         def work() -> int:
+            if self._disk.failing:
+                return errno.EIO
             pages = self._stored.pages
             first = offset // PAGE_BYTES
             for page in range(first, first + length // PAGE_BYTES):
@@ -255,7 +287,7 @@ class SimulatedVolume:
                     return error
             return 0
 
-        self._change(work, done)
+        self._change(range(first, first + len(content) // PAGE_BYTES), work, done)
 
     def zero(
         self,
@@ -270,31 +302,43 @@ class SimulatedVolume:
         self.trim(offset, length, done)
 
     def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
+        pages = range(offset // PAGE_BYTES, (offset + length) // PAGE_BYTES)
+
         def work() -> int:
-            first = offset // PAGE_BYTES
-            for page in range(first, first + length // PAGE_BYTES):
+            for page in pages:
                 self._disk.store(self._stored, page, ZEROS, self._epoch)
             return 0
 
-        self._change(work, done)
+        self._change(pages, work, done)
 
-    def _change(self, work: Callable[[], int], done: Done) -> None:
+    def _change(self, pages: range, work: Callable[[], int], done: Done) -> None:
         """Look at the epoch in a thread, and then call the kernel."""
         loop = asyncio.get_running_loop()
 
-        def thread() -> None:
+        change = self._disk.begin(self._stored, pages, self._process)
+
+        def end(error: int) -> None:
+            self._stored.in_flight = [other for other in self._stored.in_flight if other is not change]
+            done(error)
+
+        def carry_out() -> int:
+            change.in_kernel = False
+            return errno.EIO if self._disk.failing else work()
+
+        def look() -> None:
             if self.superseded:
-                loop.call_later(self._disk.thread_seconds(), done, errno.ESHUTDOWN)
+                loop.call_later(self._disk.thread_seconds(), end, errno.ESHUTDOWN)
             else:
-                loop.call_later(self._disk.thread_seconds(), enter_kernel)
+                loop.call_later(self._disk.thread_seconds(), call)
 
-        def enter_kernel() -> None:
-            if self._over():
-                done(errno.ESHUTDOWN)
+        def call() -> None:
+            if self._over():  # the last thing before the system call
+                end(errno.ESHUTDOWN)
             else:
-                self._disk.command(self._process, work, done)
+                change.in_kernel = True
+                self._disk.command(self._process, carry_out, end)
 
-        loop.call_later(self._disk.thread_seconds(), thread)
+        loop.call_later(self._disk.thread_seconds(), look)
 
     @property
     def superseded(self) -> bool:
@@ -305,7 +349,7 @@ class SimulatedVolume:
         done(0)
 
     def flush(self, done: Done) -> None:
-        self._disk.command(self._process, lambda: 0, done)
+        self._disk.command(self._process, lambda: errno.EIO if self._disk.failing else 0, done)
 
     def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
         done(errno.ENOTSUP, None)

@@ -166,7 +166,7 @@ class FaultSchedule:
             return
         chance = self._chance
         (kind,) = chance.choices(list(self._kinds), list(self._kinds.values()))
-        seconds = chance.choice((0.01, 0.3, 0.8, 1.2, 2.5, 5.0)) * (0.5 + chance.random())
+        seconds = chance.choice((0.01, 0.3, 0.8, 1.2, 2.5, 7.0)) * (0.5 + chance.random())
         fault = kind(self._parts, chance)
         self.done.append(fault.name)
         self._world.note(f"fault: {fault.name} for {seconds:.3f} s")

@@ -7,7 +7,7 @@ from tests.simulation.memory import SimulatedMemory
 from tests.simulation.stamps import content_of, version_of
 from tests.simulation.world import World
 
-PAUSES_SECONDS = (0.001, 0.01, 0.1, 0.5)
+PAUSES_SECONDS = (0.001, 0.02, 0.15, 0.5)
 
 
 class Guest:

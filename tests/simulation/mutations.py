@@ -11,7 +11,10 @@ from typing import Any
 from unittest import mock
 
 from farpage.device.claim import Claims
+from farpage.pager import eviction, faults, salvage
+from farpage.pager.table import PAGE_BYTES
 from farpage.vios.exports import VolumeExports
+from farpage.vios.leases import Lease
 from farpage.vios.volumes import Volumes
 from farpage.volume.command import Command
 from farpage.volume.link import Held, PathLink
@@ -45,9 +48,26 @@ def _epoch_checks_off(stack: ExitStack) -> None:
     _replace(stack, SimulatedVolume, "superseded", False)
 
 
+def _checksums_off(stack: ExitStack) -> None:
+    """Take every page that comes from a device for what was paged out."""
+
+    def same(content: memoryview) -> list[int]:
+        return [0] * (len(content) // PAGE_BYTES)
+
+    for module in (eviction, faults, salvage):
+        _replace(stack, module, "page_checksums", same)
+
+
+def _leases_off(stack: ExitStack) -> None:
+    """Let a server write after the end of the lease under which a volume is open."""
+    _replace(stack, Lease, "over", lambda *_: False)
+
+
 MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "quarantine_off": _quarantine_off,
     "epoch_checks_off": _epoch_checks_off,
+    "checksums_off": _checksums_off,
+    "leases_off": _leases_off,
 }
 
 

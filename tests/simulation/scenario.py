@@ -13,6 +13,7 @@ import structlog
 from farpage.address import UnixAddress
 from farpage.pager.table import PAGE_BYTES
 from farpage.volume.connector import Endpoint
+from farpage.volume.lease import Leases
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from tests.simulation.checker import History, wrong_reads
@@ -26,7 +27,7 @@ from tests.simulation.users import PagerUser, User, VolumeUser
 from tests.simulation.vios import SimulatedVios, running
 from tests.simulation.world import Process, World
 
-FAULTY_SECONDS = 12.0
+FAULTY_SECONDS = 10.0
 QUIET_SECONDS = 60.0
 SETTLE_SECONDS = 5.0
 
@@ -85,7 +86,7 @@ class Scenario:
         self.user: User = user
         self.disk = Disk(world, "disk1")
         self.disk.slowness = chance.choice((1.0, 1.0, 20.0))
-        self.disk.thread_slowness = chance.choice((1.0, 1.0, 500.0))
+        self.disk.thread_slowness = chance.choice((1.0, 1.0, 1000.0))
         self.vioses = {name: SimulatedVios(world, name, [self.disk]) for name in ("vios1", "vios2")}
         for vios in self.vioses.values():
             vios.start()
@@ -95,6 +96,7 @@ class Scenario:
         self.connector = Connector(
             self.network, self.vioses, self.process, host="host1", same_host=chance.random() < 0.5
         )
+        self.leases = chance.random() < 0.7
         guest = user.guest if isinstance(user, PagerUser) else None
         parts = Parts(self.network, list(self.vioses.values()), [self.disk], ["host1"], guest)
         self.faults = FaultSchedule(world, parts, PATH_KINDS | (FLIP_KINDS if guest else {}))
@@ -111,6 +113,7 @@ class Scenario:
                 connector=self.connector,
                 events=Events(world, "worker"),
                 device="disk1",
+                leases=Leases(self.connector, "0" * 8) if self.leases else None,
             )
             opening = self.process.loop.create_task(volume.open(30.0))
         world.run_until(30.0, opening.done)

@@ -140,7 +140,7 @@ class TightLimit(Limit):
         self.low = pages - 2 * headroom  # type: ignore[misc]
         self.high = pages - headroom  # type: ignore[misc]
         self.most = pages + chance.choice((0, 1, 4))  # type: ignore[misc]
-        self.in_flight = chance.choice((1, 2, pages // 4))  # type: ignore[misc]
+        self.in_flight = chance.choice((1, max(pages // 8, 1)))  # type: ignore[misc]
 
 
 class PagerUser:
@@ -154,7 +154,7 @@ class PagerUser:
         self.memory = SimulatedMemory(world, self.pages)
         self.guest = Guest(world, self.memory, history)
         self._storage = memoryview(bytearray(self.pages * ENTRY_BYTES))
-        self._limit = TightLimit(self._chance.randrange(8, 24), self._chance)
+        self._limit = TightLimit(self._chance.randrange(12, 28), self._chance)
         self._detaching: asyncio.Task[None] | None = None
         self._process: Process
         self._client: PagedClient
@@ -173,7 +173,7 @@ class PagerUser:
         )
         client.space.limit = self._limit
         client.start()
-        self.guest.start(self._chance.choice((1, 2, 4)))
+        self.guest.start(self._chance.choice((1, 2, 3)))
 
     def stop(self) -> None:
         self.guest.stopped = True

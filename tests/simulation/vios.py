@@ -14,6 +14,7 @@ from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import Export, Peer
 from farpage.vios.exports import VolumeExports
+from farpage.vios.leases import Leases
 from farpage.vios.service import ViosService
 from farpage.vios.volumes import Volumes
 from tests.simulation.disk import Disk, SimulatedDevice
@@ -21,6 +22,7 @@ from tests.simulation.network import Pipe
 from tests.simulation.world import Process, World
 
 Item = TypeVar("Item")
+Opened = Callable[[Export | None, ExportRefused | None], None]
 Reply = Callable[[int, "bytes | None"], None]
 
 
@@ -63,7 +65,7 @@ class SimulatedVios:
         with running(process):
             definitions = DefinitionStore(self.database)
             volumes = Volumes(self.name, definitions, EpochStore(self.database))
-            exports = VolumeExports(volumes)
+            exports = VolumeExports(volumes, Leases(clock=process.loop.time))
             exports._holds = OrderedSet()  # type: ignore[assignment]
             exports.server._connections = OrderedSet()  # type: ignore[assignment]
             self.service = ViosService(
@@ -106,17 +108,17 @@ class SimulatedServerConnection:
         self._exports.server._connections.add(self)  # type: ignore[arg-type]
         pipe.on_end[pipe.server] = self.disconnect
 
-    def open(self, export_name: str, opened: Callable[[Export | None, str], None]) -> None:
+    def open(self, export_name: str, opened: Opened) -> None:
         """Open an export for the client."""
         self._opening = True
         self._process.loop.create_task(self._open(export_name, opened))
 
-    async def _open(self, export_name: str, opened: Callable[[Export | None, str], None]) -> None:
-        refusal = ""
+    async def _open(self, export_name: str, opened: Opened) -> None:
+        refusal: ExportRefused | None = None
         try:
             self.export = await self._exports.open(export_name, Peer(self._vios.name))
         except ExportRefused as error:
-            refusal = error.message
+            refusal = error
         self._opening = False
         if self._hung_up:
             self._ended()

@@ -40,6 +40,20 @@ class ProcessState(enum.Enum):
     DEAD = enum.auto()
 
 
+class Work:
+    """What the hardware does: a handle without a loop."""
+
+    __slots__ = ("_cancelled", "_run")
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._cancelled = False
+        self._run = work
+
+
+Due = asyncio.Handle | Work
+"""What is to run at some time."""
+
+
 class World:
     """One run: the clock, the queue, the trace, and what went wrong."""
 
@@ -49,14 +63,14 @@ class World:
         self.events = 0
         self.violations: list[str] = []
         self.processes: list[Process] = []
-        self._ready: deque[tuple[Process | None, asyncio.Handle]] = deque()
-        self._later: list[tuple[float, int, Process | None, asyncio.Handle]] = []
+        self._ready: deque[tuple[Process | None, Due]] = deque()
+        self._later: list[tuple[float, int, Process | None, Due]] = []
         self._number = 0
         self.error: BaseException | None = None
         """An error in the code under test, for its traceback."""
         self._trace = trace
         self._digest = hashlib.blake2b(digest_size=8)
-        self._hardware = _loop_of(self, None)
+        self._running: Process | None = None
 
     def random(self, use: str) -> random.Random:
         """Return a source of chance of its own for one use, so that uses do not disturb each other."""
@@ -88,22 +102,29 @@ class World:
         self.processes.append(process)
         return process
 
-    def soon(self, process: Process | None, handle: asyncio.Handle) -> None:
+    def soon(self, process: Process | None, handle: Due) -> None:
         """Run a handle in a process (None: the hardware) after what is due already."""
         self._ready.append((process, handle))
 
-    def at(self, when_seconds: float, process: Process | None, handle: asyncio.Handle) -> None:
+    def at(self, when_seconds: float, process: Process | None, handle: Due) -> None:
         """Run a handle in a process at a time of the world."""
         self._number += 1
         heapq.heappush(self._later, (when_seconds, self._number, process, handle))
 
     def after(self, seconds: float, work: Callable[[], None], process: Process | None = None) -> None:
         """Let the hardware, or a process, do something later."""
-        loop = process.loop if process else self._hardware
-        self.at(self.now_seconds + seconds, process, asyncio.Handle(work, (), loop))
+        handle = asyncio.Handle(work, (), process.loop) if process else Work(work)
+        self.at(self.now_seconds + seconds, process, handle)
 
     def run_until(self, end_seconds: float, done: Callable[[], bool] = lambda: False) -> bool:
         """Let time pass until `done`, a violation, or the end; returns whether it was `done`."""
+        try:
+            return self._run_until(end_seconds, done)
+        finally:
+            self._running = None
+            _set_running_loop(None)
+
+    def _run_until(self, end_seconds: float, done: Callable[[], bool]) -> bool:
         ready, later = self._ready, self._later
         while not self.violations:
             if not ready:
@@ -125,11 +146,10 @@ class World:
             self.events += 1
             if self.events > EVENTS_MAX:
                 self.violated(f"more than {EVENTS_MAX} events: something spins")
-            _set_running_loop(process.loop if process else None)
-            try:
-                handle._run()
-            finally:
-                _set_running_loop(None)
+            if process is not self._running:
+                self._running = process
+                _set_running_loop(process.loop if process else None)
+            handle._run()
         return False
 
     def end(self) -> None:
@@ -153,7 +173,7 @@ class Process:
         """What the kernel does when the process ends: its sockets close."""
         self.on_gone: list[Callable[[], None]] = []
         """Those who wait for a process that is gone, its system calls included."""
-        self._kept: list[asyncio.Handle] = []
+        self._kept: list[Due] = []
         self._system_calls = 0
 
     @property
@@ -166,7 +186,7 @@ class Process:
         """Whether no thread of it is left, not even one in a system call."""
         return self.state is ProcessState.DEAD and self._system_calls == 0
 
-    def keep(self, handle: asyncio.Handle) -> None:
+    def keep(self, handle: Due) -> None:
         """Keep what cannot run now."""
         if self.state is ProcessState.STOPPED:
             self._kept.append(handle)
@@ -225,13 +245,13 @@ class Process:
 class ProcessLoop(asyncio.AbstractEventLoop):
     """The part of asyncio's loop that farpage uses, over a world."""
 
-    def __init__(self, world: World, process: Process | None) -> None:
+    def __init__(self, world: World, process: Process) -> None:
         self._world = world
         self._process = process
         self._tasks: list[asyncio.Task[Any]] = []
         self._readers: dict[int, asyncio.Handle] = {}
         # Clocks of processes do not agree: times must not go from one to the other.
-        self._offset = 1000.0 * (len(world.processes) + 1) if process else 0.0
+        self._offset = 1000.0 * (len(world.processes) + 1)
 
     def time(self) -> float:
         return self._world.now_seconds + self._offset
@@ -289,8 +309,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def _check(self, error: BaseException | None) -> None:
         """Take errors that nobody has designed for what they are: bugs."""
         if error is not None and not isinstance(error, FarpageError | OSError | TimeoutError):
-            name = self._process.name if self._process else "hardware"
-            self._world.violated(f"{name}: {type(error).__name__}: {error}")
+            self._world.violated(f"{self._process.name}: {type(error).__name__}: {error}")
             self._world.error = error
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
@@ -351,5 +370,5 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self._readers.clear()
 
 
-_loop_of = cast("Callable[[World, Process | None], ProcessLoop]", ProcessLoop)
+_loop_of = cast("Callable[[World, Process], ProcessLoop]", ProcessLoop)
 """Makes a loop; asyncio's abstract one has more methods than farpage needs."""
