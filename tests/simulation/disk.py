@@ -31,12 +31,13 @@ class Change:
 
     pages: range
     process: Process
+    over: Callable[[], bool]
     in_kernel: bool = False
 
     @property
     def under_way(self) -> bool:
-        """Whether it can still happen: what was in a thread ends with the process."""
-        return self.in_kernel or self.process.alive
+        """Whether it can still happen: what is in a thread ends with the process, and with the lease."""
+        return self.in_kernel or (self.process.alive and not self.over())
 
 
 @dataclass
@@ -111,7 +112,7 @@ class Disk:
         volume.pages[page] = content
         return 0
 
-    def begin(self, volume: StoredVolume, pages: range, process: Process) -> Change:
+    def begin(self, volume: StoredVolume, pages: range, process: Process, over: Callable[[], bool]) -> Change:
         """Begin a change; the pages must have no other one under way."""
         volume.in_flight = [change for change in volume.in_flight if change.under_way]
         for other in volume.in_flight:
@@ -119,7 +120,7 @@ class Disk:
                 self.world.violated(
                     f"{self.name}: two writes of page {max(other.pages.start, pages.start)} in flight"
                 )
-        change = Change(pages, process)
+        change = Change(pages, process, over)
         volume.in_flight.append(change)
         return change
 
@@ -315,7 +316,7 @@ class SimulatedVolume:
         """Look at the epoch in a thread, and then call the kernel."""
         loop = asyncio.get_running_loop()
 
-        change = self._disk.begin(self._stored, pages, self._process)
+        change = self._disk.begin(self._stored, pages, self._process, self._over)
 
         def end(error: int) -> None:
             self._stored.in_flight = [other for other in self._stored.in_flight if other is not change]

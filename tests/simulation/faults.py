@@ -34,6 +34,7 @@ class Parts:
     disks: Sequence[Disk]
     hosts: Sequence[str]
     guest: Guest | None
+    crash_worker: Action
 
 
 def nothing() -> None:
@@ -106,6 +107,11 @@ def fail_disk(parts: Parts, chance: random.Random) -> Fault:
     )
 
 
+def kill_worker(parts: Parts, _chance: random.Random) -> Fault:
+    """SIGKILL of the client's worker; another one takes its place by itself."""
+    return Fault("kill the worker", parts.crash_worker, nothing)
+
+
 def flip_stored(parts: Parts, chance: random.Random) -> Fault:
     """Change bits of a few stored pages."""
     disk = chance.choice(parts.disks)
@@ -141,6 +147,7 @@ PATH_KINDS: dict[Kind, int] = {
     fail_disk: 1,
 }
 
+WORKER_KINDS: dict[Kind, int] = {kill_worker: 3}
 FLIP_KINDS: dict[Kind, int] = {flip_stored: 2, flip_read: 3}
 
 
@@ -153,7 +160,7 @@ class FaultSchedule:
         self._parts = parts
         self._kinds = kinds
         self._chance = world.random("faults")
-        self._healed = False
+        self.healed = False
 
     def start(self, seconds: float) -> None:
         """Let them happen within the next `seconds`."""
@@ -162,7 +169,7 @@ class FaultSchedule:
             self._world.after(chance.random() * seconds, self._begin)
 
     def _begin(self) -> None:
-        if self._healed:
+        if self.healed:
             return
         chance = self._chance
         (kind,) = chance.choices(list(self._kinds), list(self._kinds.values()))
@@ -175,7 +182,7 @@ class FaultSchedule:
 
     def heal(self) -> None:
         """End every fault."""
-        self._healed = True
+        self.healed = True
         self._world.note("healed")
         self._parts.network.heal()
         for disk in self._parts.disks:

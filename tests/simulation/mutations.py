@@ -18,6 +18,7 @@ from farpage.vios.leases import Lease
 from farpage.vios.volumes import Volumes
 from farpage.volume.command import Command
 from farpage.volume.link import Held, PathLink
+from farpage.volume.recorder import ReplicaRecorder
 from tests.simulation.disk import SimulatedVolume
 
 
@@ -63,11 +64,17 @@ def _leases_off(stack: ExitStack) -> None:
     _replace(stack, Lease, "over", lambda *_: False)
 
 
+def _stale_after_ack(stack: ExitStack) -> None:
+    """Acknowledge what a lost replica misses at once, and record it stale thereafter."""
+    _replace(stack, ReplicaRecorder, "is_stale", lambda *_: True)
+
+
 MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "quarantine_off": _quarantine_off,
     "epoch_checks_off": _epoch_checks_off,
     "checksums_off": _checksums_off,
     "leases_off": _leases_off,
+    "stale_after_ack": _stale_after_ack,
 }
 
 

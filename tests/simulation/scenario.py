@@ -11,15 +11,21 @@ from unittest import mock
 import structlog
 
 from farpage.address import UnixAddress
+from farpage.definition.model import ReplicaState
 from farpage.pager.table import PAGE_BYTES
 from farpage.volume.connector import Endpoint
+from farpage.volume.dirty import MemoryDirtyStore
 from farpage.volume.lease import Leases
-from farpage.volume.multipath import MultipathVolume
+from farpage.volume.mirror import MirrorVolume, ReplicaPlace
+from farpage.volume.multipath import MultipathVolume, NoPath
 from farpage.volume.ownership import Ownership
+from farpage.volume.paged import PagedVolume
+from farpage.volume.recorder import States
 from tests.simulation.checker import History, wrong_reads
 from tests.simulation.connection import Connector, SimulatedServerProcess
+from tests.simulation.definition import SimulatedDefinition
 from tests.simulation.disk import Disk, SimulatedDevice
-from tests.simulation.faults import FLIP_KINDS, PATH_KINDS, FaultSchedule, Parts
+from tests.simulation.faults import FLIP_KINDS, PATH_KINDS, WORKER_KINDS, FaultSchedule, Parts
 from tests.simulation.mutations import mutated
 from tests.simulation.network import Network
 from tests.simulation.stamps import ZEROS
@@ -28,7 +34,7 @@ from tests.simulation.vios import SimulatedVios, running
 from tests.simulation.world import Process, World
 
 FAULTY_SECONDS = 10.0
-QUIET_SECONDS = 60.0
+QUIET_SECONDS = 120.0
 SETTLE_SECONDS = 5.0
 
 
@@ -49,15 +55,19 @@ class Outcome:
 class Events:
     """What a volume tells its owner."""
 
-    def __init__(self, world: World, owner: str) -> None:
+    def __init__(self, world: World, owner: str, definition: SimulatedDefinition) -> None:
         self._world = world
         self._owner = owner
+        self._definition = definition
 
     def epoch_raised(self, epoch: int) -> None:
         self._world.note(f"{self._owner}: epoch {epoch}")
 
     def alarm(self, kind: str, message: str) -> None:
         self._world.note(f"{self._owner}: alarm {kind}: {message}")
+
+    async def record_replicas(self, epoch: int, states: States) -> None:
+        await self._definition.record(states)
 
 
 @contextmanager
@@ -74,74 +84,156 @@ def quiet() -> Iterator[None]:
 
 
 class Scenario:
-    """One client with a volume on a common device, over two VIOS."""
+    """One client's volume: over two VIOS of a common device, or a mirror on devices of several VIOS."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        chance = world.random("scenario")
+        chance = self._chance = world.random("scenario")
         self.network = Network(world)
         self.network.slow = chance.choice((0.0, 0.02, 0.2))
         self.history = History()
-        user = PagerUser(world, self.history) if chance.random() < 0.6 else VolumeUser(world, self.history)
+        user = PagerUser(world, self.history) if chance.random() < 0.5 else VolumeUser(world, self.history)
         self.user: User = user
-        self.disk = Disk(world, "disk1")
-        self.disk.slowness = chance.choice((1.0, 1.0, 20.0))
-        self.disk.thread_slowness = chance.choice((1.0, 1.0, 1000.0))
-        self.vioses = {name: SimulatedVios(world, name, [self.disk]) for name in ("vios1", "vios2")}
-        for vios in self.vioses.values():
+        self.mirror = chance.random() < 0.5
+        self.disks = [Disk(world, f"disk{n}") for n in range(1, chance.choice((3, 4)) if self.mirror else 2)]
+        self.vioses: dict[str, SimulatedVios] = {}
+        for disk in [self.disks[0], *self.disks] if chance.random() < 0.5 or not self.mirror else self.disks:
+            disk.slowness = chance.choice((1.0, 1.0, 20.0))
+            disk.thread_slowness = chance.choice((1.0, 1.0, 1000.0))
+            vios = SimulatedVios(world, f"vios{len(self.vioses) + 1}", [disk])
+            self.vioses[vios.name] = vios
             vios.start()
-        setup = SimulatedDevice(self.disk, world.process("setup"))
-        setup.create_volume("vm1", self.user.pages * PAGE_BYTES)
-        self.process = world.process("worker")
-        self.connector = Connector(
-            self.network, self.vioses, self.process, host="host1", same_host=chance.random() < 0.5
+        for disk in self.disks:
+            setup = SimulatedDevice(disk, world.process("setup"))
+            setup.create_volume("vm1", user.pages * PAGE_BYTES)
+        self.definition = SimulatedDefinition(
+            world,
+            [disk.name for disk in self.disks],
+            lambda: any(v.process.alive for v in self.vioses.values()),
         )
+        self.definition.on_attempt = self._crash_while_recording
+        self.dirty = MemoryDirtyStore(user.pages)
+        self.same_host = chance.random() < 0.5
         self.leases = chance.random() < 0.7
+        self.workers = 0
+        self.process: Process
+        self.ownership = Ownership("0" * 16, 0)
         guest = user.guest if isinstance(user, PagerUser) else None
-        parts = Parts(self.network, list(self.vioses.values()), [self.disk], ["host1"], guest)
-        self.faults = FaultSchedule(world, parts, PATH_KINDS | (FLIP_KINDS if guest else {}))
+        parts = Parts(
+            self.network, list(self.vioses.values()), self.disks, ["host1"], guest, self.crash_worker
+        )
+        # A pager is not killed here: its recovery is another matter than that of a volume.
+        self.faults = FaultSchedule(world, parts, PATH_KINDS | (FLIP_KINDS if guest else WORKER_KINDS))
+
+    def _open(self) -> None:
+        """Start a worker, which opens the volume under a claim of its own."""
+        world, user = self.world, self.user
+        self.workers += 1
+        token = f"{self.workers:08x}"
+        process = self.process = world.process(f"worker{self.workers}")
+        ownership = self.ownership = Ownership(token * 2, self.ownership.epoch + 1)
+        user.first_epoch = ownership.epoch
+        connector = Connector(self.network, self.vioses, process, host="host1", same_host=self.same_host)
+        leases = Leases(connector, token) if self.leases else None
+        events = Events(world, process.name, self.definition)
+
+        async def run() -> None:
+            volume = self._volume(ownership, connector, leases, events)
+            while True:
+                try:
+                    await volume.open(10.0)
+                except NoPath:
+                    volume = self._volume(ownership, connector, leases, events)
+                else:
+                    break
+            user.start(process, volume)
+
+        process.loop.create_task(run())
+
+    def _volume(
+        self, ownership: Ownership, connector: Connector, leases: Leases | None, events: Events
+    ) -> PagedVolume:
+        ways = {
+            disk.name: tuple(
+                Endpoint(vios.name, UnixAddress(f"/{vios.name}"), disk.name)
+                for vios in self.vioses.values()
+                if disk in vios.disks
+            )
+            for disk in self.disks
+        }
+        size_bytes = self.user.pages * PAGE_BYTES
+        if not self.mirror:
+            return MultipathVolume(
+                "vm1",
+                size_bytes,
+                ownership,
+                list(ways["disk1"]),
+                connector=connector,
+                events=events,
+                device="disk1",
+                leases=leases,
+            )
+        return MirrorVolume(
+            "vm1",
+            size_bytes,
+            ownership,
+            [ReplicaPlace(name, name, self.definition.states[name], ways[name]) for name in ways],
+            connector=connector,
+            events=events,
+            store=self.dirty,
+            recover=self.workers > 1,
+            leases=leases,
+        )
+
+    def _crash_while_recording(self) -> None:
+        """Kill the worker around the moment at which it has a replica recorded stale."""
+        if not self.faults.healed and isinstance(self.user, VolumeUser) and self._chance.random() < 0.3:
+            self.world.after(0.01 * self._chance.random(), self.crash_worker)
+
+    def crash_worker(self) -> None:
+        """Kill the worker, and start another one soon; its dirty maps may be lost with it."""
+        if not self.process.alive:
+            return
+        self.world.note("the worker is killed")
+        self.process.kill()
+        if self._chance.random() < 0.5:
+            self.dirty = MemoryDirtyStore(self.user.pages)
+        self.world.after(0.05 + self._chance.random(), self._open)
 
     def run(self) -> None:
         """Run it to its end."""
         world, user = self.world, self.user
-        with running(self.process):
-            volume = MultipathVolume(
-                "vm1",
-                user.pages * PAGE_BYTES,
-                Ownership("a" * 16, 1),
-                [Endpoint(name, UnixAddress(f"/{name}"), "disk1") for name in self.vioses],
-                connector=self.connector,
-                events=Events(world, "worker"),
-                device="disk1",
-                leases=Leases(self.connector, "0" * 8) if self.leases else None,
-            )
-            opening = self.process.loop.create_task(volume.open(30.0))
-        world.run_until(30.0, opening.done)
-        with running(self.process):
-            user.start(self.process, volume)
+        self._open()
+        world.run_until(1.0)
         self.faults.start(FAULTY_SECONDS)
         world.run_until(world.now_seconds + FAULTY_SECONDS)
         user.stop()
         self.faults.heal()
-        if not self._quiet("commands still wait long after everything is healed"):
+        world.run_until(world.now_seconds + SETTLE_SECONDS)
+        if not self._quiet(lambda: user.idle, "commands still wait long after everything is healed"):
+            return
+        if not self._quiet(self._in_sync, "a replica is not in sync long after everything is healed"):
             return
         world.run_until(world.now_seconds + SETTLE_SECONDS)
         for problem in user.wrong_in_store(self._stored):
             world.violated(problem)
         with running(self.process):
             user.read_all()
-        self._quiet("the last reads do not come back")
+        self._quiet(lambda: user.idle, "the last reads do not come back")
 
-    def _quiet(self, problem: str) -> bool:
+    def _in_sync(self) -> bool:
+        return all(state is ReplicaState.IN_SYNC for state in self.definition.states.values())
+
+    def _quiet(self, condition: Callable[[], bool], problem: str) -> bool:
         world = self.world
-        if world.run_until(world.now_seconds + QUIET_SECONDS, lambda: self.user.idle):
+        if world.run_until(world.now_seconds + QUIET_SECONDS, condition):
             return True
         if not world.violations:
             world.violated(problem)
         return False
 
     def _stored(self, page: int) -> list[bytes]:
-        return [self.disk.volumes["vm1"].pages.get(page, ZEROS)]
+        return [disk.volumes["vm1"].pages.get(page, ZEROS) for disk in self.disks]
 
 
 def run_seed(

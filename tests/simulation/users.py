@@ -12,6 +12,7 @@ from farpage.pager.client import PagedClient
 from farpage.pager.limit import Limit
 from farpage.pager.table import CLEAN, ENTRY_BYTES, ON_DEVICE, PAGE_BYTES, READING, PageTable
 from farpage.volume.paged import PagedVolume
+from farpage.volume.state import PathState
 from tests.simulation.checker import History
 from tests.simulation.guest import Guest
 from tests.simulation.memory import SimulatedMemory
@@ -29,6 +30,7 @@ class User(Protocol):
     """What a scenario needs of its user."""
 
     pages: int
+    first_epoch: int
 
     def start(self, process: Process, volume: PagedVolume) -> None:
         """Begin, within the process."""
@@ -51,18 +53,25 @@ class VolumeUser:
     """Writes and reads pages of a volume as the pager does: never two commands for one page in flight."""
 
     pages = 24
+    first_epoch = 1
+    """What the present worker began with."""
 
     def __init__(self, world: World, history: History) -> None:
         self._world = world
         self._history = history
         self._chance = world.random("user")
         self._versions = [0] * self.pages
-        self._busy: set[int] = set()
+        self._busy: dict[int, bool] = {}
+        """Pages with a command in flight, and whether that is a write."""
+        self._doubtful: set[int] = set()
+        """Pages that the worker before was writing when it was killed: written anew before they are read."""
         self._stopped = False
         self._process: Process
         self._volume: PagedVolume
 
     def start(self, process: Process, volume: PagedVolume) -> None:
+        self._doubtful.update(page for page, writes in self._busy.items() if writes)
+        self._busy.clear()
         self._process = process
         self._volume = volume
         process.loop.call_soon(self._step)
@@ -72,15 +81,21 @@ class VolumeUser:
 
     @property
     def idle(self) -> bool:
-        return not self._busy
+        return not self._busy and not self._doubtful
 
     def _step(self) -> None:
         """Begin a few commands, and come again."""
+        if self._doubtful and self._older_writes_are_gone():
+            for page in sorted(self._doubtful):
+                self._write(page)
+            self._doubtful.clear()
         if self._stopped:
+            if self._doubtful:
+                self._process.loop.call_later(0.1, self._step)
             return
         for _ in range(self._chance.choice((1, 1, 2, 6))):
             page = self._chance.randrange(self.pages)
-            if page in self._busy:
+            if page in self._busy or page in self._doubtful:
                 continue
             if self._chance.random() < 0.6:
                 self._write(page)
@@ -90,15 +105,22 @@ class VolumeUser:
         pause = self._chance.choice((0.001, 0.02, 0.1, 0.3))
         self._process.loop.call_later(pause, self._step)
 
+    def _older_writes_are_gone(self) -> bool:
+        """Tell whether every server has accepted this worker's epoch, so that no older write can come."""
+        return all(
+            path.state in (PathState.ACTIVE, PathState.STANDBY) and path.epoch >= self.first_epoch
+            for path in self._volume.status()
+        )
+
     def _write(self, page: int) -> None:
         self._versions[page] += 1
         version = self._versions[page]
-        self._busy.add(page)
+        self._busy[page] = True
         write = self._history.begin_write(page, version)
         content = memoryview(content_of(page, version))
 
         def done(error: int) -> None:
-            self._busy.discard(page)
+            self._busy.pop(page, None)
             if error:
                 self._world.violated(f"a write of page {page} ended with errno {error}")
             self._history.end_write(write)
@@ -106,11 +128,11 @@ class VolumeUser:
         self._volume.write(page * PAGE_BYTES, content, done)
 
     def _read(self, page: int, by: str) -> None:
-        self._busy.add(page)
+        self._busy[page] = False
         began = self._history.instant()
 
         def done(error: int, payload: memoryview | None) -> None:
-            self._busy.discard(page)
+            self._busy.pop(page, None)
             if error or payload is None:
                 self._world.violated(f"a read of page {page} ended with errno {error}")
             else:
@@ -147,6 +169,7 @@ class PagerUser:
     """A guest over the real pager."""
 
     pages = 40
+    first_epoch = 1
 
     def __init__(self, world: World, history: History) -> None:
         self._world = world

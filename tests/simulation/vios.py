@@ -81,9 +81,15 @@ class SimulatedVios:
         self.world.note(f"{self.name} starts")
 
     def start_again(self) -> None:
-        """Start a process if there is none."""
-        if not self.process.alive:
+        """Start a process if there is none.
+
+        One that was killed in a system call still holds the lock of the state folder, so the next one
+        starts when it is gone.
+        """
+        if self.process.gone:
             self.start()
+        elif not self.process.alive:
+            self.process.on_gone.append(self.start_again)
 
     def accept(self, pipe: Pipe) -> SimulatedServerConnection:
         """Accept a connection."""
