@@ -6,10 +6,11 @@ from tests.simulation.mutations import MUTATIONS
 from tests.simulation.scenario import run_seed
 
 FOUND_BY = {
-    "quarantine_off": 2,
-    "epoch_checks_off": 17,
+    "quarantine_off": 9,
+    "epoch_checks_off": 5,
     "checksums_off": 5,
-    "leases_off": 1236,
+    "leases_off": 66,
+    "stale_after_ack": 84,
 }
 """The first seed that finds each: `python -m tests.simulation --seeds 1-2000 --mutation NAME --first`."""
 
