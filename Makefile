@@ -2,7 +2,7 @@
 #   make setup   Debian packages of apt.txt and the virtual environment .venv
 #   make demo    page a real guest through two I/O servers and lose both of them in turn
 #   make test    lint, types and the whole test suite
-#   make bench   beside nbdkit, qemu-nbd and host swap, printed as ratios
+#   make bench   beside nbdkit, qemu-nbd and host swap, and mirrors beside none, printed as ratios
 
 PYTHON ?= python3
 VENV   := .venv
@@ -42,6 +42,7 @@ test: lint
 bench: setup
 	$(BIN)/python -m bench.nbd
 	$(BIN)/python -m bench.paging
+	$(BIN)/python -m bench.mirror
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

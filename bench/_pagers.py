@@ -18,6 +18,7 @@ from bench._hostswap import (
     swapping_on,
 )
 from bench._toucher import MemoryKind, Phase, PhaseReport, Toucher, WrongPages
+from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.hypervisor.model import ClientAttach
 
@@ -105,11 +106,23 @@ class Farpage(Pager):
     def __init__(self) -> None:
         self._set: EmbeddedSet | None = None
 
+    @property
+    def hypervisor(self) -> HypervisorControl:
+        """The hypervisor of the set that runs."""
+        assert self._set is not None
+        return self._set.hypervisor
+
     @asynccontextmanager
     async def ready(self, work: Work) -> AsyncIterator[None]:
         """Start the set."""
+        async with self.running(work):
+            yield
+
+    @asynccontextmanager
+    async def running(self, work: Work, devices: tuple[str, ...] = ()) -> AsyncIterator[None]:
+        """Run a set with these devices, by default a common one."""
         folder = work.folder / "set"
-        embedded = EmbeddedSet(SetSettings(state_dir=folder))
+        embedded = EmbeddedSet(SetSettings(state_dir=folder, devices=devices))
         try:
             await embedded.start()
             self._set = embedded
