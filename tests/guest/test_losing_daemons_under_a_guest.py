@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(600)
 
 MIB = 1 << 20
 VERIFIER = GuestOptions(memory_mib=192, fill_mib=64)
-MEMTESTER = GuestOptions(memory_mib=192, commands=("MEMTESTER_TEST_MASK=0x03 memtester 40M 1",))
+MEMTESTER = GuestOptions(memory_mib=192, commands=("MEMTESTER_TEST_MASK=0x01 memtester 48M 1",))
 MEMTESTER_TIMEOUT_SECONDS = 400.0
 OUTAGE_SECONDS = float(os.environ.get("FARPAGE_OUTAGE_SECONDS", "10"))
 
