@@ -8,11 +8,16 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 
-from tests.faults.campaign.place import TOKEN_VARIABLE, Place, is_of_campaign
+from farpage.hypervisor.model import ScrubInfo, ScrubStart
+from farpage.pager.progress import ScrubState
+from tests.faults.campaign.damage import flip_bits
+from tests.faults.campaign.place import FILLED_BY, TOKEN_VARIABLE, Place, is_of_campaign
 from tests.faults.campaign.schedule import Fault, Kind
 
 FAR_VIOS = "vios3"
-SMALL_CLIENT = "alpha"
+DAMAGED_PAGES = 32
+SCRUB_BYTES = 256 << 20
+SCRUB_LOOK_SECONDS = 0.1
 
 
 class Injection:
@@ -173,24 +178,62 @@ class LinkCut(Injection):
 
 
 class DeviceFull(Injection):
-    occupies = ("small device",)
-    _new_client = False
+    def __init__(self, place: Place, fault: Fault) -> None:
+        super().__init__(place, fault)
+        self.client, where = list(FILLED_BY.items())[fault.choice % len(FILLED_BY)]
+        self.device = place.small[where]
+        self.occupies = (f"small device of {self.client}",)
+        self._new_client = False
 
     async def prepare(self) -> None:
         # A client whose pages are all on the device needs no more room there; a new one does.
-        await self.place.finish_client(SMALL_CLIENT)
-        await self.place.start_client(SMALL_CLIENT)
+        await self.place.finish_client(self.client)
+        await self.place.start_client(self.client)
         self._new_client = True
 
     def inject(self) -> None:
-        assert self.place.small
-        self.place.small.fill()
+        self.device.fill()
         if self._new_client:
-            self.place.clients[SMALL_CLIENT].go()
+            self.place.clients[self.client].go()
 
     async def mend(self) -> None:
-        assert self.place.small
-        self.place.small.empty()
+        self.device.empty()
+
+
+class BitFlip(Injection):
+    """Bits in the file of one replica, while the others are in sync; then a scrub, and one that finds nothing."""
+
+    def __init__(self, place: Place, fault: Fault) -> None:
+        super().__init__(place, fault)
+        mirrored = place.mirrored()
+        client = mirrored[fault.choice % len(mirrored)]
+        replica = client.replicas[fault.choice // len(mirrored) % len(client.replicas)]
+        self.client = client.name
+        self.volume = place.folder_of(replica.device) / "volumes" / client.name
+        self.occupies = tuple(path.vios for path in client.paths)
+        self._where = f"replica of {client.name} on {replica.device}"
+
+    @property
+    def target(self) -> str:
+        return self._where
+
+    def inject(self) -> None:
+        self.place.damaged_pages += flip_bits(self.volume, DAMAGED_PAGES, self.fault.number)
+
+    async def mend(self) -> None:
+        self.place.repaired_pages += (await self._scrub()).repaired_pages
+        again = await self._scrub()
+        assert not again.wrong_pages, f"{self.target}: wrong after a scrub: {again}"
+
+    async def _scrub(self) -> ScrubInfo:
+        hypervisor = self.place.embedded.hypervisor
+        await hypervisor.start_scrub(self.client, ScrubStart(rate_bytes=SCRUB_BYTES))
+        while True:
+            scrub = (await hypervisor.client(self.client)).scrub
+            assert scrub is not None
+            if scrub.state is not ScrubState.RUNNING:
+                return scrub
+            await asyncio.sleep(SCRUB_LOOK_SECONDS)
 
 
 INJECTIONS: dict[Kind, Callable[[Place, Fault], Injection]] = {
@@ -205,16 +248,15 @@ INJECTIONS: dict[Kind, Callable[[Place, Fault], Injection]] = {
     Kind.HOST_KILL: HostKilled,
     Kind.LINK_CUT: LinkCut,
     Kind.DEVICE_FULL: DeviceFull,
+    Kind.BIT_FLIP: BitFlip,
 }
 
 
 def possible_kinds(place: Place) -> set[Kind]:
     """Return the kinds that a place allows."""
-    impossible = set(Kind) - set(INJECTIONS)
-    if not place.link:
-        impossible.add(Kind.LINK_CUT)
-    if not place.small:
-        impossible.add(Kind.DEVICE_FULL)
+    impossible = {
+        kind for kind, means in ((Kind.LINK_CUT, place.link), (Kind.DEVICE_FULL, place.small)) if not means
+    }
     return set(Kind) - impossible
 
 

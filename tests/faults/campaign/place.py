@@ -1,8 +1,9 @@
 """Where a campaign takes place: the set of `farpage up`, its devices and four busy clients.
 
 Three VIOS reach the common device. Two of them answer on UNIX sockets, the third over TCP and a link into a
-network namespace. A small device, which can be filled, is common too and takes the volume of one client.
-Without root there is neither a link nor a small device.
+network namespace. Each VIOS has a device of its own besides, for the replicas of mirrored clients. One more common
+device and one of the independent ones are small, take one volume each, and can be filled.
+Without root there is no link, and no device can be filled.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from farpage.embedded.set import EmbeddedSet, SetSettings, ViosPlacement
 from farpage.errors import FarpageError
 from farpage.hypervisor.model import Attachment, ClientInfo, WorkerInfo
 from farpage.vios.model import DeviceAdd
+from farpage.volume.paged import ReplicaHealth
 from farpage.volume.state import PathState
 from tests.faults.campaign.busy import BusyClient, BusyProcess, Findings, compile_stamper
 from tests.faults.campaign.network import NamespaceLink
@@ -33,14 +35,19 @@ PAGES = 3072
 LIMIT_BYTES = 3 * MIB
 SMALL_BYTES = 16 * MIB
 """Room for one volume."""
+INDEPENDENT = {"vios1": "14M", "vios2": "60M", "vios3": "26M"}
+"""Sizes of the devices of one VIOS each, such that one mirrored client has its replicas at the first and the third,
+the other at the third and the second: the least room that fits is taken first."""
 FAR_PORT = 10809
 PROBE_SECONDS = 2.0
 FINISH_SECONDS = 120.0
 TOKEN_VARIABLE = "FARPAGE_CAMPAIGN"
 """In the environment of every process of the campaign, so that those left behind are found."""
 
-CLIENTS = {"alpha": "path", "beta": "path", "gamma": "path", "delta": "path"}
+CLIENTS = {"alpha": "path", "beta": "path", "gamma": "mirror", "delta": "mirror"}
 """Redundancy by client."""
+FILLED_BY = {"alpha": "common", "gamma": "vios1"}
+"""Whose volume or replica is on a device that can be filled: the common one, or the one of that VIOS."""
 
 
 @dataclass
@@ -52,12 +59,15 @@ class Place:
     seed: int
     path_timeout_seconds: float
     link: NamespaceLink | None
-    small: SmallDevice | None
+    small: dict[str, SmallDevice]
+    """The devices that can be filled, as `FILLED_BY` names them."""
     findings: Findings = field(default_factory=Findings)
     clients: dict[str, BusyProcess] = field(default_factory=dict)
     known: tuple[ClientInfo, ...] = ()
     """The clients as the hypervisor described them last."""
     workers: tuple[WorkerInfo, ...] = ()
+    damaged_pages: int = 0
+    repaired_pages: int = 0
     finished_reads: int = 0
     finished_writes: int = 0
     _lives: int = 0
@@ -72,6 +82,10 @@ class Place:
         """Pages written so far."""
         return self.finished_writes + sum(client.writes for client in self.clients.values())
 
+    def folder_of(self, vios: str) -> Path:
+        """Return the folder of the independent device of a VIOS, which has the name of that VIOS."""
+        return self.small[vios].device if vios in self.small else self.embedded.layout.root / "devices" / vios
+
     async def start_client(self, name: str) -> BusyProcess:
         """Start a busy client; it is quiet until `go`. Each life has stamps of its own."""
         self._lives += 1
@@ -81,6 +95,10 @@ class Place:
         )
         self.clients[name] = busy
         return busy
+
+    def mirrored(self) -> list[ClientInfo]:
+        """Return the clients with several replicas, as far as is known."""
+        return [client for client in self.known if len(client.replicas) > 1]
 
     async def finish_client(self, name: str) -> None:
         """Have a client verify everything and end."""
@@ -111,11 +129,15 @@ class Place:
         if away := set(self.clients) - attached:
             return f"{', '.join(sorted(away))} not attached"
         for client in self.known:
-            states = sorted(path.state for path in client.paths)
-            if not states or any(s not in (PathState.ACTIVE, PathState.STANDBY) for s in states):
+            broken = [
+                path for path in client.paths if path.state not in (PathState.ACTIVE, PathState.STANDBY)
+            ]
+            if broken or not client.paths:
                 return f"paths of {client.name}: " + ", ".join(
-                    f"{path.vios} {path.state} ({path.reason})" for path in client.paths
+                    f"{path.vios} {path.state} ({path.reason})" for path in broken
                 )
+            if bad := [r for r in client.replicas if r.state is not ReplicaHealth.IN_SYNC]:
+                return f"replicas of {client.name}: " + ", ".join(f"{r.device} {r.state}" for r in bad)
         now = asyncio.get_running_loop().time()
         for name, busy in self.clients.items():
             since = busy.waiting_since_seconds
@@ -174,7 +196,7 @@ async def running_place(
     folder = Path(tempfile.mkdtemp(prefix="fpcamp-", dir="/tmp"))
     root = os.geteuid() == 0
     link = NamespaceLink() if root else None
-    small = SmallDevice(folder / "small", SMALL_BYTES) if root else None
+    small = {name: SmallDevice(folder / f"small-{name}", SMALL_BYTES) for name in FILLED_BY.values() if root}
     placements = {}
     if link:
         far = ViosPlacement(data=(f"tcp:{link.far_address}:{FAR_PORT}",), launcher=link.launcher)
@@ -193,8 +215,8 @@ async def running_place(
     try:
         if link:
             link.create()
-        if small:
-            small.create()
+        for device in small.values():
+            device.create()
         await embedded.start()
         await _add_devices(place)
         for name in CLIENTS:
@@ -206,9 +228,12 @@ async def running_place(
 
 
 async def _add_devices(place: Place) -> None:
-    if place.small:
+    if "common" in place.small:
         for vios in place.embedded.vioses.values():
-            await vios.add_device(DeviceAdd(spec=f"dir:{place.small.device}"))
+            await vios.add_device(DeviceAdd(spec=f"dir:{place.small['common'].device}", name="small"))
+    for name, size in INDEPENDENT.items():
+        spec = f"dir:{place.folder_of(name)}?size={size}"
+        await place.embedded.vioses[name].add_device(DeviceAdd(spec=spec, name=name))
     await place.embedded.hypervisor.refresh_devices()
 
 
@@ -217,8 +242,8 @@ async def _take_down(place: Place) -> None:
     try:
         if place.link:
             place.link.mend()
-        if place.small:
-            place.small.empty()
+        for device in place.small.values():
+            device.empty()
         for pid in (embedded.hypervisor_pid, *map(embedded.vios_pid, embedded.vioses)):
             if pid:
                 os.kill(pid, signal.SIGCONT)
@@ -226,8 +251,8 @@ async def _take_down(place: Place) -> None:
             await busy.kill()
         await embedded.stop()
     finally:
-        if place.small:
-            place.small.remove()
+        for device in place.small.values():
+            device.remove()
         if place.link:
             place.link.remove()
 

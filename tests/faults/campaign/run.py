@@ -156,10 +156,11 @@ async def run_campaign(options: CampaignOptions, tell: Callable[[str], None]) ->
             await _first_to_end(campaign.run(options), campaign.watch())
             for name in list(place.clients):
                 await place.finish_client(name)
-        except (Hang, ClientDied, TimeoutError, FarpageError) as problem:
+        except (Hang, ClientDied, AssertionError, TimeoutError, FarpageError) as problem:
             outcome.hangs.append(f"{type(problem).__name__}: {problem}")
             tell(outcome.hangs[-1])
         outcome.reads, outcome.writes = place.reads, place.writes
+        outcome.damaged_pages, outcome.repaired_pages = place.damaged_pages, place.repaired_pages
         outcome.stalls, outcome.wrong = place.findings.stalls, place.findings.wrong
     outcome.leaks += left_behind(token)
     return outcome
