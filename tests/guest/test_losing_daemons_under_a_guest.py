@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
-from farpage.embedded.set import EmbeddedSet
+from farpage.definition.model import Redundancy
+from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.guest.qemu import GuestOptions, QemuGuest
 from farpage.guest.reports import Ended, PassDone
-from farpage.hypervisor.model import ClientAttach
+from farpage.hypervisor.model import ClientAttach, ClientCreate, ClientInfo
+from farpage.volume.paged import ReplicaHealth
 from tests.guest.support import BOOT_TIMEOUT_SECONDS, BootGuest
 from tests.guest.test_paging_a_guest import next_pass
 from tests.support.paged_set import until_client
@@ -40,6 +46,20 @@ async def verifying(embedded: EmbeddedSet, boot_guest: BootGuest) -> QemuGuest:
 def wrong_pages(guest: QemuGuest) -> int:
     """Return the wrong pages of all passes so far."""
     return sum(report.wrong for report in guest.reports if isinstance(report, PassDone))
+
+
+@pytest.fixture
+async def mirroring() -> AsyncIterator[EmbeddedSet]:
+    """A set of two VIOS with a device each."""
+    folder = Path(tempfile.mkdtemp(prefix="fpguest-", dir="/tmp"))
+    devices = tuple(f"{vios}=dir:{folder / vios}" for vios in ("vios1", "vios2"))
+    running = EmbeddedSet(SetSettings(state_dir=folder / "s", workers=1, devices=devices))
+    await running.start()
+    try:
+        yield running
+    finally:
+        await running.stop()
+        shutil.rmtree(folder)
 
 
 async def lose_the_host_daemons(embedded: EmbeddedSet) -> None:
@@ -85,5 +105,30 @@ async def test_a_guest_waits_while_both_vios_are_down_and_goes_on_when_they_are_
         await asyncio.sleep(0.1)
     for vios in embedded.vioses:
         await embedded.start_vios(vios)
+    await next_pass(guest)
+    assert wrong_pages(guest) == 0
+
+
+def replicas_are(state: ReplicaHealth) -> Callable[[ClientInfo], bool]:
+    """Return the condition that every replica of a client is in one state."""
+    return lambda info: len(info.replicas) == 2 and all(replica.state is state for replica in info.replicas)
+
+
+async def test_a_guest_goes_on_while_each_replica_of_its_mirror_is_lost_and_resynced_in_turn(
+    mirroring: EmbeddedSet, boot_guest: BootGuest
+) -> None:
+    wanted = ClientCreate(name="vm1", memory_bytes=VERIFIER.memory_mib * MIB, redundancy=Redundancy.MIRROR)
+    await mirroring.hypervisor.create_client(wanted)
+    guest = await verifying(mirroring, boot_guest)
+    for vios in mirroring.vioses:
+        in_sync = replicas_are(ReplicaHealth.IN_SYNC)
+        await until_client(mirroring.hypervisor, "vm1", in_sync, "in sync")
+        mirroring.supervise_vios(vios, supervised=False)
+        mirroring.kill_vios(vios, signal.SIGKILL)
+        await next_pass(guest)
+        paged = await mirroring.hypervisor.client("vm1")
+        assert sorted(replica.state for replica in paged.replicas) == ["in_sync", "stale"]
+        await mirroring.start_vios(vios)
+        await until_client(mirroring.hypervisor, "vm1", in_sync, "in sync")
     await next_pass(guest)
     assert wrong_pages(guest) == 0

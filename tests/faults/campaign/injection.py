@@ -201,7 +201,7 @@ class DeviceFull(Injection):
 
 
 class BitFlip(Injection):
-    """Bits in the file of one replica, while the others are in sync; then a scrub, and one that finds nothing."""
+    """Bits in one replica's file, while the others are in sync; then a scrub, and one that finds nothing."""
 
     def __init__(self, place: Place, fault: Fault) -> None:
         super().__init__(place, fault)

@@ -1,8 +1,8 @@
 """Where a campaign takes place: the set of `farpage up`, its devices and four busy clients.
 
 Three VIOS reach the common device. Two of them answer on UNIX sockets, the third over TCP and a link into a
-network namespace. Each VIOS has a device of its own besides, for the replicas of mirrored clients. One more common
-device and one of the independent ones are small, take one volume each, and can be filled.
+network namespace. Each VIOS has a device of its own besides, for the replicas of mirrored clients. One more
+common device and one of the independent ones are small, take one volume each, and can be filled.
 Without root there is no link, and no device can be filled.
 """
 
@@ -14,8 +14,9 @@ import secrets
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,8 +37,8 @@ LIMIT_BYTES = 3 * MIB
 SMALL_BYTES = 16 * MIB
 """Room for one volume."""
 INDEPENDENT = {"vios1": "14M", "vios2": "60M", "vios3": "26M"}
-"""Sizes of the devices of one VIOS each, such that one mirrored client has its replicas at the first and the third,
-the other at the third and the second: the least room that fits is taken first."""
+"""Sizes of the devices of one VIOS each, such that one mirrored client has its replicas at the first and
+the third, the other at the third and the second: the least room that fits is taken first."""
 FAR_PORT = 10809
 PROBE_SECONDS = 2.0
 FINISH_SECONDS = 120.0
@@ -151,15 +152,24 @@ class Place:
             {path.vios for client in self.known for path in client.paths if path.state is PathState.ACTIVE}
         )
 
-    def descriptors(self) -> dict[str, int]:
-        """Count the descriptors of each daemon; those of all workers together."""
+    def descriptors(self) -> dict[str, Counter[str]]:
+        """Count the descriptors of each daemon by what they are; those of all workers together."""
         pids = {name: [self.embedded.vios_pid(name)] for name in self.embedded.vioses}
         pids["hypervisor"] = [self.embedded.hypervisor_pid]
         pids["workers"] = [worker.pid for worker in self.workers]
         return {
-            name: sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in those if pid)
+            name: sum((_descriptors_of(pid) for pid in those if pid), Counter())
             for name, those in pids.items()
         }
+
+
+def _descriptors_of(pid: int) -> Counter[str]:
+    """Count the descriptors of a process: files by their path, others by their kind."""
+    found: Counter[str] = Counter()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            found[str(entry.readlink()).partition(":[")[0]] += 1
+    return found
 
 
 def is_of_campaign(pid: int, token: str) -> bool:

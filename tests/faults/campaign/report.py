@@ -162,7 +162,7 @@ def describe(outcome: Outcome) -> str:
         f"longest stall while nothing was wrong: {longest_without(faults, stalls) * 1e3:.0f} ms",
         f"from a hypervisor's restart to the first page served: p50 {percentile(served, 0.5):.0f} ms, "
         f"max {max(served, default=0.0):.0f} ms ({len(served)} restarts that were waited for)",
-        f"damaged pages: {outcome.damaged_pages}, of them found and repaired by scrubs: {outcome.repaired_pages}",
+        f"damaged pages: {outcome.damaged_pages}, of them repaired by scrubs: {outcome.repaired_pages}",
         f"wrong pages: {len(outcome.wrong)}",
         *(f"  {wrong.client}: {wrong.text}" for wrong in outcome.wrong[:20]),
         f"hangs: {len(outcome.hangs)}",

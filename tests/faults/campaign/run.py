@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ class Campaign:
     tell: Callable[[str], None]
     in_force: dict[int, Injection] = field(default_factory=dict)
     _mending: list[asyncio.Task[None]] = field(default_factory=list)
-    _descriptors: dict[str, int] = field(default_factory=dict)
+    _descriptors: dict[str, Counter[str]] = field(default_factory=dict)
     _open: list[Injected] = field(default_factory=list)
 
     async def run(self, options: CampaignOptions) -> None:
@@ -122,11 +123,14 @@ class Campaign:
         self._compare_descriptors()
 
     def _compare_descriptors(self) -> None:
-        for name, count in self.place.descriptors().items():
-            before = self._descriptors.get(name, count)
-            if count > before + MORE_DESCRIPTORS:
-                self.outcome.leaks.append(f"{name} has {count} descriptors, at the beginning {before}")
-                self._descriptors[name] = count
+        for name, now in self.place.descriptors().items():
+            before = self._descriptors.get(name, now)
+            if now.total() > before.total() + MORE_DESCRIPTORS:
+                more = ", ".join(f"{count} {what}" for what, count in (now - before).most_common(8))
+                self.outcome.leaks.append(
+                    f"{name} has {now.total()} descriptors, at the beginning {before.total()}; more: {more}"
+                )
+                self._descriptors[name] = now
 
     async def watch(self) -> None:
         """Look after the clients for as long as the campaign runs.
