@@ -65,6 +65,7 @@ class Disk:
         self.hung = False
         self.flips = 0
         """So many coming reads return a wrong bit."""
+        self.flipped_seconds = -1000.0
         self.slowness = 1.0
         self.thread_slowness = 1.0
         self._chance = world.random(f"disk {name}")
@@ -269,6 +270,7 @@ class SimulatedVolume:
                 content.extend(pages.get(page, ZEROS))
             if self._disk.flips:
                 self._disk.flips -= 1
+                self._disk.flipped_seconds = self._disk.world.now_seconds
                 content[:] = self._disk.flipped(content)
             return 0
 

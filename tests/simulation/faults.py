@@ -13,6 +13,9 @@ from tests.simulation.network import Network
 from tests.simulation.vios import SimulatedVios
 from tests.simulation.world import World
 
+READ_AGAIN_SECONDS = 20.0
+"""A wrong read is repeated within this time."""
+
 Action = Callable[[], None]
 
 
@@ -126,11 +129,13 @@ def flip_stored(parts: Parts, chance: random.Random) -> Fault:
 
 
 def flip_read(parts: Parts, chance: random.Random) -> Fault:
-    """Change bits of what is read, and not of what is stored."""
+    """Change a bit of what one read returns, and not of what is stored; not of the next reads, too."""
     disk = chance.choice(parts.disks)
 
     def begin() -> None:
-        disk.flips = 1
+        now = disk.world.now_seconds
+        if not disk.flips and now > disk.flipped_seconds + READ_AGAIN_SECONDS:
+            disk.flips = 1
 
     return Fault(f"flip a read of {disk.name}", begin, nothing)
 
@@ -148,7 +153,8 @@ PATH_KINDS: dict[Kind, int] = {
 }
 
 WORKER_KINDS: dict[Kind, int] = {kill_worker: 3}
-FLIP_KINDS: dict[Kind, int] = {flip_stored: 2, flip_read: 3}
+FLIP_KINDS: dict[Kind, int] = {flip_stored: 2}
+FLIP_READ_KINDS: dict[Kind, int] = {flip_read: 3}
 
 
 class FaultSchedule:

@@ -25,7 +25,14 @@ from tests.simulation.checker import History, wrong_reads
 from tests.simulation.connection import Connector, SimulatedServerProcess
 from tests.simulation.definition import SimulatedDefinition
 from tests.simulation.disk import Disk, SimulatedDevice
-from tests.simulation.faults import FLIP_KINDS, PATH_KINDS, WORKER_KINDS, FaultSchedule, Parts
+from tests.simulation.faults import (
+    FLIP_KINDS,
+    FLIP_READ_KINDS,
+    PATH_KINDS,
+    WORKER_KINDS,
+    FaultSchedule,
+    Parts,
+)
 from tests.simulation.mutations import mutated
 from tests.simulation.network import Network
 from tests.simulation.stamps import ZEROS
@@ -122,8 +129,12 @@ class Scenario:
         parts = Parts(
             self.network, list(self.vioses.values()), self.disks, ["host1"], guest, self.crash_worker
         )
-        # A pager is not killed here: its recovery is another matter than that of a volume.
-        self.faults = FaultSchedule(world, parts, PATH_KINDS | (FLIP_KINDS if guest else WORKER_KINDS))
+        kinds = PATH_KINDS | WORKER_KINDS
+        if guest:
+            kinds |= FLIP_KINDS
+            if not self.mirror:  # a resync would copy what it has read wrong
+                kinds |= FLIP_READ_KINDS
+        self.faults = FaultSchedule(world, parts, kinds)
 
     def _open(self) -> None:
         """Start a worker, which opens the volume under a claim of its own."""
@@ -187,7 +198,7 @@ class Scenario:
 
     def _crash_while_recording(self) -> None:
         """Kill the worker around the moment at which it has a replica recorded stale."""
-        if not self.faults.healed and isinstance(self.user, VolumeUser) and self._chance.random() < 0.3:
+        if not self.faults.healed and self._chance.random() < 0.3:
             self.world.after(0.01 * self._chance.random(), self.crash_worker)
 
     def crash_worker(self) -> None:

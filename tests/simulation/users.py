@@ -181,6 +181,7 @@ class PagerUser:
         self._detaching: asyncio.Task[None] | None = None
         self._process: Process
         self._client: PagedClient
+        self._started = False
 
     def start(self, process: Process, volume: PagedVolume) -> None:
         self._process = process
@@ -195,6 +196,10 @@ class PagerUser:
             on_gone=lambda: self._world.violated("the pager believes that its client is gone"),
         )
         client.space.limit = self._limit
+        if self._started:
+            client.recover(self.first_epoch)
+            return
+        self._started = True
         client.start()
         self.guest.start(self._chance.choice((1, 2, 3)))
 
