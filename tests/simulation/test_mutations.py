@@ -7,12 +7,12 @@ from tests.simulation.scenario import run_seed
 
 FOUND_BY = {
     "quarantine_off": 9,
-    "epoch_checks_off": 5,
-    "checksums_off": 5,
-    "leases_off": 66,
-    "stale_after_ack": 84,
+    "epoch_checks_off": 6,
+    "checksums_off": 4,
+    "leases_off": 102,
+    "stale_after_ack": 2,
 }
-"""The first seed that finds each: `python -m tests.simulation --seeds 1-2000 --mutation NAME --first`."""
+"""A seed that finds each; anew: `python -m tests.simulation --seeds 1-2000 --mutation NAME --first`."""
 
 
 def test_every_mutation_is_found() -> None:
