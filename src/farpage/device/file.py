@@ -242,6 +242,8 @@ class FileVolume:
         if self._in_flight:
             self._idle = asyncio.get_running_loop().create_future()
             await self._idle
+        # It holds the volume's header open, and whoever still refers to this volume may do so for long.
+        self._superseded = never
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             await self._threads.run(os.close, descriptor)

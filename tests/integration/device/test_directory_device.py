@@ -46,6 +46,22 @@ async def test_two_that_share_a_directory_see_each_other_s_volumes(tmp_path: Pat
         assert one.claim("vm1", Claim(5)) == Claim(7)
 
 
+def opened_below(folder: Path) -> list[Path]:
+    """Return the files below a folder that this process has open."""
+    entries = [entry.readlink() for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    return [path for path in entries if path.is_relative_to(folder)]
+
+
+async def test_a_closed_volume_has_no_file_open_however_long_it_is_referred_to(tmp_path: Path) -> None:
+    async with opening(f"dir:{tmp_path}/a?size=8M") as device:
+        device.create_volume("vm1", 1 << 20)
+        volume = await device.open_volume("vm1", 1)
+        assert len(opened_below(tmp_path)) == 2
+        await volume.close()
+        assert opened_below(tmp_path) == []
+        assert volume.size_bytes == 1 << 20
+
+
 async def test_the_size_defaults_to_the_room_of_the_file_system(tmp_path: Path) -> None:
     async with opening(f"dir:{tmp_path}/a") as device:
         status = os.statvfs(tmp_path)
