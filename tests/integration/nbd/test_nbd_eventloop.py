@@ -83,7 +83,7 @@ def test_a_timer_is_not_late_while_a_direct_reader_is_busy(scheduled: bool) -> N
         await over
         echoing = False
         assert 0.03 <= loop.time() - begun < 0.2
-        assert pair.received > 100
+        assert pair.received > 10, "the reader was not busy"
         pair.close()
 
     run(main())
