@@ -32,12 +32,21 @@ class Change:
     pages: range
     process: Process
     over: Callable[[], bool]
+    superseded: Callable[[], bool]
+    looked: bool = False
+    """The thread has seen that no newer epoch owns the volume."""
     in_kernel: bool = False
 
     @property
     def under_way(self) -> bool:
-        """Whether it can still happen: what is in a thread ends with the process, and with the lease."""
-        return self.in_kernel or (self.process.alive and not self.over())
+        """Whether it can still happen.
+
+        What is in a thread ends with the process, with the lease, and with a newer epoch that it has yet to
+        look for.
+        """
+        if self.in_kernel:
+            return True
+        return self.process.alive and not self.over() and (self.looked or not self.superseded())
 
 
 @dataclass
@@ -113,17 +122,18 @@ class Disk:
         volume.pages[page] = content
         return 0
 
-    def begin(self, volume: StoredVolume, pages: range, process: Process, over: Callable[[], bool]) -> Change:
+    def begin(self, volume: StoredVolume, change: Change) -> None:
         """Begin a change; the pages must have no other one under way."""
-        volume.in_flight = [change for change in volume.in_flight if change.under_way]
+        if not change.under_way:
+            return  # it will be refused
+        pages = change.pages
+        volume.in_flight = [other for other in volume.in_flight if other.under_way]
         for other in volume.in_flight:
             if other.pages.start < pages.stop and pages.start < other.pages.stop:
                 self.world.violated(
                     f"{self.name}: two writes of page {max(other.pages.start, pages.start)} in flight"
                 )
-        change = Change(pages, process, over)
         volume.in_flight.append(change)
-        return change
 
     def stored_pages(self) -> list[int]:
         """Return the pages that any volume has."""
@@ -318,7 +328,8 @@ class SimulatedVolume:
         """Look at the epoch in a thread, and then call the kernel."""
         loop = asyncio.get_running_loop()
 
-        change = self._disk.begin(self._stored, pages, self._process, self._over)
+        change = Change(pages, self._process, self._over, lambda: self.superseded)
+        self._disk.begin(self._stored, change)
 
         def end(error: int) -> None:
             self._stored.in_flight = [other for other in self._stored.in_flight if other is not change]
@@ -332,6 +343,7 @@ class SimulatedVolume:
             if self.superseded:
                 loop.call_later(self._disk.thread_seconds(), end, errno.ESHUTDOWN)
             else:
+                change.looked = True
                 loop.call_later(self._disk.thread_seconds(), call)
 
         def call() -> None:
