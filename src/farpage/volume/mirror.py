@@ -8,7 +8,8 @@ The rules, in the order in which they matter:
   recorded stale, durably; only then are writes acknowledged that it has not got.
 - The last replica that counts is never given up: its commands wait.
 - A replica that is back has been opened under a higher epoch, and no server can still carry out an older
-  write of it. From then on it gets every new write, and beside that what it has missed: see `resync.py`.
+  write of it, neither of this worker nor of one that was killed before it. From then on it gets every new
+  write, and beside that what it has missed: see `resync.py`.
 - When nothing is missing any more it counts: no write is acknowledged without it, or without its being
   recorded stale anew. It is recorded in sync.
 - No error of a path or a device reaches the caller: commands wait until they succeed.
@@ -45,6 +46,8 @@ from farpage.volume.replica import Mode, Read, Replica, Start, Write
 from farpage.volume.resync import Resync
 
 RESYNC_BYTES_PER_SECOND = 100 << 20
+LOOK_SECONDS = 0.1
+"""Pause between two looks whether every server of a replica has heard of a recovery."""
 
 
 class MirrorEvents(VolumeEvents, Protocol):
@@ -126,6 +129,7 @@ class MirrorVolume:
         self._reads = Reads(self._replicas, self._read_failed)
         self._writes: dict[Write, None] = {}
         self._timers: dict[Replica, asyncio.TimerHandle] = {}
+        self._recovery_epoch = ownership.epoch if recover else 0
         self._opening = True
         self._closing = False
         self._stalled = False
@@ -551,6 +555,12 @@ class MirrorVolume:
         if replica.mode is not Mode.AWAY or self._opening or self._closing or replica.retiring:
             return
         if not replica.volume.ready:
+            return
+        if any(path.epoch < self._recovery_epoch for path in replica.volume.status()):
+            # A server that has not been opened since the recovery may still carry out what the dead worker
+            # sent, over a copy of the same pages.
+            if replica not in self._timers:
+                self._timers[replica] = self._loop.call_later(LOOK_SECONDS, self._consider_again, replica)
             return
         if self._loop.time() < replica.not_before_seconds:
             if replica not in self._timers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Awaitable, Callable
 
@@ -385,6 +386,25 @@ def test_after_a_restart_a_stale_replica_misses_what_its_map_says_or_everything(
         await rig.in_sync()
         assert rig.volume.replica_status()[0].resynced_pages == copied
         assert [rig.page("disk1", page) for page in (1, 2, 3)] == [9, 9, 9]
+        await rig.volume.abandon()
+
+    run_simulated(main)
+
+
+def test_after_a_recovery_nothing_is_copied_while_a_server_may_still_write_for_the_dead_worker() -> None:
+    async def main() -> None:
+        rig = MirrorRig(common=True, stored={"disk1": STALE, "disk2": IN_SYNC}, recover=True, epoch=10)
+        spare = rig.vioses["spare"]
+        spare.hang()
+        late = rig.disks["disk1"].content
+        spare.backlog.append(lambda: late.__setitem__(slice(PAGE, 2 * PAGE), bytes([1]) * PAGE))
+        rig.disks["disk2"].content[PAGE : 2 * PAGE] = bytes([2]) * PAGE
+        await rig.volume.open(5)
+        await asyncio.sleep(5)
+        assert rig.health()["disk1"] == "stale"
+        spare.resume()
+        await rig.in_sync()
+        assert rig.page("disk1", 1) == 2
         await rig.volume.abandon()
 
     run_simulated(main)
