@@ -115,3 +115,28 @@ class StoreDamaged(FarpageError):
     )
     path: str
     problem: str
+
+
+@dataclass(eq=False)
+class DeviceMissing(FarpageError):
+    """There is no such device."""
+
+    code = "device_not_found"
+    template = "device {device!r} is not in the definition; these are: {known}"
+    remedy = "list the devices with 'farpage device list'; add one with 'farpage device add'"
+    exit_status = ExitStatus.NOT_FOUND
+    device: str
+    known: str
+
+
+@dataclass(eq=False)
+class NotReplaceable(FarpageError):
+    """One device cannot take the place of another."""
+
+    code = "not_replaceable"
+    template = "device {old!r} cannot be replaced by {new!r}: {problems}"
+    remedy = "name a device that takes them all ('farpage device list'); nothing was changed"
+    exit_status = ExitStatus.CONFLICT
+    old: str
+    new: str
+    problems: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from types import TracebackType
 from typing import Self
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +21,8 @@ from farpage.hypervisor.model import (
     ClientInfo,
     DefinitionPromote,
     DefinitionPromotion,
+    DeviceReplace,
+    DeviceReplacement,
     HypervisorInfo,
     PathInfo,
     PoolInfo,
@@ -129,6 +132,16 @@ class HypervisorControl(_Control):
     async def refresh_devices(self) -> Definition:
         """Have the hypervisor record which devices the VIOSes reach."""
         return await self._client.post("/v1/devices/refresh", None, Definition)
+
+    async def replace_device(self, old: str, new: str) -> DeviceReplacement:
+        """Begin to move every client from a device to another one."""
+        return await self._client.post(
+            f"/v1/devices/{quote(old, safe='')}/replace", DeviceReplace(new=new), DeviceReplacement
+        )
+
+    async def replacement(self, old: str) -> DeviceReplacement:
+        """Ask how far the latest replacement of a device is."""
+        return await self._client.get(f"/v1/devices/{quote(old, safe='')}/replace", DeviceReplacement)
 
     async def alarms(self) -> tuple[Alarm, ...]:
         """List what an operator should look at, newest last."""

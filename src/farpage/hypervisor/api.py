@@ -27,6 +27,8 @@ from farpage.hypervisor.model import (
     ClientInfo,
     DefinitionPromote,
     DefinitionPromotion,
+    DeviceReplace,
+    DeviceReplacement,
     HypervisorInfo,
     PathInfo,
     PoolInfo,
@@ -43,6 +45,7 @@ from farpage.hypervisor.service import Hypervisor
 Result = TypeVar("Result")
 
 ViosName = Annotated[Name, Path(description="Name of the VIOS")]
+DeviceName = Annotated[str, Path(description="Name or identifier of the device", max_length=63)]
 ClientName = Annotated[Name, Path(description="Name of the client")]
 
 
@@ -249,6 +252,16 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
     async def refresh_devices() -> Definition:
         """Ask the VIOS for their devices and record them in the definition."""
         return await on_loop(hypervisor.refresh_devices())
+
+    @app.post("/v1/devices/{old}/replace", status_code=HTTPStatus.ACCEPTED)
+    async def replace_device(old: DeviceName, wanted: DeviceReplace) -> DeviceReplacement:
+        """Begin to move every client from a device to another one, or go on with that."""
+        return await on_loop(hypervisor.replacements.start(old, wanted.new))
+
+    @app.get("/v1/devices/{old}/replace")
+    async def get_replacement(old: DeviceName) -> DeviceReplacement:
+        """How far the latest replacement of a device is."""
+        return await on_loop(hypervisor.replacements.progress(old))
 
     @app.get("/v1/alarms")
     async def get_alarms() -> tuple[Alarm, ...]:

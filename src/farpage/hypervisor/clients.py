@@ -19,7 +19,7 @@ from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.messages import AttachRequest
 from farpage.attach.process import close_process, open_process, userfaultfds
 from farpage.attach.retake import remember
-from farpage.definition.model import PAGE_BYTES, Redundancy
+from farpage.definition.model import PAGE_BYTES, Redundancy, ReplicaState
 from farpage.errors import FarpageError
 from farpage.hypervisor.errors import (
     ClientAttached,
@@ -38,6 +38,7 @@ from farpage.kernel.inject import ProcessNotFound
 from farpage.kernel.process import identify, is_gone
 from farpage.pager.channel import PeerGone
 from farpage.pager.messages import (
+    AddReplica,
     Attach,
     ClientReport,
     Detach,
@@ -46,6 +47,7 @@ from farpage.pager.messages import (
     Query,
     Rejoin,
     ReplicaSpec,
+    RetireReplica,
     SetLimit,
     StartScrub,
     StopScrub,
@@ -127,7 +129,7 @@ class Clients:
         self._regions = 0
 
     @asynccontextmanager
-    async def _only(self, client: str, what: str) -> AsyncIterator[None]:
+    async def only(self, client: str, what: str) -> AsyncIterator[None]:
         """Hold off other requests about a client; only for the end of a region one is waited.
 
         :raise ClientBusy: another request is under way.
@@ -151,7 +153,7 @@ class Clients:
 
         :raise FarpageError: when no device fits, or none of its VIOS answers; nothing is left then.
         """
-        async with self._only(wanted.name, "create"):
+        async with self.only(wanted.name, "create"):
             await self._create(wanted)
 
     async def _create(self, wanted: ClientCreate) -> None:
@@ -164,7 +166,7 @@ class Clients:
 
         :raise ClientAttached: it is.
         """
-        async with self._only(client, "delete"):
+        async with self.only(client, "delete"):
             if client in self.attached:
                 raise ClientAttached(client, self.attached[client].memory.pid)
             await self.records.delete(client)
@@ -173,7 +175,7 @@ class Clients:
         """Delete what could not be deleted while VIOS were away."""
         for client in sorted(self.records.leftovers):
             if client not in self._busy:
-                async with self._only(client, "delete"):
+                async with self.only(client, "delete"):
                     await self.records.clear(client)
 
     # Attaching
@@ -183,7 +185,7 @@ class Clients:
 
         :raise FarpageError: the process goes on as before then.
         """
-        async with self._only(client, "attach"):
+        async with self.only(client, "attach"):
             self._check_free(client)
             if wanted.qmp is not None:
                 await qmp.execute(wanted.qmp, "query-status", timeout_seconds=QMP_SECONDS)
@@ -217,7 +219,7 @@ class Clients:
         :raise FarpageError: the descriptors stay the caller's then.
         """
         client = request.name or self._region_name(memory.pid)
-        async with self._only(client, "attach"):
+        async with self.only(client, "attach"):
             self._check_free(client)
             try:
                 await self._attach(client, memory, request.limit_bytes, request.redundancy, None)
@@ -340,6 +342,7 @@ class Clients:
             return tuple(
                 replica.model_copy(update={"state": states.get(replica.device, replica.state)})
                 for replica in order.replicas
+                if states.get(replica.device) is not ReplicaState.RETIRED
             )
         # In the order of preference that the client had.
         before = {replica.device: replica.endpoints for replica in order.replicas}
@@ -387,7 +390,7 @@ class Clients:
 
         :raise FarpageError: it has not changed then.
         """
-        async with self._only(client, "set its limit"):
+        async with self.only(client, "set its limit"):
             limit, attached = self.limit_for(client, limit_bytes), self.attached.get(client)
             before = attached.limit_bytes if attached else 0
             if attached:
@@ -433,6 +436,32 @@ class Clients:
             if error.code in ("not_attached", "worker_gone", "worker_silent"):
                 return None
             raise
+
+    # Moving to another device
+
+    async def add_replica(self, client: str, attached: Attached, device: str) -> None:
+        """Have a client's worker copy everything to a replica that the definition has as stale.
+
+        :raise FarpageError: the client has ended, or there is no way to the replica.
+        """
+        replica = next(spec for spec in self.records.replicas(client, turn=0) if spec.device == device)
+        self._store_replicas(attached, device, replica)
+        await self._ask(client, attached, "add_replica", AddReplica(client=client, replica=replica))
+
+    async def retire_replica(self, client: str, attached: Attached, device: str) -> None:
+        """Have a client's worker use a replica no more; returns when it does not, or the client has ended."""
+        await self._ask(client, attached, "retire_replica", RetireReplica(client=client, device=device))
+        if self.records.replica_states(client).get(device) is ReplicaState.RETIRED:
+            self._store_replicas(attached, device)
+
+    def _store_replicas(self, attached: Attached, without: str, *more: ReplicaSpec) -> None:
+        """Keep what a worker that takes over has to know, should no VIOS tell it then."""
+        order = attached.record.order
+        if order is not None and attached.record.client in self.attached:
+            left = tuple(spec for spec in order.replicas if spec.device != without)
+            order = order.model_copy(update={"replicas": (*left, *more)})
+            attached.record = attached.record.model_copy(update={"order": order})
+            self.run.save(attached.record)
 
     # Moving off a VIOS
 
@@ -499,7 +528,7 @@ class Clients:
         :raise DetachByOwner: it is a region.
         """
         self.records.of(client)
-        async with self._only(client, "detach"):
+        async with self.only(client, "detach"):
             attached = self.attached.get(client)
             if attached is None:
                 raise ClientNotAttached(client)
@@ -517,14 +546,14 @@ class Clients:
 
     async def region_closed(self, client: str, memory: ClientMemory) -> None:
         """Let go of a region that its process has closed, or that went with its process."""
-        async with self._only(client, CLOSE):
+        async with self.only(client, CLOSE):
             attached = self.attached.get(client)
             if attached is not None and attached.memory is memory:
                 await self.discard(client, attached)
 
     async def close_named(self, client: str, pid: int) -> None:
         """Let go of a region whose process says so; one that is not paged, or not its own, is left alone."""
-        async with self._only(client, CLOSE):
+        async with self.only(client, CLOSE):
             attached = self.attached.get(client)
             if attached and (attached.memory.kind, attached.memory.pid) == (ClientKind.REGION, pid):
                 await self.discard(client, attached)

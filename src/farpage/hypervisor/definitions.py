@@ -126,8 +126,16 @@ class DefinitionKeeper:
     # Agreeing on one
 
     async def start(self) -> None:
-        """Read the hypervisor's own copy, then `load`."""
+        """Read the hypervisor's own copy, if it was not yet, then `load`."""
+        await self.read_own()
         async with self._lock:
+            await self._load()
+
+    async def read_own(self) -> None:
+        """Read the hypervisor's own copy: until a VIOS answers it tells what replicas are worth."""
+        async with self._lock:
+            if self._own:
+                return
             try:
                 self._own = self._kept = await asyncio.to_thread(self._copy.load)
             except FarpageError as error:
@@ -135,7 +143,6 @@ class DefinitionKeeper:
                 self._alarm("definition_copy_failed", f"the hypervisor's own copy is not used: {error.cause}")
             if self._own:
                 self.current = self._own
-            await self._load()
 
     async def load(self) -> None:
         """Take the newest definition among the copies, and give it to the VIOS that have another one."""

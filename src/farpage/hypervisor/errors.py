@@ -102,3 +102,26 @@ class NoWorker(FarpageError):
     remedy = "try again in a second, when they have been replaced; the hypervisor's log says why they ended"
     exit_status = ExitStatus.UNREACHABLE
     workers: int
+
+
+@dataclass(eq=False)
+class ReplacementUnderWay(FarpageError):
+    """The device is being replaced already."""
+
+    code = "replacement_under_way"
+    template = "device {old!r} is being replaced by {new!r} already"
+    remedy = "watch it with 'farpage client list', or wait until it has ended"
+    exit_status = ExitStatus.CONFLICT
+    old: str
+    new: str
+
+
+@dataclass(eq=False)
+class NotBeingReplaced(FarpageError):
+    """Nobody has asked for that."""
+
+    code = "not_being_replaced"
+    template = "device {old!r} has not been replaced since the hypervisor was started"
+    remedy = "begin with 'farpage device replace {old} NEW', which goes on where it was cut short"
+    exit_status = ExitStatus.NOT_FOUND
+    old: str

@@ -233,6 +233,48 @@ class ViosStopped(Document):
     waiting: tuple[Name, ...]
 
 
+class DeviceReplace(Document):
+    """`POST /v1/devices/{old}/replace`: give every client with a replica on `old` one on `new` instead."""
+
+    new: str = Field(min_length=1, max_length=63)
+    """Name or identifier."""
+
+
+class ReplaceStage(enum.StrEnum):
+    """How far a client is on its way from one device to another."""
+
+    WAITING = "waiting"
+    """For another request about it, or for a VIOS; or it is not its turn yet."""
+    COPYING = "copying"
+    DONE = "done"
+    FAILED = "failed"
+    """It is as it was before, or the old volume is left; `problem` says which."""
+
+
+class ReplacedClient(Document):
+    """One client on its way to another device."""
+
+    client: Name
+    stage: ReplaceStage
+    problem: str
+    missing_pages: int = 0
+    """What the new device has yet to get."""
+    copied_pages: int = 0
+    rate_bytes: float = 0.0
+    """What is copied a second."""
+    eta_seconds: float | None = None
+
+
+class DeviceReplacement(Document):
+    """`GET /v1/devices/{old}/replace`: one device taking the place of another; names."""
+
+    old: str
+    new: str
+    done: bool
+    """Nothing is under way any more; clients that failed are tried again by another request."""
+    clients: tuple[ReplacedClient, ...]
+
+
 class DefinitionPromote(Document):
     """`POST /v1/definition/promote`: follow the copy of a VIOS; without `force` just say what that does."""
 

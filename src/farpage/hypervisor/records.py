@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 
 import structlog
 
-from farpage.definition import rules
+from farpage.definition import replacing, rules
 from farpage.definition.errors import ClientExists
 from farpage.definition.model import ClientRecord, Definition, Redundancy, ReplicaState
 from farpage.definition.rules import VolumePath
@@ -31,7 +32,7 @@ class ClientRecords:
     """The records of this hypervisor's clients. One change of a client at a time is its user's business."""
 
     def __init__(self, hypervisor: str, keeper: DefinitionKeeper, vioses: Mapping[str, Vios]) -> None:
-        self._hypervisor = hypervisor
+        self.hypervisor = hypervisor
         self._keeper = keeper
         self._vioses = vioses
         self._leftovers: dict[str, int] = {}
@@ -67,7 +68,7 @@ class ClientRecords:
                 definition,
                 wanted.name,
                 memory_bytes=wanted.memory_bytes,
-                hypervisor=self._hypervisor,
+                hypervisor=self.hypervisor,
                 entitlement_bytes=wanted.entitlement_bytes,
                 weight=wanted.weight,
                 limit_bytes=wanted.limit_bytes,
@@ -134,15 +135,22 @@ class ClientRecords:
         # Under an epoch of its own, so that nobody who had the volume open still writes.
         epoch = (await self.claim(client, take_over=False)).epoch
         for paths in by_device.values():
-            request = partial(Vios.delete_volume, name=paths[0].volume, epoch=epoch)
-            try:
-                await self._on_any_vios([path.vios for path in paths], request)
-            except FarpageError as error:
-                if error.code != "volume_not_found":
-                    raise
+            await self._delete_volume(paths[0].volume, paths[0].device, [path.vios for path in paths], epoch)
         await self._keeper.change(lambda now: rules.remove_client(now, client))
         # A record that comes up again, from a VIOS that hung meanwhile, is older than that claim.
         self._claimed.pop(client, None)
+
+    async def _delete_volume(self, name: str, device: str, vioses: list[str], epoch: int) -> None:
+        """Delete the volume on a device, if it is there.
+
+        :raise FarpageError: no VIOS deletes it.
+        """
+        request = partial(Vios.delete_volume, name=name, device=device, epoch=epoch)
+        try:
+            await self._on_any_vios(vioses, request)
+        except FarpageError as error:
+            if error.code != "volume_not_found":
+                raise
 
     async def discard(self, client: str) -> None:
         """Delete a client that was made for a request which failed or has ended, now or later."""
@@ -196,7 +204,7 @@ class ClientRecords:
         def edit(definition: Definition) -> Definition:
             if not take_over:
                 self._must_be_ours(client, rules.client_of(definition, client))
-            return rules.claim(definition, client, owner, self._hypervisor, known + 1)
+            return rules.claim(definition, client, owner, self.hypervisor, known + 1)
 
         definition = await self._keeper.change(edit)
         claimed = definition.clients[client]
@@ -211,7 +219,7 @@ class ClientRecords:
         # Also of two hypervisors with one name only the one whose claim stands may delete the client.
         epoch, owner = self._claimed.get(client, (record.epoch, record.owner))
         claimed_since = record.owner not in ("", owner) and record.epoch >= epoch
-        if record.hypervisor != self._hypervisor or claimed_since:
+        if record.hypervisor != self.hypervisor or claimed_since:
             raise ClientElsewhere(client, record.hypervisor, record.epoch)
 
     async def epoch_raised(self, raised: EpochRaised) -> None:
@@ -240,6 +248,65 @@ class ClientRecords:
                 now, wanted.client, wanted.owner, wanted.epoch, wanted.states
             )
         )
+
+    # Moved to another device
+
+    def plan_replacement(self, old: str, new: str) -> tuple[str, str, tuple[str, ...]]:
+        """Return the identifiers of two devices and the clients that are to go from one to the other.
+
+        :raise FarpageError: that cannot be; nothing is changed.
+        """
+        now = self._keeper.current
+        asking = replacing.Replacing(self.hypervisor, self._vioses.keys(), self._provisioned())
+        clients = replacing.plan(now, old, new, asking)
+        return replacing.device_named(now, old), replacing.device_named(now, new), clients
+
+    async def begin_replacing(self, client: str, new: str) -> None:
+        """Enter a stale replica on another device and make its volume; nothing of it is left when that fails.
+
+        :raise ClientElsewhere: another hypervisor has claimed the client.
+        :raise FarpageError: no VIOS makes the volume.
+        """
+
+        def edit(definition: Definition) -> Definition:
+            record = rules.client_of(definition, client)
+            if record.hypervisor != self.hypervisor:
+                raise ClientElsewhere(client, record.hypervisor, record.epoch)
+            return replacing.begin(definition, client, new)
+
+        had_it = new in self.replica_states(client)
+        definition = await self._keeper.change(edit)
+        paths = _by_device(rules.paths(definition, client))[new]
+        wanted = VolumeCreate(name=paths[0].volume, device=new, size_bytes=paths[0].size_bytes)
+        try:
+            await self._on_any_vios([path.vios for path in paths], partial(Vios.create_volume, wanted=wanted))
+        except FarpageError as error:
+            if error.code == "volume_exists":
+                return  # made before; what it holds counts for nothing while it is stale
+            if not had_it:
+                await self._keeper.change(lambda now: replacing.forget(now, client, new, ReplicaState.STALE))
+            raise
+
+    async def finish_replacing(self, client: str, old: str, new: str) -> None:
+        """Retire the old replica of a client that has nothing paged out."""
+        await self._keeper.change(lambda now: replacing.finish(now, client, old, new))
+
+    async def remove_retired(self, client: str, device: str) -> None:
+        """Delete the volume of a retired replica and take the replica out of the definition.
+
+        :raise FarpageError: no VIOS deletes it; it stays in the definition as retired.
+        """
+        now = self._keeper.current
+        record = rules.client_of(now, client)
+        name, epoch = record.volumes[0].name, record.epoch
+        reaching = [reach.vios for reach in now.devices[device].reached_by]
+        for vios in reaching:
+            if vios in self._vioses:
+                with suppress(FarpageError):
+                    volumes = await self._vioses[vios].volumes()
+                    epoch = max([epoch, *(v.epoch for v in volumes if v.name == name)])
+        await self._delete_volume(name, device, reaching, epoch)
+        await self._keeper.change(lambda now: replacing.forget(now, client, device, ReplicaState.RETIRED))
 
     def replica_states(self, client: str) -> dict[str, ReplicaState]:
         """Return what the replicas of a client are worth, by device; nothing when it is not known."""

@@ -28,6 +28,7 @@ from farpage.hypervisor.model import DefinitionPromotion, HypervisorInfo, Worker
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.recovery import Recovery
+from farpage.hypervisor.replacing import DeviceReplacements
 from farpage.hypervisor.runfolder import RunFolder
 from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.stopping import ViosStops
@@ -75,6 +76,7 @@ class Hypervisor:
         self._run: RunFolder | None = None
         self._full_devices = FullDevices(self.clients, self.pool)
         self._guest_pauses = GuestPauses(self.clients, self._guest_alarm)
+        self.replacements = DeviceReplacements(self.clients, self.keeper, self.alarms.raise_alarm)
         self.stops = ViosStops(self.vioses, self.keeper, self.clients)
         self._started_seconds = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -90,6 +92,7 @@ class Hypervisor:
         self._run = self.clients.run = RunFolder(self.settings.run_folder)
         owners = await self.workers.adopt(self._run.workers)
         self.workers.start(self.settings.worker_count)
+        await self.keeper.read_own()
         await self.recovery.resume(owners)
         await self.recovery.settled(RESUME_SECONDS)
         self.workers.start_spare()
@@ -106,6 +109,7 @@ class Hypervisor:
         self._full_devices.stop()
         for task in list(self._tasks):
             task.cancel()
+        await self.replacements.stop()
         await self.recovery.stop()
         if self._run is not None:
             await self.clients.detach_all()

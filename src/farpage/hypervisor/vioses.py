@@ -70,9 +70,9 @@ class Vios:
         """Make a volume."""
         await self.client.post("/v1/volumes", wanted, VolumeInfo)
 
-    async def delete_volume(self, name: str, epoch: int) -> None:
-        """Delete a volume under an epoch that is not older than any that it was opened with."""
-        await self.client.delete(f"/v1/volumes/{name}", params={"epoch": epoch})
+    async def delete_volume(self, name: str, device: str, epoch: int) -> None:
+        """Delete the volume on a device under an epoch that is not older than any that it was opened with."""
+        await self.client.delete(f"/v1/volumes/{name}", params={"epoch": epoch, "device": device})
 
     def status(self) -> ViosStatus:
         """Return what users see."""

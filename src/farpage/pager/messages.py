@@ -107,6 +107,20 @@ class Rejoin(Message):
     reason: str
 
 
+class AddReplica(Message):
+    """`add_replica`: a replica that the definition has as stale; everything is copied to it."""
+
+    client: str
+    replica: ReplicaSpec
+
+
+class RetireReplica(Message):
+    """`retire_replica`: have a replica recorded retired; answered when nothing is sent to it any more."""
+
+    client: str
+    device: str
+
+
 class Query(Message):
     """`query`: answer with a `ClientReport`."""
 

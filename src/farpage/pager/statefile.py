@@ -153,8 +153,10 @@ class StateFile:
         """The devices that have a dirty map."""
         return tuple(name for name in map(self._name, range(SLOTS)) if name)
 
-    def dirty_map(self, device_id: str) -> memoryview:
+    def dirty_map(self, device_id: str, *, missed: bool = False) -> memoryview:
         """Return the dirty map of a device, one byte a page; a new one is all zeros.
+
+        When all is `missed` a new one is all ones, before anybody can find it.
 
         :raise StateFileUnusable: when all slots are taken, or there is no room.
         """
@@ -176,6 +178,8 @@ class StateFile:
             os.posix_fallocate(self._descriptor, offset, length)
         except OSError as error:
             raise _unusable(self.path, error) from error
+        if missed:
+            self._storage(slot)[:] = b"\1" * self.pages
         at = _SLOTS_AT + slot * _SLOT_BYTES
         self._view[at + 2 : at + 2 + len(name)] = name
         self._view[at + 1] = len(name)

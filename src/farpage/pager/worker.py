@@ -19,16 +19,17 @@ from typing import Any
 import structlog
 from pydantic import BaseModel
 
-from farpage.address import parse_address
 from farpage.attach.memory import ClientMemory
 from farpage.errors import ExitStatus, FarpageError
 from farpage.kernel.userfaultfd import Userfaultfd
+from farpage.pager import volumes
 from farpage.pager.buffers import BufferPool
 from farpage.pager.channel import Handing
 from farpage.pager.client import PagedClient
 from farpage.pager.control import ControlLink
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.messages import (
+    AddReplica,
     AlarmRaised,
     Attach,
     ClientLost,
@@ -47,7 +48,7 @@ from farpage.pager.messages import (
     RecordReplicas,
     Rejoin,
     ReplicaReport,
-    ReplicaSpec,
+    RetireReplica,
     ScrubReport,
     SetLimit,
     StartScrub,
@@ -56,15 +57,16 @@ from farpage.pager.messages import (
 )
 from farpage.pager.statefile import StateFile, StateFileUnusable
 from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
-from farpage.volume.connector import Endpoint, connect_nbd
+from farpage.volume.connector import connect_nbd
 from farpage.volume.lease import Leases
-from farpage.volume.mirror import MirrorVolume, ReplicaPlace
-from farpage.volume.multipath import ClientFenced, MultipathVolume
+from farpage.volume.multipath import ClientFenced
 from farpage.volume.ownership import Ownership
-from farpage.volume.paged import PagedVolume
 from farpage.volume.recorder import States
 
 log = structlog.get_logger()
+
+REPAIR_POLL_SECONDS = 0.01
+"""Repairs of single pages are over at once, and there are hardly any."""
 
 
 @dataclass(eq=False)
@@ -180,9 +182,13 @@ class Worker:
             case "leave":
                 leave = Leave.model_validate(parameters)
                 await self._attached(leave.client).paged.space.volume.leave(leave.vios)
-                return Nothing()
+            case "add_replica":
+                await self._add_replica(AddReplica.model_validate(parameters))
+            case "retire_replica":
+                await self._retire_replica(RetireReplica.model_validate(parameters))
             case _:
                 return self._answer(method, parameters)
+        return Nothing()
 
     def _answer(self, method: str, parameters: Any) -> BaseModel:
         """Answer a request that waits for nothing."""
@@ -211,6 +217,31 @@ class Worker:
         if not self._attached(order.client).paged.start_scrub(order.rate_bytes):
             raise ScrubUnderWay(order.client)
         return Nothing()
+
+    async def _add_replica(self, order: AddReplica) -> None:
+        """Take a replica in; a volume of one replica becomes a mirror for it."""
+        while volumes.is_repairing(self._attached(order.client).paged.space.volume):  # noqa: ASYNC110
+            await asyncio.sleep(REPAIR_POLL_SECONDS)
+        attached = self._attached(order.client)
+        space = attached.paged.space
+        events = _Events(self._control, order.client, attached.order.owner)
+        space.volume = volumes.with_replica(
+            space.volume,
+            order.replica,
+            order=attached.order,
+            events=events,
+            store=attached.state,
+            leases=self._leases,
+        )
+        others = [spec for spec in attached.order.replicas if spec.device != order.replica.device]
+        attached.order = attached.order.model_copy(update={"replicas": (*others, order.replica)})
+
+    async def _retire_replica(self, order: RetireReplica) -> None:
+        """Take a replica out; answered when nothing is sent to it any more."""
+        attached = self._attached(order.client)
+        await volumes.retire(attached.paged.space.volume, order.device)
+        left = tuple(spec for spec in attached.order.replicas if spec.device != order.device)
+        attached.order = attached.order.model_copy(update={"replicas": left})
 
     def _attached(self, client: str) -> _Attached:
         if client not in self._clients:
@@ -260,7 +291,7 @@ class Worker:
         epoch = max(order.epoch, state.epoch) + 1 if order.recover else order.epoch
         ownership = _StoredOwnership(order.owner, epoch, state)
         events = _Events(self._control, order.client, order.owner)
-        volume = self._make_volume(order, ownership, events, state)
+        volume = volumes.make(order, ownership, events, state, self._leases)
         if not order.recover:
             try:
                 await volume.open(order.open_timeout_seconds)
@@ -300,40 +331,6 @@ class Worker:
             gone()
             raise ClientExited(order.client) from None
         return Nothing()
-
-    def _make_volume(
-        self, order: Attach, ownership: Ownership, events: _Events, state: StateFile
-    ) -> PagedVolume:
-        if len(order.replicas) > 1:
-            return MirrorVolume(
-                order.volume,
-                order.pages * PAGE_BYTES,
-                ownership,
-                [
-                    ReplicaPlace(spec.device, spec.name, spec.state, tuple(_endpoints(spec)))
-                    for spec in order.replicas
-                ],
-                connector=connect_nbd,
-                events=events,
-                store=state,
-                recover=order.recover,
-                leases=self._leases,
-                path_timeout_seconds=order.path_timeout_seconds,
-                resync_bytes_per_second=order.resync_bytes_per_second,
-            )
-        (replica,) = order.replicas
-        return MultipathVolume(
-            order.volume,
-            order.pages * PAGE_BYTES,
-            ownership,
-            _endpoints(replica),
-            connector=connect_nbd,
-            events=events,
-            device=replica.device,
-            device_name=replica.name,
-            leases=self._leases,
-            path_timeout_seconds=order.path_timeout_seconds,
-        )
 
     async def _detach(self, order: Detach) -> Nothing:
         attached = self._attached(order.client)
@@ -442,10 +439,6 @@ class Worker:
         """Leave no socket behind."""
         self._control.close()
         self._leases.close()
-
-
-def _endpoints(replica: ReplicaSpec) -> list[Endpoint]:
-    return [Endpoint(spec.vios, parse_address(spec.address), replica.name) for spec in replica.endpoints]
 
 
 async def run(descriptor: int, folder: Path) -> None:

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from farpage import __version__
 from farpage.api.errors import create_app
 from farpage.definition.document import canonical_json
-from farpage.definition.model import NUMBER_MAX, Definition, Name
+from farpage.definition.model import NUMBER_MAX, Definition, DeviceId, Name
 from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeCreate, VolumeInfo, VolumeOpen
 from farpage.vios.service import ViosService
 
@@ -60,9 +60,12 @@ def make_app(service: ViosService, registry: CollectorRegistry) -> FastAPI:
         return await service.volume(name)
 
     @app.delete("/v1/volumes/{name}", status_code=204)
-    async def delete_volume(name: VolumeName, epoch: Epoch = None) -> None:
-        """Delete a volume: one that nobody uses, or with the owner's epoch or a newer one in any case."""
-        await service.delete_volume(name, epoch)
+    async def delete_volume(name: VolumeName, epoch: Epoch = None, device: DeviceId | None = None) -> None:
+        """Delete a volume: one that nobody uses, or with the owner's epoch or a newer one in any case.
+
+        `device` says which one, where several devices have a replica.
+        """
+        await service.delete_volume(name, epoch, device or "")
 
     @app.post("/v1/volumes/{name}/open")
     async def open_volume(name: VolumeName, wanted: VolumeOpen) -> VolumeInfo:

@@ -64,7 +64,7 @@ class VolumeExports:
         try:
             wanted = parse_export_name(name)
             over = self._leave_to_write(wanted)
-            located, volume = await self._volumes.open(wanted.volume, _claim(wanted), over)
+            located, volume = await self._volumes.open(wanted.volume, _claim(wanted), over, wanted.device)
         except FarpageError as error:
             self.refused += 1
             raise _refusal(name, error) from error
@@ -115,7 +115,7 @@ class VolumeExports:
             return ExportInfo(LeaseExport.size_bytes, description="a lease")
         try:
             wanted = parse_export_name(name)
-            located = await self._volumes.find(wanted.volume)
+            located = await self._volumes.find(wanted.volume, wanted.device)
             claim = _claim(wanted)
             if claim is not None:
                 self._volumes.refuse(located, claim)

@@ -231,9 +231,9 @@ class ViosService:
         await self.volumes.claim(name, Claim(epoch, owner))
         return await self._volume(name)
 
-    async def delete_volume(self, name: str, epoch: int | None) -> None:
+    async def delete_volume(self, name: str, epoch: int | None, device: str = "") -> None:
         """Delete a volume; see `Volumes.delete`."""
-        await self._on_data(self.volumes.delete(name, epoch))
+        await self._on_data(self.volumes.delete(name, epoch, device))
 
     # Definition
 
@@ -263,15 +263,20 @@ class ViosService:
         task.add_done_callback(self._tasks.discard)
 
     async def _claim_all(self, wanted: dict[str, tuple[int, str]]) -> None:
-        for volume, (epoch, owner) in wanted.items():
+        replicas = [
+            (volume, Claim(*claim), device.id)
+            for volume, claim in wanted.items()
+            for device in self.volumes.candidates(volume)
+        ]
+        for volume, claim, device in replicas:
             try:
-                await self.volumes.claim(volume, Claim(epoch, owner))
+                await self.volumes.claim(volume, claim, device)
             except VolumeMissing:
                 continue
             except VolumeFenced as error:
-                log.warning("definition_is_older", volume=volume, epoch=epoch, current=error.current)
+                log.warning("definition_is_older", volume=volume, epoch=claim.epoch, current=error.current)
             except FarpageError as error:
-                log.error("claim_failed", volume=volume, epoch=epoch, problem=str(error))
+                log.error("claim_failed", volume=volume, epoch=claim.epoch, problem=str(error))
 
     async def close(self) -> None:
         """Stop what is done in the background."""

@@ -114,14 +114,14 @@ class Volumes:
 
     # Volumes
 
-    async def find(self, name: str) -> Located:
-        """Look for a volume where the definition says, or else on every device.
+    async def find(self, name: str, device_id: str = "") -> Located:
+        """Look for a volume on one device, or else where the definition says, or else on every device.
 
         :raise VolumeMissing: it is not there.
         :raise DeviceUnusable: a device where it may be does not answer as it should.
         """
         problem: DeviceUnusable | None = None
-        for device in self._candidates(name):
+        for device in self.candidates(name, device_id):
             try:
                 return Located(device, await device.run(device.volume, name))
             except VolumeMissing:
@@ -130,7 +130,10 @@ class Volumes:
                 problem = error
         raise problem or VolumeMissing(name, f"VIOS {self._vios!r}")
 
-    def _candidates(self, name: str) -> tuple[PagingDevice, ...]:
+    def candidates(self, name: str, device_id: str = "") -> tuple[PagingDevice, ...]:
+        """Return the devices where a volume may be: more than one when it has several replicas here."""
+        if device_id:
+            return (self._devices[device_id],) if device_id in self._devices else ()
         defined = _devices_of(self._definitions.current(), name)
         found = tuple(self._devices[device] for device in defined if device in self._devices)
         return found or self.devices
@@ -147,18 +150,20 @@ class Volumes:
         """Make a volume.
 
         :raise DeviceMissing: this VIOS does not reach the device.
-        :raise VolumeExists: the name is taken on this or another device.
+        :raise VolumeExists: the name is taken on this device; or on another one, and the definition does not
+            say that there is a replica on this one too.
         :raise CapacityExceeded: it does not fit.
         """
         target = self.device(device_id)
-        for device in self.devices:
+        a_replica = device_id in _devices_of(self._definitions.current(), name)
+        for device in () if a_replica else self.devices:
             if device is not target and await _has(device, name):
                 raise VolumeExists(name, device.name)
         stat = await target.run(target.create_volume, name, size_bytes)
         log.info("volume_created", volume=name, device=target.name, size_bytes=size_bytes)
         return Located(target, stat)
 
-    async def delete(self, name: str, epoch: int | None) -> None:
+    async def delete(self, name: str, epoch: int | None, device_id: str = "") -> None:
         """Delete a volume: with an epoch for its owner, from under everybody; without one if nobody uses it.
 
         :raise VolumeMissing: there is none.
@@ -168,7 +173,7 @@ class Volumes:
         :raise VolumeOwned: without an epoch, when a client has it.
         :raise VolumeInUse: without an epoch, when somebody has it open, through this VIOS or another.
         """
-        located = await self.find(name)
+        located = await self.find(name, device_id)
         device, volume_id = located.device, located.stat.id
         if epoch is None:
             for client, record in self._definitions.current().clients.items():
@@ -181,7 +186,7 @@ class Volumes:
         else:
             current = self.claim_of(located)
             claim = current if epoch == current.epoch else Claim(epoch)
-            await self.claim(name, claim)
+            await self.claim(name, claim, device.id)
             async with self._claiming(volume_id):
                 self._refuse_seen(name, volume_id, claim)
                 await self.holders.fence(volume_id, None)
@@ -239,7 +244,7 @@ class Volumes:
         if seen.refuses(claim):
             raise _refusal(name, claim, seen.current)
 
-    async def claim(self, name: str, claim: Claim) -> Located:
+    async def claim(self, name: str, claim: Claim, device_id: str = "") -> Located:
         """Give a volume to an owner; on return no command of an older one can reach the device.
 
         The claim is durable, on the device and in the database, before anybody is cut off.
@@ -249,7 +254,7 @@ class Volumes:
         :raise VolumeTaken: another owner has it.
         :raise CommandRefused: the device is not configured for being opened.
         """
-        located = await self.find(name)
+        located = await self.find(name, device_id)
         device, volume_id = located.device, located.stat.id
         if PagingCommand.OPEN not in self.commands(device):
             raise CommandRefused(name, device.name, PagingCommand.OPEN)
@@ -270,7 +275,7 @@ class Volumes:
         return located
 
     async def open(
-        self, name: str, claim: Claim | None, over: Callable[[], bool] = never
+        self, name: str, claim: Claim | None, over: Callable[[], bool] = never, device_id: str = ""
     ) -> tuple[Located, BlockIO]:
         """Open a volume for its owner, or read-only; the caller registers it before it waits for anything.
 
@@ -282,7 +287,7 @@ class Volumes:
         :raise CommandRefused: the device is not configured for being opened.
         :raise DeviceUnusable: the device does not answer as it should.
         """
-        located = await (self.find(name) if claim is None else self.claim(name, claim))
+        located = await (self.find(name, device_id) if claim is None else self.claim(name, claim, device_id))
         commands = self.commands(located.device)
         if PagingCommand.OPEN not in commands:
             raise CommandRefused(name, located.device.name, PagingCommand.OPEN)

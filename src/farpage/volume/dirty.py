@@ -18,8 +18,8 @@ class DirtyStore(Protocol):
     def dirty_maps(self) -> tuple[str, ...]:
         """The devices that have one."""
 
-    def dirty_map(self, device_id: str) -> memoryview:
-        """Return a device's map, one byte a page; a new one is all zeros.
+    def dirty_map(self, device_id: str, *, missed: bool = False) -> memoryview:
+        """Return a device's map, one byte a page; a new one is all zeros, or all ones when all is `missed`.
 
         :raise FarpageError: when there is no room for another one.
         """
@@ -40,9 +40,10 @@ class MemoryDirtyStore:
         """The devices that have one."""
         return tuple(self._maps)
 
-    def dirty_map(self, device_id: str) -> memoryview:
-        """Return a device's map; a new one is all zeros."""
-        return memoryview(self._maps.setdefault(device_id, bytearray(self._pages)))
+    def dirty_map(self, device_id: str, *, missed: bool = False) -> memoryview:
+        """Return a device's map; a new one is all zeros, or all ones when all is `missed`."""
+        new = bytearray((bytes([missed])) * self._pages)
+        return memoryview(self._maps.setdefault(device_id, new))
 
     def drop_dirty_map(self, device_id: str) -> None:
         """Free a device's map."""

@@ -69,8 +69,12 @@ class PathLink:
         connector: Connector,
         leases: Leases | None,
         now_seconds: float,
+        *,
+        device: str = "",
     ) -> None:
+        """`device` is the identifier of the device that the path leads to."""
         self.endpoint = endpoint
+        self._device = device
         self._ownership = ownership
         self._leases = leases
         self._lease: Lease | None = None
@@ -118,7 +122,7 @@ class PathLink:
         lease = None
         if self._leases is not None and self._ownership.owner:
             lease = await self._leases.at(self.endpoint, timeout_seconds)
-        name = self._ownership.export_name(volume, epoch, lease.identifier if lease else "")
+        name = self._ownership.export_name(volume, epoch, lease.identifier if lease else "", self._device)
         connection = await self._connector(self.endpoint, name, timeout_seconds)
         if connection.size_bytes < size_bytes:
             connection.abort()

@@ -10,6 +10,8 @@ The rules, in the order in which they matter:
 - A replica that is back has been opened under a higher epoch, and no server can still carry out an older
   write of it, neither of this worker nor of one that was killed before it. From then on it gets every new
   write, and beside that what it has missed: see `resync.py`.
+- A replica that is to be replaced is recorded retired, durably, while another one counts and is recorded in
+  sync; only then is nothing sent to it any more.
 - When nothing is missing any more it counts: no write is acknowledged without it, or without its being
   recorded stale anew. It is recorded in sync.
 - No error of a path or a device reaches the caller: commands wait until they succeed.
@@ -30,7 +32,7 @@ from numpy.typing import NDArray
 from farpage.blockio import BlockIO, Done, ReadDone
 from farpage.definition.model import PAGE_BYTES, ReplicaState
 from farpage.errors import FarpageError
-from farpage.volume.command import Finished
+from farpage.volume.command import Command, Finished
 from farpage.volume.connector import Connector, Endpoint
 from farpage.volume.dirty import DirtyMap, DirtyStore, MemoryDirtyStore
 from farpage.volume.failover import FailoverLog
@@ -135,6 +137,7 @@ class MirrorVolume:
         self._stalled = False
         self._full: set[str] = set()
         self._changed = asyncio.Event()
+        self._retired: set[asyncio.Task[None]] = set()
         for place in places:
             self._enter(self._connected(place), place.state if recover else ReplicaState.IN_SYNC)
         self._recorder = ReplicaRecorder(
@@ -163,6 +166,108 @@ class MirrorVolume:
         )
         return replica
 
+    # Replicas that come and go
+
+    def adopt(self, volume: MultipathVolume) -> None:
+        """Go on with an open volume as the first replica, in sync.
+
+        Its commands go on and count as this mirror's; who owns it has to use the mirror from now on. It must
+        not have a repair under way.
+        """
+        now = self._loop.time()
+        replica = Replica(volume.device, volume.device_name, volume, Pace(self._bandwidth), Mode.COUNTS, now)
+        replica.well = volume.answers
+        self.failovers = volume.failovers
+        self.on_active = volume.on_active
+        self.on_no_path = volume.on_no_path
+        self.on_full = volume.on_full
+        self.wanted_pages = volume.wanted_pages
+        self._stalled = not replica.well
+        if volume.full:
+            self._full.add(volume.device)
+        volume.report_to(_ReplicaEvents(self._events, lambda: self._is_last(replica)))
+        self._enter(replica, ReplicaState.IN_SYNC)
+        self._recorder.enter(volume.device, ReplicaState.IN_SYNC)
+        for command in volume.outstanding():
+            if command.mutates:
+                self._take_over(replica, command)
+        self._opening = False
+
+    def _take_over(self, replica: Replica, command: Command) -> None:
+        """Count a command that was sent before as a write of this mirror."""
+        finished = command.finished
+        write = Write(
+            command.start, command.offset, command.length_bytes, lambda error: finished(error, None), 1
+        )
+        self._writes[write] = None
+        command.finished = partial(self._written, replica, write)
+
+    def add(self, place: ReplicaPlace) -> None:
+        """Take in a replica that is recorded stale: everything is copied to it, and new data goes to it too.
+
+        Nothing happens when there is one on that device already.
+        """
+        if self._closing or any(replica.device == place.device for replica in self._replicas):
+            return
+        replica = self._connected(place)
+        self._store.drop_dirty_map(place.device)
+        self._recorder.enter(place.device, ReplicaState.STALE)
+        self._enter(replica, ReplicaState.STALE)
+        replica.reason = "new: everything is copied to it"
+        for write in self._writes:
+            replica.missed(write, self._dirty(replica))
+        replica.volume.start()
+
+    async def retire(self, device: str) -> None:
+        """Take a replica out; returns when it is recorded retired and nothing is sent to it any more.
+
+        That waits until another one answers that is recorded in sync. Nothing happens when there is none on
+        that device.
+        """
+        replica = next((replica for replica in self._replicas if replica.device == device), None)
+        if replica is None:
+            return
+        replica.retiring = True
+        self._recorder.wake()
+        while replica in self._replicas and not self._closing:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _can_retire(self, replica: Replica) -> bool:
+        return replica.retiring and any(
+            other is not replica
+            and not other.retiring
+            and other.readable
+            and self._recorder.of(other.device) is ReplicaState.IN_SYNC
+            for other in self._replicas
+        )
+
+    def _remove(self, replica: Replica) -> None:
+        """Forget a replica that is recorded retired: what was on its way to it counts without it."""
+        reason = "it was replaced"
+        self._replicas.remove(replica)
+        self._recorder.leave(replica.device)
+        replica.gone = True
+        self._become(replica, Mode.AWAY, reason)
+        if timer := self._timers.pop(replica, None):
+            timer.cancel()
+        resync, replica.resync = replica.resync, None
+        if resync:
+            resync.stop()
+        replica.volume.drop(reason)
+        waiting, replica.unrecorded = replica.unrecorded, []
+        for write in waiting:
+            self._heard(write)
+        if replica.dirty:
+            replica.dirty.release()
+            replica.dirty = None
+        self._store.drop_dirty_map(replica.device)
+        task = self._loop.create_task(replica.volume.abandon())
+        self._retired.add(task)
+        task.add_done_callback(self._retired.discard)
+        self._changed.set()
+        self.push()
+
     def _enter(self, replica: Replica, state: ReplicaState) -> None:
         """Take a replica in, with what it has missed."""
         volume = replica.volume
@@ -179,18 +284,16 @@ class MirrorVolume:
             return
         replica.reason = "not in sync before"
         replica.was_lost = True
-        known = replica.device in self._store.dirty_maps
-        dirty = self._dirty(replica)
-        if not known:
-            dirty.mark_all()
+        # A map that is not there is made with everything missed, at once: the process may end at any moment.
+        self._dirty(replica, missed=True)
 
-    def _dirty(self, replica: Replica) -> DirtyMap:
+    def _dirty(self, replica: Replica, *, missed: bool = False) -> DirtyMap:
         if replica.dirty is None:
             try:
-                storage = self._store.dirty_map(replica.device)
+                storage = self._store.dirty_map(replica.device, missed=missed)
             except FarpageError:
                 # No room for it where it outlives the process: should that end, all pages count as missed.
-                storage = memoryview(bytearray(self._size_bytes // PAGE_BYTES))
+                storage = memoryview(bytearray(bytes([missed]) * (self._size_bytes // PAGE_BYTES)))
             replica.dirty = DirtyMap(storage)
         return replica.dirty
 
@@ -272,6 +375,7 @@ class MirrorVolume:
         """Let go of the paths at once; commands not finished end with ESHUTDOWN."""
         self._closing = True
         self._reads.close()
+        self._changed.set()
         await self._recorder.stop()
         for timer in self._timers.values():
             timer.cancel()
@@ -283,6 +387,7 @@ class MirrorVolume:
             if replica.dirty:
                 replica.dirty.release()
                 replica.dirty = None
+        await asyncio.gather(*self._retired)
         for write in list(self._writes):
             write.error = write.error or errno.ESHUTDOWN
             self._end(write)
@@ -352,6 +457,9 @@ class MirrorVolume:
 
     def _missed(self, replica: Replica, write: Write) -> None:
         """Mark what a replica has not got, and let the write go on without it as soon as that is recorded."""
+        if replica.gone:
+            self._heard(write)
+            return
         replica.missed(write, self._dirty(replica))
         if self._recorder.is_stale(replica.device):
             self._heard(write)
@@ -433,7 +541,9 @@ class MirrorVolume:
         first, count = offset // PAGE_BYTES, -(-len(data) // PAGE_BYTES)
 
         def finished(error: int) -> None:
-            if error and not self._closing:
+            if replica.gone:
+                error = errno.ESTALE
+            elif error and not self._closing:
                 self._dirty(replica).mark(first, count)
                 self._lose(replica, f"its device answers {_name(error)} to a repair", pause=True)
                 error = errno.ESTALE
@@ -587,6 +697,11 @@ class MirrorVolume:
         again, replica.unrecorded = replica.unrecorded, []
         for write in again:
             self._send(replica, write)
+        if self._full:
+            # What no other replica has room for may be done as soon as this one has everything.
+            for write in [w for w in self._writes if replica in w.missed_by and w not in again]:
+                write.pending += 1
+                self._send(replica, write)
         replica.volume.push()
         self._copied(replica)
         if replica.resync:
@@ -643,6 +758,9 @@ class MirrorVolume:
         survivor = any(replica.readable for replica in self._replicas)
         for replica in self._replicas:
             recorded = self._recorder.of(replica.device)
+            if self._can_retire(replica):
+                states[replica.device] = ReplicaState.RETIRED
+                continue
             stale = replica.mode is not Mode.COUNTS and (survivor or recorded is ReplicaState.STALE)
             states[replica.device] = ReplicaState.STALE if stale else ReplicaState.IN_SYNC
             if replica.mode is not Mode.COUNTS and recorded is None and not survivor:
@@ -655,7 +773,11 @@ class MirrorVolume:
         await self._events.record_replicas(self.ownership.epoch, states)
 
     def _on_recorded(self) -> None:
-        for replica in self._replicas:
+        for replica in list(self._replicas):
+            retired = self._recorder.of(replica.device) is ReplicaState.RETIRED
+            if retired and replica.retiring and self._survives_without(replica):
+                self._remove(replica)
+                continue
             if self._recorder.is_stale(replica.device):
                 waiting, replica.unrecorded = replica.unrecorded, []
                 for write in waiting:

@@ -124,7 +124,7 @@ class MultipathVolume:
         self.held_bytes = 0
         """Bytes of writes that wait until a failed server is fenced."""
         self._loop = loop
-        self._device_name = device_name
+        self.device_name = device_name
         self._opened_seconds = loop.time()
         self._rewrites = RewriteGate()
         self._full = FullDevice(self._again, self._told_full)
@@ -134,7 +134,8 @@ class MultipathVolume:
         self._path_timeout = path_timeout_seconds
         self._probe_interval = probe_interval_seconds
         self._paths = [
-            PathLink(endpoint, ownership, connector, leases, loop.time()) for endpoint in endpoints
+            PathLink(endpoint, ownership, connector, leases, loop.time(), device=device)
+            for endpoint in endpoints
         ]
         self._active: PathLink | None = None
         self._was_active = False
@@ -190,7 +191,7 @@ class MultipathVolume:
         return [
             ReplicaStatus(
                 device=self.device,
-                name=self._device_name,
+                name=self.device_name,
                 health=ReplicaHealth.IN_SYNC,
                 reason="",
                 dirty_pages=0,
@@ -244,6 +245,25 @@ class MultipathVolume:
             and active.machine.state is PathState.ACTIVE
             and not any(path.held for path in self._paths)
         )
+
+    @property
+    def answers(self) -> bool:
+        """Whether a path carries commands, as far as `on_no_path` has told."""
+        return self._active is not None and not self._stalled
+
+    @property
+    def full(self) -> bool:
+        """Whether writes wait for room."""
+        return bool(self._full)
+
+    @property
+    def repairing(self) -> bool:
+        """Whether a `rewrite_replica` is under way."""
+        return self._rewrites.active
+
+    def report_to(self, events: VolumeEvents) -> None:
+        """Tell another owner from now on."""
+        self._events = events
 
     @property
     def active_vios(self) -> str | None:
@@ -613,7 +633,7 @@ class MultipathVolume:
         self.failovers.records.append(
             Failover(
                 from_vios=path.endpoint.vios,
-                device=self._device_name,
+                device=self.device_name,
                 reason=reason,
                 detected_at_seconds=self._loop.time(),
                 replayed_commands=len(reads),
@@ -681,7 +701,7 @@ class MultipathVolume:
         self._active = path
         self._activated.set()
         self._stalls(False)
-        self.failovers.taken_over(self._device_name, path.endpoint.vios, now)
+        self.failovers.taken_over(self.device_name, path.endpoint.vios, now)
         for other in self._paths:
             if other.held and other.machine.state is PathState.STANDBY:
                 self._fail(other, "to be opened under the newer epoch, which fences it")

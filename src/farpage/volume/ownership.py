@@ -58,9 +58,12 @@ class Ownership:
 
         return forget
 
-    def export_name(self, volume: str, epoch: int, lease: str = "") -> str:
-        """Return the name that this owner asks a VIOS for: `VOLUME@EPOCH[:OWNER[:LEASE]]`."""
-        name = f"{volume}@{epoch}"
+    def export_name(self, volume: str, epoch: int, lease: str = "", device: str = "") -> str:
+        """Return the name that this owner asks a VIOS for: `VOLUME[/DEVICE]@EPOCH[:OWNER[:LEASE]]`.
+
+        `device` is the identifier of the replica's device: the VIOS may reach several replicas.
+        """
+        name = f"{volume}/{device}@{epoch}" if device else f"{volume}@{epoch}"
         if self.owner:
             name += f":{self.owner}"
             if lease:

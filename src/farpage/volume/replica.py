@@ -100,6 +100,9 @@ class Replica:
     was_lost: bool = False
     """It has been away since it was last recorded in sync."""
     retiring: bool = False
+    """It is to be taken out as soon as that can be recorded."""
+    gone: bool = False
+    """It was taken out: nothing waits for it any more."""
 
     @property
     def readable(self) -> bool:

@@ -20,6 +20,12 @@ def test_an_owner_may_name_its_claim_and_its_lease_too() -> None:
     assert parse_export_name(f"vm1@7:{owner}:{lease}") == ExportName("vm1", 7, owner, lease)
 
 
+def test_a_name_may_say_which_device_the_replica_is_on() -> None:
+    device, owner = "9ebffa09-bce1-473f-badc-f9a816dadf33", "00000000000000aa"
+    assert parse_export_name(f"vm1/{device}@7:{owner}") == ExportName("vm1", 7, owner, device=device)
+    assert parse_export_name(f"vm1/{device}") == ExportName("vm1", None, device=device)
+
+
 def test_without_an_epoch_it_is_a_read_only_view() -> None:
     assert parse_export_name("vm1") == ExportName("vm1", None)
 

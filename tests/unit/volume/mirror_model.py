@@ -12,6 +12,7 @@ from farpage.vios.names import parse_export_name
 from farpage.volume.connector import Endpoint, PathConnection
 from farpage.volume.dirty import MemoryDirtyStore
 from farpage.volume.mirror import MirrorVolume, ReplicaPlace
+from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.recorder import States
 from tests.unit.volume.model import OWNER, PAGE, SIZE, Disk, ModelVios, Recorder
@@ -94,6 +95,39 @@ class MirrorRig:
                 return await self.vioses[endpoint.vios].open(wanted)
         except TimeoutError as error:
             raise Unreachable("the server", endpoint.vios, "no answer", "") from error
+
+    def add(self, disk: str) -> None:
+        """Give the mirror a replica on a disk of its own, behind a VIOS of its own."""
+        vios = f"vios{len(self.disks) + 1}"
+        self.disks[disk] = Disk()
+        self.vioses[vios] = ModelVios(vios, self.disks[disk])
+        self.events.stored[disk] = STALE
+        self.volume.add(ReplicaPlace(disk, disk, STALE, (Endpoint(vios, UnixAddress(f"/{vios}"), disk),)))
+
+    def plain(self) -> MultipathVolume:
+        """Return a volume of one replica on disk1, not open, and make the mirror one that has none yet."""
+        plain = MultipathVolume(
+            "vm1",
+            SIZE,
+            self.volume.ownership,
+            [Endpoint("vios1", UnixAddress("/vios1"), "disk1")],
+            connector=self.connect,
+            events=self.events,
+            device="disk1",
+            device_name="disk1",
+            path_timeout_seconds=1.0,
+        )
+        self.volume = MirrorVolume(
+            "vm1",
+            SIZE,
+            self.volume.ownership,
+            [],
+            connector=self.connect,
+            events=self.events,
+            store=self.store,
+            path_timeout_seconds=1.0,
+        )
+        return plain
 
     def health(self) -> dict[str, str]:
         """Return what each replica is good for."""

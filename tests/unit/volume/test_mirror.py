@@ -464,3 +464,161 @@ def test_three_replicas_survive_the_loss_of_two() -> None:
         await rig.volume.abandon()
 
     run_simulated(main)
+
+
+# Replaced
+
+
+def test_a_new_replica_gets_everything_and_the_old_one_goes() -> None:
+    async def scenario(rig: MirrorRig) -> None:
+        for page in range(PAGES):
+            await rig.written(page, 1)
+        rig.add("disk3")
+        written = [rig.write(page, 2) for page in range(0, PAGES, 3)]
+        await rig.in_sync()
+        await rig.until(lambda: all(result == [0] for result in written))
+        await rig.volume.retire("disk1")
+        assert rig.events.stored["disk1"] is ReplicaState.RETIRED
+        assert rig.volume.replicas == ("disk2", "disk3")
+        await rig.written(1, 9)
+        assert rig.page("disk1", 1) == 1
+        assert rig.disks["disk2"].content == rig.disks["disk3"].content
+        assert [rig.page("disk3", page) for page in range(4)] == [2, 9, 1, 2]
+        assert rig.store.dirty_maps == ()
+
+    with_mirror(scenario)
+
+
+def test_a_write_in_flight_when_a_replica_is_added_is_not_missed_by_it() -> None:
+    async def scenario(rig: MirrorRig) -> None:
+        await rig.written(5, 1)
+        rig.vioses["vios1"].hang()
+        written = rig.write(5, 2)
+        await rig.until(lambda: rig.page("disk2", 5) == 2)
+        rig.add("disk3")
+        await asyncio.sleep(0.2)
+        assert rig.dirty("disk3") > 0
+        rig.vioses["vios1"].resume()
+        await rig.in_sync()
+        assert (written, rig.page("disk3", 5)) == ([0], 2)
+
+    with_mirror(scenario)
+
+
+def test_no_replica_is_retired_while_no_other_one_has_everything() -> None:
+    async def scenario(rig: MirrorRig) -> None:
+        await rig.written(5, 1)
+        rig.vioses["vios2"].kill()
+        await rig.until(lambda: rig.events.stored["disk2"] is STALE)
+        retiring = asyncio.create_task(rig.volume.retire("disk1"))
+        await asyncio.sleep(3)
+        assert rig.events.stored["disk1"] is IN_SYNC
+        rig.restart("vios2")
+        await retiring
+        assert rig.events.stored == {"disk1": ReplicaState.RETIRED, "disk2": IN_SYNC}
+
+    with_mirror(scenario)
+
+
+def test_a_replica_whose_successor_is_lost_while_it_is_retired_stays() -> None:
+    async def scenario(rig: MirrorRig) -> None:
+        rig.events.gate.clear()
+        retiring = asyncio.create_task(rig.volume.retire("disk1"))
+        await rig.until(lambda: rig.events.attempts == 1)
+        rig.vioses["vios2"].kill()
+        await rig.until(lambda: rig.health()["disk2"] == "stale")
+        written = rig.write(5, 7)
+        rig.events.gate.set()
+        await rig.until(lambda: written == [0])
+        assert rig.events.stored == {"disk1": IN_SYNC, "disk2": STALE}
+        rig.restart("vios2")
+        await retiring
+        assert rig.page("disk2", 5) == 7
+
+    with_mirror(scenario)
+
+
+def test_reads_and_writes_in_flight_on_a_retired_replica_are_done_by_the_others() -> None:
+    async def scenario(rig: MirrorRig) -> None:
+        await rig.written(5, 1)
+        rig.add("disk3")
+        await rig.in_sync()
+        retiring = asyncio.create_task(rig.volume.retire("disk1"))
+        rig.vioses["vios1"].hang()
+        written, read = rig.write(6, 2), rig.read(5)
+        await retiring
+        await rig.until(lambda: (written, read) == ([0], [1]))
+
+    with_mirror(scenario)
+
+
+def test_a_volume_of_one_replica_becomes_a_mirror_in_the_middle_of_its_writes() -> None:
+    async def main() -> None:
+        rig = MirrorRig(count=1)
+        plain = rig.plain()
+        await plain.open(5)
+        results: list[list[int]] = [[] for _ in range(PAGES)]
+        for page in range(PAGES):
+            plain.write(page * PAGE, memoryview(bytes([page]) * PAGE), results[page].append)
+        rig.vioses["vios1"].hang()
+        plain.write(0, memoryview(bytes([99]) * PAGE), results[0].append)
+        rig.volume.adopt(plain)
+        rig.add("disk2")
+        assert rig.volume.failovers is plain.failovers
+        await asyncio.sleep(0.2)
+        rig.vioses["vios1"].resume()
+        await rig.in_sync()
+        await rig.until(lambda: results == [[0, 0], *([0] for _ in range(1, PAGES))])
+        await rig.volume.retire("disk1")
+        assert [rig.page("disk2", page) for page in range(PAGES)] == [99, *range(1, PAGES)]
+        assert rig.volume.replicas == ("disk2",)
+        rig.vioses["vios2"].kill()
+        written = rig.write(3, 8)
+        await asyncio.sleep(3)
+        assert written == []
+        rig.restart("vios2")
+        await rig.until(lambda: written == [0] and rig.page("disk2", 3) == 8)
+        await rig.volume.abandon()
+
+    run_simulated(main)
+
+
+def test_a_full_device_is_left_for_one_with_room() -> None:
+    async def main() -> None:
+        rig = MirrorRig(count=1)
+        plain = rig.plain()
+        await plain.open(5)
+        rig.vioses["vios1"].write_error = lambda offset: errno.ENOSPC if offset else 0
+        result: list[int] = []
+        plain.write(5 * PAGE, memoryview(bytes([5]) * PAGE), result.append)
+        await rig.until(lambda: plain.full)
+        rig.volume.adopt(plain)
+        rig.add("disk2")
+        await rig.until(lambda: result == [0])
+        assert rig.page("disk2", 5) == 5
+        await rig.volume.retire("disk1")
+        await rig.volume.abandon()
+
+    run_simulated(main)
+
+
+def test_a_client_that_is_recovered_goes_on_with_the_copy_to_a_new_replica() -> None:
+    async def main() -> None:
+        store = MemoryDirtyStore(PAGES)
+        first = MirrorRig(store=store)
+        await first.volume.open(5)
+        for page in range(PAGES):
+            await first.written(page, page)
+        first.add("disk3")
+        stored = first.events.stored
+        kept = MemoryDirtyStore(PAGES)
+        kept.dirty_map("disk3")[:] = store.dirty_map("disk3")
+        await first.volume.abandon()
+        again = MirrorRig(3, disks=first.disks, stored=stored, store=kept, recover=True, epoch=2)
+        assert again.dirty("disk3") == PAGES
+        await again.volume.open(5)
+        await again.in_sync()
+        assert [again.page("disk3", page) for page in range(PAGES)] == list(range(PAGES))
+        await again.volume.abandon()
+
+    run_simulated(main)

@@ -69,3 +69,30 @@ def list_devices(
         print_json(reached)
     else:
         print_text(overview(reached), *problems(reached))
+
+
+@app.command("replace", epilog="Example: farpage device replace disk1 disk3")
+def replace(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="Name of the device that is to be free.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Name of the device that takes its clients.")],
+    *,
+    background: Annotated[
+        bool, typer.Option("--background", help="Begin only; 'farpage client show NAME' tells how far it is.")
+    ] = False,
+    state: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move every client's volume from one device to another while the clients run.
+
+    Waits for the end, which Ctrl-C does not bring about; exits with 1 when a client could not be moved. Given
+    again, it goes on where it was cut short.
+    """
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.replacing import run_replacement
+    from farpage.cli.wording.device import replaced
+    from farpage.hypervisor.model import ReplaceStage
+
+    replacement = run_replacement(state, old, new, wait=not background)
+    print_json(replacement) if as_json else print_text(replaced(replacement))
+    if any(client.stage is ReplaceStage.FAILED for client in replacement.clients):
+        raise typer.Exit(1)

@@ -9,11 +9,13 @@ from rich.text import Text
 
 from farpage.cli.output import table
 from farpage.cli.sizes import format_size
+from farpage.definition.model import PAGE_BYTES
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from farpage.cli.devices import ViosDevices
+    from farpage.hypervisor.model import DeviceReplacement
     from farpage.vios.model import DeviceInfo
 
 
@@ -40,6 +42,26 @@ def overview(reached: Sequence[ViosDevices]) -> Table:
                 device.id,
             )
             for device in devices.values()
+        ),
+    )
+
+
+def replaced(replacement: DeviceReplacement) -> Table | str:
+    """Return one line per client, with what became of it."""
+    if not replacement.clients:
+        return f"no client has a volume on device {replacement.old}"
+    return table(
+        ["client", "from", "to", "stage", "missing", "problem"],
+        (
+            (
+                client.client,
+                replacement.old,
+                replacement.new,
+                client.stage.value,
+                format_size(client.missing_pages * PAGE_BYTES),
+                client.problem or "-",
+            )
+            for client in replacement.clients
         ),
     )
 

@@ -1,0 +1,208 @@
+"""One device takes the place of another while the clients run: a replica more, a copy, and the old one goes.
+
+How far a client is stands in the definition alone (see `farpage.definition.replacing`), so a replacement that
+was cut short is gone on with by asking for it again: what a worker copies goes on in any case.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from farpage.definition import replacing
+from farpage.definition.model import ReplicaState
+from farpage.errors import FarpageError
+from farpage.hypervisor.clients import Clients
+from farpage.hypervisor.definitions import DefinitionKeeper
+from farpage.hypervisor.errors import ClientElsewhere, NotBeingReplaced, ReplacementUnderWay
+from farpage.hypervisor.model import DeviceReplacement, ReplacedClient, ReplaceStage
+from farpage.volume.paged import ReplicaHealth
+
+log = structlog.get_logger()
+
+POLL_SECONDS: Final = 0.1
+WHAT: Final = "move it to another device"
+
+
+@dataclass
+class _Moved:
+    """One client and how far it is."""
+
+    stage: ReplaceStage = ReplaceStage.WAITING
+    problem: str = ""
+
+
+@dataclass
+class _Replacement:
+    """Two devices by identifier and name, and the clients."""
+
+    old: str
+    new: str
+    old_name: str
+    new_name: str
+    clients: dict[str, _Moved] = field(default_factory=dict)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.task is None or self.task.done()
+
+
+class DeviceReplacements:
+    """The replacements of this hypervisor, the latest one for each device."""
+
+    def __init__(
+        self, clients: Clients, keeper: DefinitionKeeper, alarm: Callable[[str, str, str], None]
+    ) -> None:
+        self._clients = clients
+        self._records = clients.records
+        self._keeper = keeper
+        self._alarm = alarm
+        self._replacements: dict[str, _Replacement] = {}
+
+    async def start(self, old: str, new: str) -> DeviceReplacement:
+        """Begin to move every client from one device to another, one after the other, or go on with that.
+
+        :raise ReplacementUnderWay: the device is being replaced just now.
+        :raise NotReplaceable: it cannot be; nothing is changed.
+        """
+        old_id, new_id, clients = self._records.plan_replacement(old, new)
+        running = self._replacements.get(old_id)
+        if running and not running.done:
+            raise ReplacementUnderWay(running.old_name, running.new_name)
+        devices = self._keeper.current.devices
+        replacement = _Replacement(old_id, new_id, devices[old_id].name, devices[new_id].name)
+        replacement.clients = {client: _Moved() for client in clients}
+        self._replacements[old_id] = replacement
+        log.info("device_replacing", old=replacement.old_name, new=replacement.new_name, clients=clients)
+        replacement.task = asyncio.get_running_loop().create_task(self._run(replacement))
+        return await self._described(replacement)
+
+    async def progress(self, old: str) -> DeviceReplacement:
+        """Tell how far the latest replacement of a device is.
+
+        :raise NotBeingReplaced: there was none since the hypervisor was started.
+        """
+        found = self._replacements.get(replacing.device_named(self._keeper.current, old))
+        if found is None:
+            raise NotBeingReplaced(old)
+        return await self._described(found)
+
+    async def _described(self, replacement: _Replacement) -> DeviceReplacement:
+        return DeviceReplacement(
+            old=replacement.old_name,
+            new=replacement.new_name,
+            done=replacement.done,
+            clients=tuple(
+                [
+                    await self._client(client, moved, replacement.new)
+                    for client, moved in replacement.clients.items()
+                ]
+            ),
+        )
+
+    async def _client(self, client: str, moved: _Moved, new: str) -> ReplacedClient:
+        shown = ReplacedClient(client=client, stage=moved.stage, problem=moved.problem)
+        if moved.stage is not ReplaceStage.COPYING:
+            return shown
+        report = await self._clients.report(client)
+        replica = next((r for r in report.replicas if r.device == new), None) if report else None
+        if replica is None:
+            return shown
+        waits = replica.health is ReplicaHealth.STALE
+        return shown.model_copy(
+            update={
+                "problem": replica.reason if waits else moved.problem,
+                "missing_pages": replica.dirty_pages,
+                "copied_pages": replica.resynced_pages,
+                "rate_bytes": replica.rate_bytes,
+                "eta_seconds": replica.eta_seconds,
+            }
+        )
+
+    async def stop(self) -> None:
+        """Begin nothing more; what has begun is gone on with by another request."""
+        tasks = [r.task for r in self._replacements.values() if r.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # One client after the other
+
+    async def _run(self, replacement: _Replacement) -> None:
+        old, new = replacement.old_name, replacement.new_name
+        for client, moved in replacement.clients.items():
+            try:
+                await self._move(client, moved, replacement)
+            except FarpageError as error:
+                moved.stage, moved.problem = ReplaceStage.FAILED, error.cause
+                log.error("client_not_moved", client=client, old=old, new=new, problem=str(error))
+                self._alarm(
+                    client, "device_not_replaced", f"it is not off device {old} yet: {error.cause}; "
+                    f"'farpage device replace {old} {new}' goes on with it",
+                )  # fmt: skip
+            else:
+                moved.stage, moved.problem = ReplaceStage.DONE, ""
+                log.info("client_moved", client=client, old=old, new=new)
+        if all(moved.stage is ReplaceStage.DONE for moved in replacement.clients.values()):
+            count = len(replacement.clients)
+            log.info("device_replaced", old=old, new=new, clients=count)
+            self._alarm(
+                "", "device_replaced", f"device {new} has taken the place of {old} for {count} clients"
+            )
+
+    async def _move(self, client: str, moved: _Moved, replacement: _Replacement) -> None:
+        """Bring a client from where the definition has it to the end, whatever happens to it meanwhile."""
+        old, new = replacement.old, replacement.new
+        while client in self._keeper.current.clients:
+            states = self._records.replica_states(client)
+            if old not in states:
+                return
+            try:
+                async with self._clients.only(client, WHAT):
+                    copying = await self._step(client, old, new)
+                if copying:
+                    moved.stage, moved.problem = ReplaceStage.COPYING, ""
+                    await self._copied(client, old, new)
+            except FarpageError as error:
+                if error.code not in ("client_busy", "worker_gone", "not_attached", "no_worker"):
+                    raise
+                moved.problem = error.cause
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def _step(self, client: str, old: str, new: str) -> bool:
+        """Take the next step of a client that nothing else is done with; True when its worker has to copy."""
+        records = self._records
+        states = records.replica_states(client)
+        attached = self._clients.attached.get(client)
+        if states.get(old) is ReplicaState.RETIRED:
+            await records.remove_retired(client, old)
+            return False
+        if client in self._clients.unrecovered:
+            await asyncio.sleep(POLL_SECONDS)
+            return False
+        if records.of(client).hypervisor != records.hypervisor:
+            record = records.of(client)
+            raise ClientElsewhere(client, record.hypervisor, record.epoch)
+        if states.get(new) in (None, ReplicaState.RETIRED):
+            await records.begin_replacing(client, new)
+            states = records.replica_states(client)
+        if attached is None:
+            await records.finish_replacing(client, old, new)
+            return False
+        if states[new] is not ReplicaState.IN_SYNC:
+            await self._clients.add_replica(client, attached, new)
+        return True
+
+    async def _copied(self, client: str, old: str, new: str) -> None:
+        """Wait until the new replica has everything, then have the old one retired."""
+        attached = self._clients.attached.get(client)
+        while attached and self._clients.attached.get(client) is attached:
+            if self._records.replica_states(client).get(new) is ReplicaState.IN_SYNC:
+                await self._clients.retire_replica(client, attached, old)
+                return
+            await asyncio.sleep(POLL_SECONDS)

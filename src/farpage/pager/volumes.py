@@ -1,0 +1,97 @@
+"""Makes a client's volume from an order: of one replica, or a mirror, also around a running one."""
+
+from __future__ import annotations
+
+from farpage.address import parse_address
+from farpage.pager.messages import Attach, ReplicaSpec
+from farpage.pager.table import PAGE_BYTES
+from farpage.volume.connector import Endpoint, connect_nbd
+from farpage.volume.dirty import DirtyStore
+from farpage.volume.lease import Leases
+from farpage.volume.mirror import MirrorEvents, MirrorVolume, ReplicaPlace
+from farpage.volume.multipath import MultipathVolume
+from farpage.volume.ownership import Ownership
+from farpage.volume.paged import PagedVolume
+
+
+def make(
+    order: Attach, ownership: Ownership, events: MirrorEvents, store: DirtyStore, leases: Leases
+) -> PagedVolume:
+    """Make the volume of a client that is about to be attached or recovered; it is not open yet."""
+    if len(order.replicas) > 1:
+        return _mirror(order, ownership, events, store, leases)
+    (replica,) = order.replicas
+    return MultipathVolume(
+        order.volume,
+        order.pages * PAGE_BYTES,
+        ownership,
+        list(_endpoints(replica)),
+        connector=connect_nbd,
+        events=events,
+        device=replica.device,
+        device_name=replica.name,
+        leases=leases,
+        path_timeout_seconds=order.path_timeout_seconds,
+    )
+
+
+def _mirror(
+    order: Attach,
+    ownership: Ownership,
+    events: MirrorEvents,
+    store: DirtyStore,
+    leases: Leases,
+    *,
+    empty: bool = False,
+) -> MirrorVolume:
+    return MirrorVolume(
+        order.volume,
+        order.pages * PAGE_BYTES,
+        ownership,
+        [] if empty else [_place(spec) for spec in order.replicas],
+        connector=connect_nbd,
+        events=events,
+        store=store,
+        recover=order.recover,
+        leases=leases,
+        path_timeout_seconds=order.path_timeout_seconds,
+        resync_bytes_per_second=order.resync_bytes_per_second,
+    )
+
+
+def is_repairing(volume: PagedVolume) -> bool:
+    """Tell whether the volume cannot become a mirror just now."""
+    return isinstance(volume, MultipathVolume) and volume.repairing
+
+
+def with_replica(
+    volume: PagedVolume,
+    replica: ReplicaSpec,
+    *,
+    order: Attach,
+    events: MirrorEvents,
+    store: DirtyStore,
+    leases: Leases,
+) -> PagedVolume:
+    """Return the volume with one replica more, a stale one: a mirror, which goes on with its commands."""
+    if isinstance(volume, MultipathVolume):
+        mirror = _mirror(order, volume.ownership, events, store, leases, empty=True)
+        mirror.adopt(volume)
+        volume = mirror
+    assert isinstance(volume, MirrorVolume)
+    volume.add(_place(replica))
+    return volume
+
+
+async def retire(volume: PagedVolume, device: str) -> None:
+    """Take a replica out; returns when it is recorded retired and nothing is sent to it any more."""
+    if isinstance(volume, MirrorVolume):
+        await volume.retire(device)
+
+
+def _place(spec: ReplicaSpec) -> ReplicaPlace:
+    return ReplicaPlace(spec.device, spec.name, spec.state, _endpoints(spec))
+
+
+def _endpoints(replica: ReplicaSpec) -> tuple[Endpoint, ...]:
+    return tuple(Endpoint(spec.vios, parse_address(spec.address), replica.name) for spec in replica.endpoints)
