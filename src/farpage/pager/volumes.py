@@ -52,7 +52,7 @@ def _mirror(
         connector=connect_nbd,
         events=events,
         store=store,
-        recover=order.recover,
+        recover=order.recover and not empty,
         leases=leases,
         path_timeout_seconds=order.path_timeout_seconds,
         resync_bytes_per_second=order.resync_bytes_per_second,
