@@ -23,7 +23,8 @@ from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
 from farpage.volume.ownership import Ownership
-from farpage.volume.paged import MirrorCounts, PagedVolume, ReplicaHealth, ReplicaStatus
+from farpage.volume.paged import MirrorCounts, PagedVolume, ReplicaStatus
+from farpage.volume.state import ReplicaHealth
 from tests.support.blockio import MemoryIO
 
 

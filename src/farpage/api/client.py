@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from farpage.address import Address, UnixAddress, parse_address
 from farpage.api.remote import RemoteError, remote_error
 from farpage.errors import Unreachable
 
+if TYPE_CHECKING:
+    import httpx
+
 Answer = TypeVar("Answer")
 Parameters = Mapping[str, str | int]
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
-
-LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=60)
 
 
 class ControlClient:
@@ -39,16 +40,7 @@ class ControlClient:
     ) -> None:
         self.address = parse_address(address) if isinstance(address, str) else address
         self._who = who
-        # Nothing here is HTTPS; loading the certificates for it would take longer than a whole request.
-        if isinstance(self.address, UnixAddress):
-            transport = httpx.AsyncHTTPTransport(uds=self.address.path, limits=LIMITS, verify=False)
-            base_url = "http://farpage"
-        else:
-            transport = httpx.AsyncHTTPTransport(limits=LIMITS, verify=False)
-            base_url = str(httpx.URL(scheme="http", host=self.address.host, port=self.address.port))
-        self._http = httpx.AsyncClient(
-            transport=transport, verify=False, base_url=base_url, timeout=timeout_seconds, trust_env=False
-        )
+        self._timeout_seconds = timeout_seconds
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,7 +52,29 @@ class ControlClient:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        if "_http" in vars(self):
+            await self._http.aclose()
+
+    @cached_property
+    def _http(self) -> httpx.AsyncClient:
+        # Loaded with the first request: a hypervisor has more urgent things to do when it starts.
+        import httpx
+
+        limits = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=60)
+        # Nothing here is HTTPS; loading the certificates for it would take longer than a whole request.
+        if isinstance(self.address, UnixAddress):
+            transport = httpx.AsyncHTTPTransport(uds=self.address.path, limits=limits, verify=False)
+            base_url = "http://farpage"
+        else:
+            transport = httpx.AsyncHTTPTransport(limits=limits, verify=False)
+            base_url = str(httpx.URL(scheme="http", host=self.address.host, port=self.address.port))
+        return httpx.AsyncClient(
+            transport=transport,
+            verify=False,
+            base_url=base_url,
+            timeout=self._timeout_seconds,
+            trust_env=False,
+        )
 
     async def request(
         self,
@@ -76,6 +90,8 @@ class ControlClient:
         :raise Unreachable: no answer; whether the request was carried out is unknown.
         :raise RemoteError: the answer is an error.
         """
+        import httpx
+
         content = None if body is None else body.model_dump_json().encode()
         headers = {} if content is None else {"content-type": "application/json"}
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_seconds is None else httpx.Timeout(timeout_seconds)

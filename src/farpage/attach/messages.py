@@ -28,7 +28,7 @@ ADDRESS_LIMIT = 1 << 57
 class Message(BaseModel):
     """Base of the messages: immutable, without unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class AttachRequest(Message):

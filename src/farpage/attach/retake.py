@@ -43,7 +43,7 @@ class NotRetaken(FarpageError):
 class MemoryRecord(BaseModel):
     """One client's memory in the words of the kernel; see `ClientMemory` and `ProcessIdentity`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: ClientKind
     pid: int

@@ -1,4 +1,7 @@
-"""What `hypervisor run` and `vios run` do: settings from the command line, then the daemon."""
+"""What `hypervisor run` and `vios run` do: settings from the command line, then the daemon.
+
+What takes long to load is imported by the functions.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from farpage.address import UnixAddress, parse_address
-from farpage.cli.session import wanted
 from farpage.errors import InvalidInput
+from farpage.pager.launch import launch_missing, worker_count, workers_folder
 
 
 def run_hypervisor(
@@ -30,10 +33,14 @@ def run_hypervisor(
 
     :raise InvalidInput: naming the option that is wrong.
     """
+    folder = _made(folder)
+    run_folder = run_folder.expanduser().absolute() if run_folder else folder / "run"
+    # First of all: clients of an earlier process may wait for a worker, which loads while this one does.
+    launched = launch_missing(workers_folder(run_folder), worker_count(workers))
+    from farpage.cli.session import wanted
     from farpage.hypervisor.daemon import run
     from farpage.hypervisor.settings import HypervisorSettings
 
-    folder = _made(folder)
     settings = wanted(
         HypervisorSettings,
         name=name,
@@ -41,7 +48,7 @@ def run_hypervisor(
         control=_unix(control, folder / "control.sock", "--control"),
         attach=_unix(attach, folder / "attach.sock", "--attach"),
         vioses=dict(_named_address(text) for text in vioses),
-        run_dir=run_folder.expanduser().absolute() if run_folder else None,
+        run_dir=run_folder,
         workers=workers,
         path_timeout_seconds=path_timeout_seconds,
         no_path_timeout_seconds=no_path_timeout_seconds,
@@ -49,7 +56,11 @@ def run_hypervisor(
         default_limit_bytes=default_limit_bytes,
         pool_size_bytes=pool_size_bytes,
     )
-    asyncio.run(run(settings))
+    try:
+        asyncio.run(run(settings, launched))
+    finally:
+        for worker in launched:
+            worker.forget()
 
 
 def run_vios(
@@ -65,6 +76,7 @@ def run_vios(
 
     :raise InvalidInput: naming the option that is wrong.
     """
+    from farpage.cli.session import wanted
     from farpage.nbd.eventloop import DataPlaneLoop
     from farpage.vios.daemon import run
     from farpage.vios.settings import ViosSettings

@@ -7,7 +7,7 @@ answered, so no request leaves a half-made client.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -45,6 +45,7 @@ from farpage.pager.messages import (
     Leave,
     Nothing,
     Query,
+    RecordReplicas,
     Rejoin,
     ReplicaSpec,
     RetireReplica,
@@ -332,25 +333,46 @@ class Clients:
         attached.worker.clients.add(client)
         self._pool.limits[client] = attached.limit_bytes
 
+    async def record_replicas(self, wanted: RecordReplicas) -> None:
+        """Store what a client's replicas are worth: in the definition, and for a recovery that cannot read it.
+
+        :raise FarpageError: it may not be stored.
+        """
+        await self.records.record_replicas(wanted)
+        attached = self.attached.get(wanted.client)
+        # One that is being adopted is in the run folder alone.
+        record = attached.record if attached else self.run.record(wanted.client)
+        if record is None or record.order is None or record.order.owner != wanted.owner:
+            return
+        record = record.model_copy(update={"order": _with_states(record.order, wanted.states)})
+        self.run.save(record)
+        if attached:
+            attached.record = record
+
     def current_replicas(self, client: str, order: Attach) -> tuple[ReplicaSpec, ...]:
-        """Return the replicas as the definition has them now, or as they were when it is not known."""
+        """Return the replicas as the definition has them now.
+
+        While that is not known their states are those of `order`, which `record_replicas` keeps up to date.
+        """
         try:
             current = self.records.replicas(client, turn=0)
         except FarpageError:
-            # The ways there are as they were; what each replica is worth may have changed since.
-            states = self.records.replica_states(client)
-            return tuple(
-                replica.model_copy(update={"state": states.get(replica.device, replica.state)})
-                for replica in order.replicas
-                if states.get(replica.device) is not ReplicaState.RETIRED
-            )
+            current = order.replicas
+        states = {replica.device: replica.state for replica in order.replicas}
+        states |= self.records.replica_states(client)
         # In the order of preference that the client had.
         before = {replica.device: replica.endpoints for replica in order.replicas}
         return tuple(
-            replica.model_copy(update={"endpoints": before[replica.device]})
-            if set(before.get(replica.device, ())) == set(replica.endpoints)
-            else replica
+            replica.model_copy(
+                update={
+                    "state": states.get(replica.device, replica.state),
+                    "endpoints": before[replica.device]
+                    if set(before.get(replica.device, ())) == set(replica.endpoints)
+                    else replica.endpoints,
+                }
+            )
             for replica in current
+            if states.get(replica.device) is not ReplicaState.RETIRED
         )
 
     @staticmethod
@@ -608,6 +630,14 @@ class Clients:
                 self._forget(client)
                 await asyncio.to_thread(close_process, attached.memory)
                 self.run.remove(client)
+
+
+def _with_states(order: Attach, states: Mapping[str, ReplicaState]) -> Attach:
+    replicas = tuple(
+        replica.model_copy(update={"state": states.get(replica.device, replica.state)})
+        for replica in order.replicas
+    )
+    return order.model_copy(update={"replicas": replicas})
 
 
 def _intent(client: str, pid: int) -> AttachmentRecord | None:

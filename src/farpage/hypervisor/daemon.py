@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -13,6 +14,7 @@ from farpage.attach.listener import AttachListener
 from farpage.errors import InvalidInput
 from farpage.hypervisor.service import Hypervisor
 from farpage.hypervisor.settings import HypervisorSettings
+from farpage.pager.launch import LaunchedWorker
 
 if TYPE_CHECKING:
     from farpage.api.serve import ControlServer
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-async def run(settings: HypervisorSettings) -> None:
+async def run(settings: HypervisorSettings, launched: Sequence[LaunchedWorker] = ()) -> None:
     """Serve until SIGTERM or SIGINT; then give every client its memory back and stop.
+
+    Data workers that were `launched` before are used.
 
     :raise FarpageError: when it cannot start.
     """
@@ -29,7 +33,7 @@ async def run(settings: HypervisorSettings) -> None:
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_stop.set)
-    hypervisor = Hypervisor(settings)
+    hypervisor = Hypervisor(settings, launched)
     clients = hypervisor.clients
     control_path = _unix_path(settings.control, "control")
     control: ControlServer | None = None

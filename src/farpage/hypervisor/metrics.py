@@ -19,8 +19,7 @@ from farpage.definition.model import PAGE_BYTES
 from farpage.hypervisor.model import ViosStatus
 from farpage.hypervisor.recovery import RecoveryCounts
 from farpage.pager.messages import ClientReport, CounterReport
-from farpage.volume.paged import ReplicaHealth
-from farpage.volume.state import PathState
+from farpage.volume.state import PathState, ReplicaHealth
 
 COUNTERS = {
     "faults": "Page faults answered",

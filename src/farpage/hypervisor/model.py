@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.definition.model import NUMBER_MAX, PAGE_BYTES, Name, Redundancy, ViosRedundancy
 from farpage.pager.progress import ScrubState
-from farpage.volume.paged import ReplicaHealth
-from farpage.volume.state import PathState
+from farpage.volume.state import PathState, ReplicaHealth
 
 PID_MAX = (1 << 22) - 1
 """PID_MAX_LIMIT of a 64-bit kernel (proc_sys_kernel(5), pid_max)."""
@@ -18,7 +17,7 @@ PID_MAX = (1 << 22) - 1
 class Document(BaseModel):
     """Base of the API's documents."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Attachment(enum.StrEnum):

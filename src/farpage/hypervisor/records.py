@@ -309,8 +309,8 @@ class ClientRecords:
         await self._keeper.change(lambda now: replacing.forget(now, client, device, ReplicaState.RETIRED))
 
     def replica_states(self, client: str) -> dict[str, ReplicaState]:
-        """Return what the replicas of a client are worth, by device; nothing when it is not known."""
-        record = self._keeper.current.clients.get(client)
+        """Return what the replicas of a client are worth, by device; nothing when that is not sure."""
+        record = None if self._keeper.unproven else self._keeper.current.clients.get(client)
         return {replica.device: replica.state for replica in record.volumes[0].replicas} if record else {}
 
     def replicas(self, client: str, turn: int) -> tuple[ReplicaSpec, ...]:

@@ -63,10 +63,12 @@ class Recovery:
         self.counts = RecoveryCounts()
         self._ended_regions: list[str] = []
         self._epochs: list[EpochRaised] = []
+        self._definition_known = False
         self._clients = clients
         self._workers = workers
         self._alarm = alarm
         self._tasks: set[asyncio.Task[None]] = set()
+        self._resuming: set[asyncio.Task[None]] = set()
         self._noticed: dict[str, float] = {}
         clients.recover = self.recover
         workers.on_lost = self.worker_lost
@@ -212,6 +214,8 @@ class Recovery:
             raise
         finally:
             os.close(table)
+        # Written again meanwhile, if the worker had a replica's state to record.
+        record = self._clients.run.record(client) or record
         # What the worker goes by may be lifted, while a device is full.
         limit_pages = record.order.limit_pages if record.order else handed.limit_pages
         attached = Attached(record, memory, state, worker, limit_pages * PAGE_BYTES)
@@ -270,20 +274,34 @@ class Recovery:
             # What is where is not known any more. Never zeros: its accesses wait until its process is ended.
             self._clients.unrecovered[client] = record
             self._alarm(client, "not_recovered", str(error))
-            memory.close_descriptors()
+            self._start(self._let_go_at_end(record, memory))
             return
         worker = self._workers.least_loaded()
         attached = Attached(record, memory, state, worker, order.limit_pages * PAGE_BYTES)
         self._clients.take_in(attached)
-        self._start(self.recover(client, attached))
+        task = self._start(self.recover(client, attached))
+        self._resuming.add(task)
+        task.add_done_callback(self._resuming.discard)
+
+    async def _let_go_at_end(self, record: AttachmentRecord, memory: ClientMemory) -> None:
+        """Forget a client that cannot be recovered when its process ends."""
+        try:
+            await _until_gone(memory.pidfd)
+        finally:
+            memory.close_descriptors()
+        del self._clients.unrecovered[record.client]
+        self._ended(record)
 
     def _ended(self, record: AttachmentRecord) -> None:
         self._clients.run.remove(record.client)
         if record.made_for_it and record.kind is ClientKind.REGION:
             self._ended_regions.append(record.client)
+            if self._definition_known:
+                self._start(self.reconcile())
 
     async def reconcile(self) -> None:
         """Record what happened while there was no control process, now that the definition is known."""
+        self._definition_known = True
         epochs, self._epochs = self._epochs, []
         for raised in epochs:
             await self._clients.records.epoch_raised(raised)
@@ -295,14 +313,15 @@ class Recovery:
     # Tasks
 
     async def settled(self, timeout_seconds: float) -> None:
-        """Wait until no recovery is under way any more, but not longer than that."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_seconds)
+        """Wait until the clients that were found are paged again, but not longer than that."""
+        if self._resuming:
+            await asyncio.wait(self._resuming, timeout=timeout_seconds)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def stop(self) -> None:
         """Begin nothing more."""
@@ -319,10 +338,16 @@ async def _end_stranger(process: ProcessIdentity) -> None:
     try:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        gone = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(pidfd, gone.set)
-        await gone.wait()
-        loop.remove_reader(pidfd)
+        await _until_gone(pidfd)
     finally:
         os.close(pidfd)
+
+
+async def _until_gone(pidfd: int) -> None:
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(pidfd, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(pidfd)

@@ -23,6 +23,7 @@ from farpage.attach.memory import ClientKind
 from farpage.attach.retake import MemoryRecord
 from farpage.errors import ExitStatus, FarpageError, InvalidInput
 from farpage.kernel.process import ProcessIdentity
+from farpage.pager.launch import workers_folder
 from farpage.pager.messages import Attach
 
 log = structlog.get_logger()
@@ -46,7 +47,7 @@ class AttachmentRecord(BaseModel):
     removed after the last step of the detachment.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     client: str
     kind: ClientKind
@@ -75,7 +76,7 @@ class RunFolder:
         :raise InvalidInput: it cannot be made or written.
         """
         self.path = path
-        self.workers = path / "workers"
+        self.workers = workers_folder(path)
         self._clients = path / "clients"
         try:
             for folder in (path, self.workers, self._clients):
@@ -120,15 +121,23 @@ class RunFolder:
             with suppress(FileNotFoundError):
                 path.unlink()
 
+    def record(self, client: str) -> AttachmentRecord | None:
+        """Read a client's record; None when there is none that can be read."""
+        path = self._record_path(client)
+        return _read(path) if path.exists() else None
+
     def records(self) -> list[AttachmentRecord]:
         """Read all records."""
-        found: list[AttachmentRecord] = []
-        for path in sorted(self._clients.glob("*.json")):
-            try:
-                found.append(AttachmentRecord.model_validate_json(path.read_bytes()))
-            except (OSError, ValidationError) as error:
-                log.error("attachment_record_unreadable", path=str(path), problem=str(error))
-        return found
+        found = map(_read, sorted(self._clients.glob("*.json")))
+        return [record for record in found if record is not None]
 
     def _record_path(self, client: str) -> Path:
         return self._clients / f"{client}.json"
+
+
+def _read(path: Path) -> AttachmentRecord | None:
+    try:
+        return AttachmentRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        log.error("attachment_record_unreadable", path=str(path), problem=str(error))
+        return None

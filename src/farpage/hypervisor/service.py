@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.stopping import ViosStops
 from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool
+from farpage.pager.launch import LaunchedWorker
 from farpage.pager.messages import (
     AlarmRaised,
     ClientLost,
@@ -55,7 +56,7 @@ RESUME_SECONDS = 5.0
 class Hypervisor:
     """One hypervisor: its VIOS, definition, workers, clients and pool."""
 
-    def __init__(self, settings: HypervisorSettings) -> None:
+    def __init__(self, settings: HypervisorSettings, launched: Iterable[LaunchedWorker] = ()) -> None:
         self.settings = settings
         self.alarms = AlarmLog()
         self.vioses = {name: Vios(name, control) for name, control in settings.vioses.items()}
@@ -65,6 +66,7 @@ class Hypervisor:
             self._worker_event,
             on_request=self._worker_request,
             timeout_seconds=settings.worker_timeout_seconds,
+            launched=launched,
         )
         self.pool = MemoryPool(
             settings.pool_size_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
@@ -245,7 +247,7 @@ class Hypervisor:
         """Answer a worker's question."""
         del descriptors
         if method == "record_replicas":
-            await self.clients.records.record_replicas(RecordReplicas.model_validate(parameters))
+            await self.clients.record_replicas(RecordReplicas.model_validate(parameters))
             return Nothing()
         raise AssertionError(f"unknown request {method!r}")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.definition.model import Name
+from farpage.pager.launch import worker_count
 
 
 class HypervisorSettings(BaseModel):
@@ -48,4 +48,4 @@ class HypervisorSettings(BaseModel):
     @property
     def worker_count(self) -> int:
         """Data workers to start."""
-        return self.workers or len(os.sched_getaffinity(0))
+        return worker_count(self.workers)

@@ -8,8 +8,7 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from farpage.errors import FarpageError
 from farpage.hypervisor.errors import NoWorker
 from farpage.kernel.process import ProcessIdentity, identify
 from farpage.pager.channel import Channel, Handler
-from farpage.pager.control import SOCKET_SUFFIX, socket_path
+from farpage.pager.control import socket_path
+from farpage.pager.launch import SOCKET_SUFFIX, LaunchedWorker, launch
 from farpage.pager.messages import Nothing, WorkerClients
 
 log = structlog.get_logger()
@@ -122,8 +122,9 @@ class WorkerPool:
         *,
         on_request: Handler,
         timeout_seconds: float,
+        launched: Iterable[LaunchedWorker] = (),
     ) -> None:
-        """A worker that does not answer for `timeout_seconds` is killed."""
+        """A worker that does not answer for `timeout_seconds` is killed; those `launched` are used first."""
         self.on_lost: Callable[[WorkerProcess], None] = lambda worker: None
         """Called when a worker is given up."""
         self.on_dead: Callable[[WorkerProcess], None] = lambda worker: None
@@ -133,6 +134,7 @@ class WorkerPool:
         self._on_event = on_event
         self._on_request = on_request
         self._timeout_seconds = timeout_seconds
+        self._launched = list(launched)
         self._folder = Path()
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -146,7 +148,10 @@ class WorkerPool:
         A worker that does not answer is killed. On return there is no other worker than those adopted.
         """
         self._folder = folder
-        found = await asyncio.gather(*map(self._adopt, _sockets(folder)))
+        own = {f"{launched.child.pid}{SOCKET_SUFFIX}" for launched in self._launched}
+        found = await asyncio.gather(
+            *(self._adopt(path) for path in _sockets(folder) if path.name not in own)
+        )
         owners: dict[str, WorkerProcess] = {}
         for worker in found:
             if worker is not None:
@@ -207,17 +212,10 @@ class WorkerPool:
                 log.error("spare_worker_not_started", problem=str(error))
 
     def _spawn(self, index: int) -> WorkerProcess:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            # In a session of its own, so that what ends this process's group leaves the clients their pager.
-            child = subprocess.Popen(
-                [sys.executable, "-m", "farpage.pager", str(theirs.fileno()), str(self._folder)],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        launched = self._launched.pop(0) if self._launched else launch(self._folder)
+        child = launched.child
         worker = WorkerProcess(index, child.pid, os.pidfd_open(child.pid), child)
-        worker.channel = self._channel(worker, ours)
+        worker.channel = self._channel(worker, launched.connection)
         return worker
 
     def _channel(self, worker: WorkerProcess, connection: socket.socket) -> Channel:

@@ -27,6 +27,10 @@ DETACH_READS: Final = 8
 """Reads in flight while a client is detached."""
 
 
+class VolumeFenced(Exception):
+    """Another owner has the volume, so nothing can be brought back from it; says why."""
+
+
 class PagedClient:
     """Pages one client's registered memory against its open volume."""
 
@@ -121,16 +125,22 @@ class PagedClient:
         Waits out whatever a volume waits out. Afterwards the memory is as if it had never been paged.
 
         :raise ClientGone: when the client exits meanwhile.
+        :raise VolumeFenced: another owner has the volume; the client stays paged then, and its accesses wait.
         """
         self.stop_scrub()
         self.eviction.stop()
         self.faults.stopped = True
         # Nothing is written again, and nobody reads the volume after this.
         self._doubts.settle()
-        await self._bring_in_all()
-        while self._still_moving():
-            await self._settle()
+        try:
             await self._bring_in_all()
+            while self._still_moving():
+                await self._settle()
+                await self._bring_in_all()
+        except VolumeFenced:
+            self.faults.stopped = False
+            self.eviction.resume()
+            raise
         try:
             self.space.memory.unregister()
         except OSError as error:
@@ -161,6 +171,8 @@ class PagedClient:
         await asyncio.sleep(0.001)
         if self.space.closed:
             raise ClientGone("the client exited while it was detached")
+        if reason := self.space.volume.ownership.fenced:
+            raise VolumeFenced(reason)
 
     def abandon(self) -> None:
         """Touch the client's memory no more."""

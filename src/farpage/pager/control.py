@@ -20,13 +20,13 @@ import structlog
 from pydantic import BaseModel
 
 from farpage.pager.channel import Answer, Channel, Handler, PeerGone
+from farpage.pager.launch import SOCKET_SUFFIX
 
 log = structlog.get_logger()
 
 KEPT_EVENTS: Final = 1000
 """Events that wait for the next control process; older ones are dropped."""
 
-SOCKET_SUFFIX: Final = ".sock"
 _CREDENTIALS: Final = struct.Struct("3i")
 
 

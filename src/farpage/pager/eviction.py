@@ -54,6 +54,11 @@ class Eviction:
             self._scheduled.cancel()
             self._scheduled = None
 
+    def resume(self) -> None:
+        """Take back `stop`."""
+        self._stopped = False
+        self.wake()
+
     def _excess(self) -> int:
         """Pages that should leave, beyond those that are leaving; between the marks, only once begun.
 

@@ -7,14 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from farpage.attach.memory import ClientKind
 from farpage.definition.model import ReplicaState
 from farpage.pager.progress import ScrubState
-from farpage.volume.paged import ReplicaHealth
-from farpage.volume.state import PathState
+from farpage.volume.state import PathState, ReplicaHealth
 
 
 class Message(BaseModel):
     """Base of the messages."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class EndpointSpec(Message):

@@ -25,7 +25,7 @@ from farpage.kernel.userfaultfd import Userfaultfd
 from farpage.pager import volumes
 from farpage.pager.buffers import BufferPool
 from farpage.pager.channel import Handing
-from farpage.pager.client import PagedClient
+from farpage.pager.client import PagedClient, VolumeFenced
 from farpage.pager.control import ControlLink
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.messages import (
@@ -364,7 +364,11 @@ class Worker:
             self._control.tell("outage", outage)
 
     async def _page_in(self, client: str, attached: _Attached) -> None:
-        await attached.paged.detach()
+        try:
+            await attached.paged.detach()
+        except VolumeFenced as fenced:
+            attached.detaching = None
+            raise ClientFenced(client, str(fenced)) from None
         self._forget(client)
         await self._let_go(attached)
 

@@ -36,11 +36,11 @@ from farpage.volume.full import FullDevice
 from farpage.volume.lease import Leases
 from farpage.volume.link import Held, PathLink, PathStatus
 from farpage.volume.ownership import Ownership
-from farpage.volume.paged import MirrorCounts, ReplicaHealth, ReplicaStatus
+from farpage.volume.paged import MirrorCounts, ReplicaStatus
 from farpage.volume.path import PathEvent
 from farpage.volume.refusal import RefusalKind, refusal_of
 from farpage.volume.rewrite import RewriteGate
-from farpage.volume.state import PathState
+from farpage.volume.state import PathState, ReplicaHealth
 from farpage.volume.watch import AgeWatch
 
 FIRST_PAUSE_SECONDS = 0.05

@@ -6,7 +6,6 @@ to compare what each of them holds, and to put one right.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,17 +17,7 @@ from farpage.blockio import Done, ReadDone
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
 from farpage.volume.ownership import Ownership
-
-
-class ReplicaHealth(enum.StrEnum):
-    """What a replica is good for at the moment, in the words that users see."""
-
-    IN_SYNC = "in_sync"
-    """Has every acknowledged page."""
-    STALE = "stale"
-    """Has missed pages, and cannot be written to now."""
-    RESYNCING = "resyncing"
-    """Gets every new page, and meanwhile what it has missed."""
+from farpage.volume.state import ReplicaHealth
 
 
 @dataclass(frozen=True)

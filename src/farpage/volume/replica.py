@@ -14,8 +14,9 @@ from farpage.volume.dirty import DirtyMap
 from farpage.volume.hedge import Latency
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.pace import Pace
-from farpage.volume.paged import ReplicaHealth, ReplicaStatus
+from farpage.volume.paged import ReplicaStatus
 from farpage.volume.resync import Resync
+from farpage.volume.state import ReplicaHealth
 
 PAGE_SHIFT = 12
 

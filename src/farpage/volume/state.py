@@ -1,4 +1,4 @@
-"""States of a path, in the words that users see."""
+"""States of a path and of a replica, in the words that users see."""
 
 from __future__ import annotations
 
@@ -16,3 +16,14 @@ class PathState(enum.StrEnum):
     """A command is older than `path_timeout`, and no other path could take over yet."""
     FAILED = "failed"
     """Not usable; tried again with growing pauses."""
+
+
+class ReplicaHealth(enum.StrEnum):
+    """What a replica is good for at the moment, in the words that users see."""
+
+    IN_SYNC = "in_sync"
+    """Has every acknowledged page."""
+    STALE = "stale"
+    """Has missed pages, and cannot be written to now."""
+    RESYNCING = "resyncing"
+    """Gets every new page, and meanwhile what it has missed."""
