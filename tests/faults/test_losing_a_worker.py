@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from farpage.attach.process import userfaultfds
 from farpage.embedded.set import EmbeddedSet
+from farpage.errors import FarpageError
 from farpage.hypervisor.model import ClientAttach
 from tests.support.hammer import hammering
 from tests.support.paged_set import PagedSet, until_client
@@ -159,4 +162,34 @@ async def test_nothing_is_left_open_after_workers_were_replaced(
                     await asyncio.sleep(0.02)
             before = descriptors_of(pid)
         assert (await hammer.quit()).wrong == 0
+    await hypervisor.delete_client("vm")
+
+
+async def test_a_worker_killed_while_it_attaches_leaves_the_process_as_it_was(
+    paged: PagedSet, hammer_program: Path
+) -> None:
+    hypervisor = paged.embedded.hypervisor
+    async with hammering(hammer_program, 2048) as hammer:
+        before = descriptors_of(hammer.pid)
+        for vios in paged.embedded.vioses:
+            paged.embedded.kill_vios(vios, signal.SIGSTOP)
+        attaching = asyncio.get_running_loop().create_task(
+            hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        )
+        async with asyncio.timeout(30):
+            while not userfaultfds(hammer.pid):
+                await asyncio.sleep(0.005)
+        await kill_and_wait(await worker_pid(paged.embedded, "client"))
+        for vios in paged.embedded.vioses:
+            paged.embedded.kill_vios(vios, signal.SIGCONT)
+        # Killed before it was told, or before it answered: attached by the next one, or not at all.
+        with suppress(FarpageError):
+            await attaching
+            await hypervisor.detach("vm")
+        assert descriptors_of(hammer.pid) == before
+        await hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        assert (await hammer.check()).wrong == 0
+        await hypervisor.detach("vm")
+        assert (await hammer.quit()).wrong == 0
+    await paged.verify_all()
     await hypervisor.delete_client("vm")

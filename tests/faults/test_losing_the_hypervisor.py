@@ -391,3 +391,26 @@ async def test_descriptors_do_not_pile_up_over_restarts(embedded: EmbeddedSet, h
     finally:
         await region.stop()
     await until_client_is_gone(embedded, "region")
+
+
+async def test_a_client_whose_state_file_is_lost_waits_until_its_process_ends(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    async with hammering(hammer_program, PAGES) as hammer:
+        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        await until_client(embedded.hypervisor, "vm", lambda info: info.on_device_bytes > 0, "paged out")
+        await kill_all(embedded)
+        (embedded.layout.hypervisor_dir / "run" / "clients" / "vm.state").unlink()
+        await embedded.start_hypervisor()
+        assert "not_recovered" in await alarms(embedded)
+        # Its memory reads zeros to nobody, and nobody takes it for another client's.
+        with pytest.raises(RemoteError):
+            await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        hammer.process.kill()
+        async with asyncio.timeout(30):
+            while list((embedded.layout.hypervisor_dir / "run" / "clients").iterdir()):
+                await asyncio.sleep(0.02)
+    async with hammering(hammer_program, PAGES) as hammer:
+        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        await embedded.hypervisor.detach("vm")
+        assert (await hammer.quit()).wrong == 0

@@ -334,7 +334,7 @@ class Clients:
         self._pool.limits[client] = attached.limit_bytes
 
     async def record_replicas(self, wanted: RecordReplicas) -> None:
-        """Store what a client's replicas are worth: in the definition, and for a recovery that cannot read it.
+        """Store what a client's replicas are worth: in the definition, and for a recovery without that.
 
         :raise FarpageError: it may not be stored.
         """

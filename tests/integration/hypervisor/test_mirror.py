@@ -16,6 +16,7 @@ from farpage.definition.model import Redundancy, ReplicaState
 from farpage.errors import FarpageError
 from farpage.hypervisor.model import ClientCreate, ClientInfo
 from tests.support.paged_set import PagedSet, paged_region, running_set
+from tests.support.processes import kill_and_wait, worker_pid
 
 PAGES = 2048
 LIMIT = 512 * 4096
@@ -102,3 +103,20 @@ async def test_deleting_a_mirrored_client_deletes_both_volumes() -> None:
         await paged.embedded.hypervisor.delete_client("client")
         for vios in paged.embedded.vioses.values():
             assert await vios.volumes() == ()
+
+
+async def test_a_worker_killed_with_page_outs_in_flight_leaves_both_replicas_right() -> None:
+    async with mirrored() as paged:
+        await paged.write_all()
+        paged.client.send(f"write 0 {PAGES}")
+        await paged.until(lambda info: any(path.in_flight > 0 for path in info.paths), "in flight")
+        await kill_and_wait(await worker_pid(paged.embedded, "client"))
+        assert await paged.client.answer() == "done"
+        await paged.until_alarm("worker_recovered")
+        await paged.verify_all()
+        await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
+        for lost in ("vios1", "vios2"):
+            paged.signal(lost, signal.SIGKILL)
+            await paged.verify_all()
+            await paged.restart(lost)
+            await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync again")
