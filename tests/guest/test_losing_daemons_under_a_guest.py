@@ -20,7 +20,7 @@ from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.guest.qemu import GuestOptions, QemuGuest
 from farpage.guest.reports import Ended, PassDone
 from farpage.hypervisor.model import ClientAttach, ClientCreate, ClientInfo
-from farpage.volume.paged import ReplicaHealth
+from farpage.volume.state import ReplicaHealth
 from tests.guest.support import BOOT_TIMEOUT_SECONDS, BootGuest
 from tests.guest.test_paging_a_guest import next_pass
 from tests.support.paged_set import until_client
