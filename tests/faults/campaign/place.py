@@ -25,8 +25,7 @@ from farpage.embedded.set import EmbeddedSet, SetSettings, ViosPlacement
 from farpage.errors import FarpageError
 from farpage.hypervisor.model import Attachment, ClientInfo, WorkerInfo
 from farpage.vios.model import DeviceAdd
-from farpage.volume.state import ReplicaHealth
-from farpage.volume.state import PathState
+from farpage.volume.state import PathState, ReplicaHealth
 from tests.faults.campaign.busy import BusyClient, BusyProcess, Findings, compile_stamper
 from tests.faults.campaign.network import NamespaceLink
 from tests.faults.campaign.small_device import SmallDevice
