@@ -27,7 +27,7 @@ DeviceId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4})
 class Record(BaseModel):
     """Base of the definition's records: immutable, without unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ReplicaState(enum.StrEnum):

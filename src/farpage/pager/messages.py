@@ -13,6 +13,7 @@ from farpage.volume.state import PathState, ReplicaHealth
 class Message(BaseModel):
     """Base of the messages."""
 
+    # Each is built when it is first used: processes that clients wait for load this.
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 

@@ -22,7 +22,7 @@ __all__ = [
 class Document(BaseModel):
     """Base of the API's documents."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Health(Document):
