@@ -20,7 +20,7 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.errors import ClientElsewhere, NotBeingReplaced, ReplacementUnderWay
 from farpage.hypervisor.model import DeviceReplacement, ReplacedClient, ReplaceStage
-from farpage.volume.paged import ReplicaHealth
+from farpage.volume.state import ReplicaHealth
 
 log = structlog.get_logger()
 
