@@ -34,6 +34,16 @@ def test_no_seed_violates_anything() -> None:
     assert all(status == 0 for _, status in results), "\n".join(output for output, _ in results)
 
 
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(3090, id="a-repair-of-a-killed-pager-and-a-page-out-of-the-next-one"),
+    ],
+)
+def test_a_seed_that_once_found_a_fault_finds_none(seed: int) -> None:
+    assert not run_seed(seed).violations
+
+
 def test_a_seed_replays_exactly() -> None:
     assert run_seed(7).digest == run_seed(7).digest
 

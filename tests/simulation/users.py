@@ -177,6 +177,7 @@ class PagerUser:
         self.memory = SimulatedMemory(world, self.pages)
         self.guest = Guest(world, self.memory, history)
         self._storage = memoryview(bytearray(self.pages * ENTRY_BYTES))
+        self._repair_mark = memoryview(bytearray(8)).cast("Q")
         self._limit = TightLimit(self._chance.randrange(12, 28), self._chance)
         self._detaching: asyncio.Task[None] | None = None
         self._process: Process
@@ -194,6 +195,7 @@ class PagerUser:
             BUFFERS,
             alarm=lambda kind, message: self._world.note(f"alarm {kind}: {message}"),
             on_gone=lambda: self._world.violated("the pager believes that its client is gone"),
+            repair_mark=self._repair_mark,
         )
         client.space.limit = self._limit
         if self._started:

@@ -46,9 +46,15 @@ class PagedClient:
         on_gone: Callable[[], None],
         on_outage: Callable[[], None] = lambda: None,
         no_path_timeout_seconds: float | None = None,
+        repair_mark: memoryview | None = None,
     ) -> None:
-        """`on_outage` is called when the volume stalls, or its device is full, and when no longer."""
+        """`on_outage` is called when the volume stalls, or its device is full, and when no longer.
+
+        `repair_mark` is kept with the table (`Space.repair_mark`).
+        """
         self.space = Space(memory, table, volume, Limit(limit_pages), buffers, alarm, on_gone)
+        if repair_mark is not None:
+            self.space.repair_mark = repair_mark
         self.faults = Faults(self.space)
         self.eviction = Eviction(self.space, self.faults.admit)
         self.faults.on_pressure = self.eviction.wake
@@ -185,4 +191,5 @@ class PagedClient:
             self._loop.remove_reader(self.space.memory.fileno())
             # These refer to each other in circles; the table's memory must not wait for the collector.
             self.space.table = PageTable(0)
+            self.space.repair_mark = memoryview(bytearray(8)).cast("Q")
             self.space.replacement = Replacement(0)

@@ -1,4 +1,4 @@
-"""Pages that a killed pager was writing out: whether that has reached the volume, nobody knows at first."""
+"""Pages that a killed pager was writing or repairing: has that reached the volume? Nobody knows at first."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ class Doubts:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, pages: Pages, epoch: int) -> None:
-        """Hold pages, all REWRITTEN, until every path was opened under `epoch`."""
+        """Hold pages, all REWRITTEN, and the page under repair, until every path was opened under `epoch`."""
         self._runs = runs_of(pages.tolist())
         self._space.doubtful_pages = len(pages)
+        if self._space.repair_mark[0]:
+            self._space.unwritable_page = self._space.repair_mark[0] - 1
         self._look(epoch)
 
     def _look(self, epoch: int) -> None:
         self._timer = None
-        if not self._runs:
+        if not self._runs and self._space.unwritable_page is None:
             return
         if all(path.epoch >= epoch for path in self._space.volume.status()):
             self.settle()
@@ -46,11 +48,14 @@ class Doubts:
     def settle(self) -> None:
         """Let the pages be written again."""
         runs, self._runs = self._runs, []
+        repaired, self._space.unwritable_page = self._space.unwritable_page, None
+        if repaired is not None:
+            self._space.repair_mark[0] = 0
         self._space.doubtful_pages = 0
         for first, count in runs:
             self._space.table.move(first, count, REWRITTEN, DIRTY)
             self._space.replacement.returned(first, count)
-        if runs:
+        if runs or repaired is not None:
             self._on_settled()
 
     def cancel(self) -> None:

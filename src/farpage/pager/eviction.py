@@ -97,11 +97,15 @@ class Eviction:
         victims.sort()
         freed = self._release_clean([page for page in victims if states[page] == CLEAN])
         dirty = [page for page in victims if states[page] == DIRTY]
+        if space.unwritable_page in dirty:
+            dirty.remove(space.unwritable_page)
+            space.replacement.added(space.unwritable_page)
         if dirty:
             freed += self._write(dirty)
         if freed:
             self._on_room()
-        self.wake()
+        if freed or dirty:
+            self.wake()
 
     def _release_clean_ones(self) -> None:
         """Give back what the volume has already; it has no room for the others, which go on in the queue."""

@@ -149,15 +149,21 @@ class Salvage:
         # The client may have written to the page meanwhile, and may be writing it out: that is its repair.
         if space.closed or not self.still_stored(page, checksum):
             return False
+        if space.unwritable_page is not None:
+            return False  # the mark is taken by a repair of a killed pager; what is wrong is found again
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def done(error: int) -> None:
             if not answer.done():
                 answer.set_result(error)
 
+        # First: should this pager be killed, the next one must know that the repair may yet arrive.
+        space.repair_mark[0] = page + 1
         space.volume.rewrite_replica(device, page * PAGE_BYTES, memoryview(content), done)
         space.volume.push()
-        return await answer == 0
+        error = await answer
+        space.repair_mark[0] = 0
+        return error == 0
 
     def is_stored(self, page: int) -> bool:
         """Tell whether the volume is to hold the page's content, and nothing is changing that."""

@@ -36,6 +36,10 @@ class Space:
     """No device has room: nothing can be written out."""
     doubtful_pages: int = 0
     """Pages that wait until no write of a killed pager can arrive any more."""
+    repair_mark: memoryview = field(default_factory=lambda: memoryview(bytearray(8)).cast("Q"))
+    """One word that outlives the pager: the page that a repair is under way for, plus one; 0 for none."""
+    unwritable_page: int | None = None
+    """The page that a killed pager was repairing: not written before that repair can no longer arrive."""
     closed: bool = False
     """The client is gone or detached: nothing may touch its memory any more."""
 

@@ -4,7 +4,7 @@ A file that the data worker maps, on tmpfs (/run) if possible: whatever is store
 kernel when the process is killed between any two instructions. It holds, in this order, each part from a
 page boundary on:
 
-    header        magic, pages, epoch, and SLOTS slots that name the dirty maps
+    header        magic, pages, epoch, repair mark, and SLOTS slots that name the dirty maps
     page table    ENTRY_BYTES a page (`farpage.pager.table`)
     dirty maps    SLOTS times one byte a page; only those in use take room
 
@@ -34,6 +34,7 @@ _HEADER_BYTES: Final = 4096
 _ALIGNMENT: Final = 4096
 _HEAD: Final = struct.Struct("=8sQQ")
 _EPOCH_WORD: Final = 2
+_REPAIR_WORD: Final = 3
 _SLOTS_AT: Final = 64
 _SLOT_BYTES: Final = 64
 _NAME_BYTES: Final = _SLOT_BYTES - 2
@@ -140,6 +141,11 @@ class StateFile:
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self._words[_EPOCH_WORD] = epoch
+
+    @property
+    def repair_mark(self) -> memoryview:
+        """One word: the page that a repair is under way for, plus one; 0 for none."""
+        return self._words[_REPAIR_WORD : _REPAIR_WORD + 1]
 
     @property
     def table_storage(self) -> memoryview:

@@ -316,6 +316,7 @@ class Worker:
             on_gone=gone,
             on_outage=partial(self._outage, order.client),
             no_path_timeout_seconds=order.no_path_timeout_seconds,
+            repair_mark=state.repair_mark,
         )
         attached = self._clients[order.client] = _Attached(paged, client, memory, state, order)
         self._loop.add_reader(pidfd, gone)

@@ -34,6 +34,13 @@ def test_a_table_is_found_again_as_it_was_left(path: Path) -> None:
     assert again.counts[DIRTY] == again.counts[ON_DEVICE] == 1
 
 
+def test_the_page_under_repair_is_known_afterwards(path: Path) -> None:
+    state = StateFile.create(path, 10)
+    assert list(state.repair_mark) == [0]
+    state.repair_mark[0] = 8
+    assert list(StateFile.open(path).repair_mark) == [8]
+
+
 def test_a_new_file_is_empty_and_private(path: Path) -> None:
     with_old_content = StateFile.create(path, PAGES)
     with_old_content.table_storage[:] = b"\x01" * (PAGES * ENTRY_BYTES)
