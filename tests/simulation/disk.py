@@ -162,7 +162,7 @@ class SimulatedDevice(PagingDevice):
     )
 
     def __init__(self, disk: Disk, process: Process) -> None:
-        self.id = f"00000000-0000-4000-8000-{disk.name:0>12}"
+        self.id = disk.name
         self.name = disk.name
         self.spec = f"dir:/{disk.name}"
         self.size_bytes = 1 << 40
