@@ -131,9 +131,7 @@ class Scenario:
         )
         kinds = PATH_KINDS | WORKER_KINDS
         if guest:
-            kinds |= FLIP_KINDS
-            if not self.mirror:  # a resync would copy what it has read wrong
-                kinds |= FLIP_READ_KINDS
+            kinds |= FLIP_KINDS | FLIP_READ_KINDS
         self.faults = FaultSchedule(world, parts, kinds)
 
     def _open(self) -> None:

@@ -205,6 +205,7 @@ class ModelVolume(MemoryIO):
         self.on_active: Callable[[], None] = lambda: None
         self.on_full: Callable[[bool], None] = lambda _full: None
         self.wanted_pages: Callable[[], npt.NDArray[np.bool_]] | None = None
+        self.wrong_pages: Callable[[int, memoryview], set[int]] | None = None
         self.on_no_path: Callable[[bool], None] = lambda _none: None
 
     @property

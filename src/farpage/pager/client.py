@@ -64,6 +64,7 @@ class PagedClient:
         volume.on_no_path = self.outage.no_path
         volume.on_full = self.outage.full
         volume.wanted_pages = self.space.wanted_pages
+        volume.wrong_pages = self.space.wrong_pages
         self.scrub: Scrub | None = None
         """The latest one."""
         self._doubts = Doubts(self.space, self.eviction.wake)

@@ -14,10 +14,8 @@ from typing import Final
 
 from farpage.pager.checksum import page_checksum, page_checksums
 from farpage.pager.space import Space
-from farpage.pager.table import CLEAN, ON_DEVICE, PAGE_BYTES, READING, runs_of
+from farpage.pager.table import CLEAN, PAGE_BYTES, STORED, runs_of
 
-STORED: Final = (ON_DEVICE, READING, CLEAN)
-"""States in which the volume holds the page's content, and no write of it is in flight."""
 NAMED_PAGES: Final = 8
 """Most pages that an alarm names."""
 

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farpage.pager.buffers import BufferPool
+from farpage.pager.checksum import page_checksums
 from farpage.pager.counters import Counters
 from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.replacement import Replacement
-from farpage.pager.table import DIRTY, POISONED, READING, ZERO, PageTable
+from farpage.pager.table import DIRTY, POISONED, READING, STORED, ZERO, PageTable
 from farpage.volume.paged import PagedVolume
 
 
@@ -59,6 +60,18 @@ class Space:
     def wanted_pages(self) -> NDArray[np.bool_]:
         """Tell which pages' content is on the volume, or about to be, there alone or in memory as well."""
         return np.isin(self.table.states, (ZERO, DIRTY, POISONED), invert=True)
+
+    def wrong_pages(self, first: int, content: memoryview) -> set[int]:
+        """Tell which pages of a run, as the volume returned it, are not what was paged out last.
+
+        Nothing is said of pages that the volume is not to hold, or that a write is in flight for.
+        """
+        checksums, states = self.table.checksums, self.table.state
+        return {
+            page
+            for page, found in enumerate(page_checksums(content), first)
+            if states[page] in STORED and found != checksums[page]
+        }
 
     def waited(self, began_seconds: float, ended_seconds: float) -> None:
         """Count an access that waited for its page."""

@@ -36,6 +36,8 @@ STATE_NAMES: Final = ("zero", "clean", "dirty", "writing", "rewritten", "reading
 
 IN_MEMORY: Final = (CLEAN, DIRTY, WRITING, REWRITTEN)
 """States whose pages take room in the memory pool."""
+STORED: Final = (ON_DEVICE, READING, CLEAN)
+"""States in which the volume holds the page's content, and no write of it is in flight."""
 
 
 class PageTable:

@@ -118,6 +118,7 @@ class MirrorVolume:
         self.on_full: Callable[[bool], None] = lambda _full: None
         self.on_no_path: Callable[[bool], None] = lambda _none: None
         self.wanted_pages: Callable[[], NDArray[np.bool_]] | None = None
+        self.wrong_pages: Callable[[int, memoryview], set[int]] | None = None
         """The pages whose content on the volume will be read before they are written again."""
         self._size_bytes = size_bytes
         self._connector = connector
@@ -182,6 +183,7 @@ class MirrorVolume:
         self.on_no_path = volume.on_no_path
         self.on_full = volume.on_full
         self.wanted_pages = volume.wanted_pages
+        self.wrong_pages = volume.wrong_pages
         self._stalled = not replica.well
         if volume.full:
             self._full.add(volume.device)
@@ -692,6 +694,7 @@ class MirrorVolume:
             replica.pace,
             read=partial(self._read_for, replica),
             write=partial(self._write_copy, replica),
+            wrong=self.wrong_pages,
             on_copied=partial(self._copied, replica),
         )
         again, replica.unrecorded = replica.unrecorded, []

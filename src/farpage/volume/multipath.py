@@ -117,6 +117,7 @@ class MultipathVolume:
         self.on_full: Callable[[bool], None] = lambda _full: None
         self.on_no_path: Callable[[bool], None] = lambda _none: None
         self.wanted_pages: Callable[[], NDArray[np.bool_]] | None = None
+        self.wrong_pages: Callable[[int, memoryview], set[int]] | None = None
         self.on_fenced_server: Callable[[], None] = lambda: None
         """Called when no server can any more carry out a write that was given up."""
         self.gives_up: Callable[[int], bool] = lambda _error: False

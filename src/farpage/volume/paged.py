@@ -63,6 +63,12 @@ class PagedVolume(Protocol):
     wanted_pages: Callable[[], NDArray[np.bool_]] | None
     """Tells which pages' content will be read before they are written again; None for all."""
 
+    wrong_pages: Callable[[int, memoryview], set[int]] | None
+    """`wrong_pages(first, content)` tells which pages of a run that was read are not what they should be.
+
+    None where nobody knows.
+    """
+
     @property
     def epoch(self) -> int:
         """The highest epoch that the volume was opened with."""

@@ -7,6 +7,8 @@ The rules: never two commands for one page in flight on the replica, and new dat
   is dropped.
 - A write that comes while its page is being written here waits for that.
 - A page counts as missed until its copy is acknowledged.
+- What comes with other content than was paged out is read again, in case it was wrong on its way. After a few
+  times it is copied all the same: the checksum of the page tells it from right content on any replica.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from farpage.volume.pace import Pace
 RUN_PAGES: Final = 64
 """256 KiB."""
 RUNS_IN_FLIGHT: Final = 4
+READS_OF_WRONG_PAGE: Final = 3
 
 Read = Callable[[int, int, ReadDone], bool]
 """Start to read from a replica that has everything; False when there is none at the moment."""
@@ -58,6 +61,7 @@ class Resync:
         *,
         read: Read,
         write: Write,
+        wrong: Callable[[int, memoryview], set[int]] | None,
         on_copied: Callable[[], None],
     ) -> None:
         """`busy` holds the pages that a write is in flight for; its owner calls `wake` when it shrinks."""
@@ -66,6 +70,8 @@ class Resync:
         self._pace = pace
         self._read = read
         self._write = write
+        self._wrong = wrong
+        self._wrong_reads: dict[int, int] = {}
         self._on_copied = on_copied
         self._loop = asyncio.get_running_loop()
         self._runs: list[_Run] = []
@@ -131,6 +137,7 @@ class Resync:
             self._ended(run)
             return
         content = memoryview(bytes(payload))  # the payload is valid only now
+        run.overtaken |= self._to_read_again(run, content)
         pieces = self._pieces(run)
         run.writing = len(pieces)
         if not pieces:
@@ -140,9 +147,15 @@ class Resync:
             part = content[at : at + count * PAGE_BYTES]
             self._write(first * PAGE_BYTES, part, partial(self._written, run, first, count))
 
+    def _to_read_again(self, run: _Run, content: memoryview) -> set[int]:
+        wrong = self._wrong(run.first, content) if self._wrong else set()
+        for page in wrong:
+            self._wrong_reads[page] = self._wrong_reads.get(page, 0) + 1
+        return {page for page in wrong if self._wrong_reads[page] < READS_OF_WRONG_PAGE}
+
     @staticmethod
     def _pieces(run: _Run) -> list[tuple[int, int]]:
-        """Return the parts of a run that no newer write has overtaken."""
+        """Return the parts of a run that are right and that no newer write has overtaken."""
         pieces: list[tuple[int, int]] = []
         for page in range(run.first, run.first + run.count):
             if page in run.overtaken:
