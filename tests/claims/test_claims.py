@@ -6,6 +6,7 @@ a hypervisor, and a client whose memory is paged to a quarter of its size.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -163,17 +164,21 @@ async def test_c3_command(claims: Claims) -> None:
     """Commands go through the first VIOS, and those that the definition does not name are refused."""
     first = await claims.paged.active()
     (second,) = set(claims.paged.embedded.vioses) - {first}
+    loop = asyncio.get_running_loop()
+    began = loop.time()
     before = [await claims.scrape(vios) for vios in (first, second)]
     await claims.paged_out()
     await claims.paged.verify_all()
     after = [await claims.scrape(vios) for vios in (first, second)]
-    for metric in ("farpage_volume_reads_total", "farpage_volume_writes_total"):
+    # The standby path is probed with a read, once a second.
+    probes = 1 + int(loop.time() - began)
+    for metric, most in (("farpage_volume_reads_total", probes), ("farpage_volume_writes_total", 0)):
         through_first, through_second = (
             now.value(metric, volume="client") - then.value(metric, volume="client")
             for then, now in zip(before, after, strict=True)
         )
-        assert through_first > 0
-        assert through_second == 0
+        assert through_first > 10 * probes
+        assert through_second <= most
 
     own, definition = await claims.device(claims.own), await claims.definition()
     allowed = definition.devices[own].commands

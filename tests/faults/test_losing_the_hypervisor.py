@@ -28,6 +28,7 @@ from tests.support.paged_set import PagedSet, RegionProcess, running_set, until_
 from tests.support.processes import (
     descriptors_of,
     kill_and_wait,
+    until_no_injector,
     until_no_worker,
     worker_pid,
     workers_running,
@@ -340,6 +341,7 @@ async def test_a_userfaultfd_that_nobody_knew_of_is_closed(
         await kill_all(embedded)
         with pytest.raises(FarpageError):
             await attaching
+        await until_no_injector(hammer.pid)
         if not userfaultfds(hammer.pid):
             outcome = call_in_process(hammer.pid, syscall_numbers().userfaultfd, CREATE_FLAGS)
             assert outcome.result >= 0

@@ -201,7 +201,9 @@ def test_a_client_is_scrubbed(
     assert (status, found.state) == (0, "stopped")
     assert found.pages_done < found.pages_total
 
-    # Pages are read in order, so the first are on the device only, and the last in memory too.
+    # Pages are read in order, so the first are on the device only, and the last in memory too. By the second
+    # time each has been paged out, so those in memory are clean.
+    assert wrong_pages(memory_process) == 0
     (volume,) = running_set.state.rglob("volumes/vm")
     with volume.open("r+b") as file:
         file.seek(4090 * PAGE_BYTES + 7)
