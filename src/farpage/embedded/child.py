@@ -77,7 +77,9 @@ class Child:
         :raise OSError: it cannot be started.
         """
         if self._process is not None:
-            return
+            if self._process.returncode is None:
+                return
+            self._note_end(self._process.returncode)  # its watcher has not got to it yet
         await self._end_watcher()
         self._stopping = False
         await self._spawn()
@@ -139,9 +141,7 @@ class Child:
         loop = asyncio.get_running_loop()
         while self._process is not None:
             started = loop.time()
-            self.last_exit = await self._process.wait()
-            self._process = None
-            self._tell(describe_exit(self.last_exit))
+            self._note_end(await self._process.wait())
             if self._stopping or not self.supervised:
                 return
             if self.last_exit == 0 and not self._restarts_after_success:
@@ -152,6 +152,11 @@ class Child:
                 await self._spawn()
             except OSError as problem:
                 self._tell(f"cannot be started again: {problem}")
+
+    def _note_end(self, status: int) -> None:
+        self.last_exit = status
+        self._process = None
+        self._tell(describe_exit(status))
 
     async def _end_watcher(self) -> None:
         watcher, self._watcher = self._watcher, None
