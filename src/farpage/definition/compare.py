@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from farpage.definition.document import canonical_json
-from farpage.definition.model import Definition
+from farpage.definition.model import Definition, Grant
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,16 @@ def diff(old: Definition, new: Definition) -> tuple[str, ...]:
         *_diff_records("vioses", old.vioses, new.vioses),
         *_diff_records("devices", old.devices, new.devices),
         *_diff_records("clients", old.clients, new.clients),
-        *(f"grants: + {grant}" for grant in new.grants if grant not in old.grants),
-        *(f"grants: - {grant}" for grant in old.grants if grant not in new.grants),
+        *_diff_records("moves", old.moves, new.moves),
+        *(f"grants: + {_grant(grant)}" for grant in new.grants if grant not in old.grants),
+        *(f"grants: - {_grant(grant)}" for grant in old.grants if grant not in new.grants),
     )
+
+
+def _grant(grant: Grant) -> str:
+    """Spell a grant without most of the principal, which may be a token that opens the volume."""
+    device = f" on device {grant.device}" if grant.device else ""
+    return f"{grant.access} volume {grant.volume}{device} for {grant.principal[:4]}..."
 
 
 def _diff_records(where: str, old: Mapping[str, BaseModel], new: Mapping[str, BaseModel]) -> Iterator[str]:

@@ -130,6 +130,43 @@ class DeviceMissing(FarpageError):
 
 
 @dataclass(eq=False)
+class NotMovable(FarpageError):
+    """A client's volume cannot be moved to that device."""
+
+    code = "not_movable"
+    template = "client {client!r} cannot be moved to device {device!r}: {problems}"
+    remedy = "see 'farpage path explain {client} --to {device}'; nothing was changed"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    device: str
+    problems: str
+
+
+@dataclass(eq=False)
+class MoveMissing(FarpageError):
+    """The client is not being moved."""
+
+    code = "move_not_found"
+    template = "client {client!r} is not being moved"
+    remedy = "begin with 'farpage client move {client} --to DEVICE'"
+    exit_status = ExitStatus.NOT_FOUND
+    client: str
+
+
+@dataclass(eq=False)
+class MoveOver(FarpageError):
+    """The move has come too far for this."""
+
+    code = "move_over"
+    template = "the move of client {client!r} is {state}, so {what}"
+    remedy = "see 'farpage client move-status {client}'"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    state: str
+    what: str
+
+
+@dataclass(eq=False)
 class NotReplaceable(FarpageError):
     """One device cannot take the place of another."""
 

@@ -60,6 +60,20 @@ class Access(enum.StrEnum):
 
     READ = "read"
     WRITE = "write"
+    FILL = "fill"
+    """Write pages that are not present yet, and nothing else."""
+
+
+class MoveState(enum.StrEnum):
+    """How far a client's move from one device to another has come."""
+
+    PREPARING = "preparing"
+    """The volume on the target may be opened, and nothing is copied yet: the client's running pager may
+    still write to the source without the target's VIOS. Who opens the volume anew does so over that VIOS."""
+    COPYING = "copying"
+    """The client writes to the source through the target's VIOS alone, and pages are copied."""
+    RETIRING = "retiring"
+    """The target has everything and serves alone; the volume on the source is to be deleted."""
 
 
 class PagingCommand(enum.StrEnum):
@@ -137,11 +151,33 @@ class ClientRecord(Record):
 
 
 class Grant(Record):
-    """Leave for a principal to use a volume."""
+    """Leave for a principal to use a volume, on one device or wherever it is."""
 
     principal: str
     volume: Name
     access: Access
+    device: DeviceId | None = None
+    """None for every device."""
+
+
+class Move(Record):
+    """A client's volume on its way from one device to another, while the client goes on using it.
+
+    The source is what the intermediate client reads, through `source_vios`; the target is what
+    it fills, through `target_vios`, the one VIOS that the client uses meanwhile.
+    """
+
+    volume: Name
+    source: DeviceId
+    target: DeviceId
+    source_vios: Name
+    target_vios: Name
+    principal: str = Field(pattern=r"^[0-9a-f]{16}$")
+    """The intermediate client: its name in the grants, and the token by which it is let in."""
+    state: MoveState
+    paused: bool = False
+    bandwidth_bytes: int | None = Field(default=None, gt=0, le=NUMBER_MAX)
+    """Most that is copied in a second; None for as much as the client leaves."""
 
 
 class Definition(Record):
@@ -153,3 +189,5 @@ class Definition(Record):
     devices: dict[DeviceId, DeviceRecord] = Field(default_factory=dict)
     clients: dict[Name, ClientRecord] = Field(default_factory=dict)
     grants: tuple[Grant, ...] = ()
+    moves: dict[Name, Move] = Field(default_factory=dict)
+    """By client."""

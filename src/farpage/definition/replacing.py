@@ -91,6 +91,8 @@ def _problems(
         client = definition.clients[name]
         if client.hypervisor != asking.hypervisor:
             yield f"client {name} belongs to hypervisor {client.hypervisor!r}"
+        if name in definition.moves:
+            yield f"client {name} is being moved"
         if _holds(client, old) and _holds(client, new):
             if not is_under_way(client, old, new):
                 yield f"client {name} has a replica on {device.name} already"

@@ -23,6 +23,8 @@ from farpage.definition.model import (
     ClientRecord,
     Definition,
     DeviceRecord,
+    Move,
+    MoveState,
     PagingCommand,
     Reach,
     Redundancy,
@@ -66,7 +68,12 @@ class VolumePath:
 
 def problems(definition: Definition) -> tuple[str, ...]:
     """Say everything that is wrong with a document, each naming the field; empty when it is sound."""
-    return (*_device_problems(definition), *_client_problems(definition), *_grant_problems(definition))
+    return (
+        *_device_problems(definition),
+        *_client_problems(definition),
+        *_grant_problems(definition),
+        *_move_problems(definition),
+    )
 
 
 def check(definition: Definition) -> Definition:
@@ -133,6 +140,52 @@ def _grant_problems(definition: Definition) -> Iterator[str]:
     volumes = {volume.name for client in definition.clients.values() for volume in client.volumes}
     for volume in sorted({grant.volume for grant in definition.grants} - volumes):
         yield f"grants: volume {volume!r} is not in the definition"
+    devices = {grant.device for grant in definition.grants if grant.device is not None}
+    for device in sorted(devices - set(definition.devices)):
+        yield f"grants: device {device} is not in the definition"
+
+
+def _move_problems(definition: Definition) -> Iterator[str]:
+    for _ in _twice(move.principal for move in definition.moves.values()):
+        yield "moves: a principal is used twice"
+    for name, move in definition.moves.items():
+        where = f"moves[{name}]"
+        for vios in sorted({move.source_vios, move.target_vios} - set(definition.vioses)):
+            yield f"{where}: VIOS {vios!r} is not in the definition"
+        client = definition.clients.get(name)
+        if client is None:
+            yield f"{where}: client {name!r} is not in the definition"
+            continue
+        replicas = {r.device: r.state for v in client.volumes if v.name == move.volume for r in v.replicas}
+        if not replicas:
+            yield f"{where}.volume: client {name!r} has no volume {move.volume!r}"
+        elif move.source == move.target:
+            yield f"{where}.target: it is the source"
+        else:
+            yield from _replica_problems(where, move, replicas)
+    for name, client in definition.clients.items():
+        under_way = definition.moves.get(name)
+        for volume in client.volumes:
+            for replica in volume.replicas:
+                if replica.state is ReplicaState.COPYING and (
+                    under_way is None or replica.device != under_way.target
+                ):
+                    yield (
+                        f"clients[{name}].volumes[{volume.name}].replicas: the one on device "
+                        f"{replica.device} is copying, and no move fills it"
+                    )
+
+
+def _replica_problems(where: str, move: Move, replicas: Mapping[str, ReplicaState]) -> Iterator[str]:
+    if move.state is MoveState.RETIRING:
+        wanted = {move.source: ReplicaState.RETIRED}
+    else:
+        wanted = {move.source: ReplicaState.IN_SYNC, move.target: ReplicaState.COPYING}
+    for device, state in wanted.items():
+        found = replicas.get(device)
+        if found is not state:
+            is_now = f"is {found}" if found else "is not there"
+            yield f"{where}.state: {move.state}, so the replica on device {device} is {state}; it {is_now}"
 
 
 def unmet_wishes(definition: Definition) -> tuple[str, ...]:
@@ -294,7 +347,7 @@ def add_client(
 
 
 def remove_client(definition: Definition, name: str) -> Definition:
-    """Remove a client, its volumes and the grants on them.
+    """Remove a client, its volumes, the grants on them and its move.
 
     :raise ClientMissing: there is none.
     """
@@ -304,6 +357,7 @@ def remove_client(definition: Definition, name: str) -> Definition:
         definition,
         clients={other: record for other, record in definition.clients.items() if other != name},
         grants=tuple(grant for grant in definition.grants if grant.volume not in gone),
+        moves={other: move for other, move in definition.moves.items() if other != name},
     )
 
 

@@ -28,12 +28,14 @@ class ReplicaSpec(Message):
     """A replica of the client's volume: `device` is the device's identifier, `name` what users call it.
 
     `state` is the one of the definition, `endpoints` the VIOS that serve it, in the order of preference.
+    `source` is the identifier of the device that it is being moved from; empty when it is not.
     """
 
     device: str
     name: str
     state: ReplicaState
     endpoints: tuple[EndpointSpec, ...]
+    source: str = ""
 
 
 class Attach(Message):

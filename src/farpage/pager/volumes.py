@@ -94,4 +94,7 @@ def _place(spec: ReplicaSpec) -> ReplicaPlace:
 
 
 def _endpoints(replica: ReplicaSpec) -> tuple[Endpoint, ...]:
-    return tuple(Endpoint(spec.vios, parse_address(spec.address), replica.name) for spec in replica.endpoints)
+    return tuple(
+        Endpoint(spec.vios, parse_address(spec.address), replica.name, replica.source)
+        for spec in replica.endpoints
+    )

@@ -18,7 +18,7 @@ from farpage.nbd.export import Counters, Export, ExportInfo, Peer
 from farpage.nbd.protocol import NBD_REP_ERR_PLATFORM, NBD_REP_ERR_UNKNOWN
 from farpage.nbd.server import Server
 from farpage.vios.commands import offered_features
-from farpage.vios.errors import LeaseOver
+from farpage.vios.errors import LeaseOver, NotServed
 from farpage.vios.leases import LeaseExport, Leases, parse_lease_name
 from farpage.vios.names import ExportName, parse_export_name, refusal_text
 from farpage.vios.volumes import Located, Volumes
@@ -62,7 +62,7 @@ class VolumeExports:
         if lease_id is not None:
             return self._open_lease(name, lease_id)
         try:
-            wanted = parse_export_name(name)
+            wanted = _plain(parse_export_name(name))
             over = self._leave_to_write(wanted)
             located, volume = await self._volumes.open(wanted.volume, _claim(wanted), over, wanted.device)
         except FarpageError as error:
@@ -114,7 +114,7 @@ class VolumeExports:
         if parse_lease_name(name) is not None:
             return ExportInfo(LeaseExport.size_bytes, description="a lease")
         try:
-            wanted = parse_export_name(name)
+            wanted = _plain(parse_export_name(name))
             located = await self._volumes.find(wanted.volume, wanted.device)
             claim = _claim(wanted)
             if claim is not None:
@@ -192,6 +192,16 @@ async def _close(volume: BlockIO) -> None:
         await volume.close()
     except Exception:
         log.exception("close_failed")
+
+
+def _plain(wanted: ExportName) -> ExportName:
+    """Return a name that asks for a volume as it is.
+
+    :raise NotServed: it asks for part in a move.
+    """
+    if wanted.source or wanted.principal:
+        raise NotServed(wanted.volume)
+    return wanted
 
 
 def _claim(wanted: ExportName) -> Claim | None:

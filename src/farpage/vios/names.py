@@ -3,6 +3,11 @@
 Export names: `VOLUME@EPOCH` for an owner who has made no claim, `VOLUME@EPOCH:OWNER` for one who has,
 `VOLUME@EPOCH:OWNER:LEASE` where its writes stop with a lease, `VOLUME` for a read-only view. `VOLUME/DEVICE`
 in its place names the replica on one device, by the device's identifier, where the VIOS may reach several.
+
+While a volume is moved, its owner opens `VOLUME/TARGET<SOURCE@EPOCH:OWNER` at the target's VIOS: pages
+that are not there yet come from the source. An intermediate client adds its token: it reads
+`VOLUME/SOURCE+PRINCIPAL` and fills `VOLUME/TARGET<SOURCE+PRINCIPAL`; `VOLUME/SOURCE@EPOCH:OWNER+PRINCIPAL` is
+its relay's way for the owner.
 """
 
 from __future__ import annotations
@@ -15,8 +20,10 @@ from farpage.device.errors import VolumeFenced
 from farpage.errors import FarpageError, InvalidInput
 
 _EXPORT = re.compile(
-    r"([a-z0-9][a-z0-9._-]{0,62})(?:/([a-z0-9][a-z0-9-]{0,62}))?"
-    r"(?:@([1-9][0-9]{0,15})(?::([0-9a-f]{16})(?::([0-9a-f]{16}))?)?)?"
+    r"(?P<volume>[a-z0-9][a-z0-9._-]{0,62})"
+    r"(?:/(?P<device>[a-z0-9][a-z0-9-]{0,62})(?:<(?P<source>[a-z0-9][a-z0-9-]{0,62}))?)?"
+    r"(?:@(?P<epoch>[1-9][0-9]{0,15})(?::(?P<owner>[0-9a-f]{16})(?::(?P<lease>[0-9a-f]{16}))?)?)?"
+    r"(?:\+(?P<principal>[0-9a-f]{16}))?"
 )
 
 
@@ -25,7 +32,8 @@ class ExportName:
     """A volume, and the epoch of the owner who opens it; None for a read-only view.
 
     `owner` is the token of the owner's claim, `lease` the identifier of a lease, `device` that of
-    the replica's device; empty for none.
+    the replica's device, `source` that of the device that the replica is copied from, `principal` the
+    token of an intermediate client; empty for none.
     """
 
     volume: str
@@ -33,12 +41,16 @@ class ExportName:
     owner: str = ""
     lease: str = ""
     device: str = ""
+    source: str = ""
+    principal: str = ""
 
     def __str__(self) -> str:
-        volume = f"{self.volume}/{self.device}" if self.device else self.volume
-        if self.epoch is None:
-            return volume
-        return ":".join(filter(None, (f"{volume}@{self.epoch}", self.owner, self.lease)))
+        name = f"{self.volume}/{self.device}" if self.device else self.volume
+        if self.source:
+            name += f"<{self.source}"
+        if self.epoch is not None:
+            name = ":".join(filter(None, (f"{name}@{self.epoch}", self.owner, self.lease)))
+        return f"{name}+{self.principal}" if self.principal else name
 
 
 def parse_export_name(text: str) -> ExportName:
@@ -47,14 +59,22 @@ def parse_export_name(text: str) -> ExportName:
     :raise InvalidInput: it is no export name.
     """
     match = _EXPORT.fullmatch(text)
-    epoch = int(match[3]) if match and match[3] else None
+    epoch = int(match["epoch"]) if match and match["epoch"] else None
     if match is None or (epoch or 0) > NUMBER_MAX:
         raise InvalidInput(
             "export",
             f"{text[:80]!r} is no export name",
             "ask for VOLUME@EPOCH or VOLUME@EPOCH:OWNER, or for VOLUME to read only",
         )
-    return ExportName(match[1], epoch, match[4] or "", match[5] or "", match[2] or "")
+    return ExportName(
+        volume=match["volume"],
+        epoch=epoch,
+        owner=match["owner"] or "",
+        lease=match["lease"] or "",
+        device=match["device"] or "",
+        source=match["source"] or "",
+        principal=match["principal"] or "",
+    )
 
 
 def refusal_text(error: FarpageError) -> str:

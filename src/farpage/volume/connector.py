@@ -13,11 +13,15 @@ from farpage.nbd.client import Connection
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where one VIOS serves the volume."""
+    """Where one VIOS serves the volume; `device` is the device's name.
+
+    `source` is the identifier of the device that the volume is being moved from; empty when it is not.
+    """
 
     vios: str
     address: Address
     device: str
+    source: str = ""
 
 
 class PathConnection(BlockIO, Protocol):

@@ -122,7 +122,9 @@ class PathLink:
         lease = None
         if self._leases is not None and self._ownership.owner:
             lease = await self._leases.at(self.endpoint, timeout_seconds)
-        name = self._ownership.export_name(volume, epoch, lease.identifier if lease else "", self._device)
+        name = self._ownership.export_name(
+            volume, epoch, lease.identifier if lease else "", self._device, self.endpoint.source
+        )
         connection = await self._connector(self.endpoint, name, timeout_seconds)
         if connection.size_bytes < size_bytes:
             connection.abort()

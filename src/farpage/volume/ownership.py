@@ -58,12 +58,16 @@ class Ownership:
 
         return forget
 
-    def export_name(self, volume: str, epoch: int, lease: str = "", device: str = "") -> str:
-        """Return the name that this owner asks a VIOS for: `VOLUME[/DEVICE]@EPOCH[:OWNER[:LEASE]]`.
+    def export_name(
+        self, volume: str, epoch: int, lease: str = "", device: str = "", source: str = ""
+    ) -> str:
+        """Return the name that this owner asks a VIOS for: `VOLUME[/DEVICE[<SOURCE]]@EPOCH[:OWNER[:LEASE]]`.
 
-        `device` is the identifier of the replica's device: the VIOS may reach several replicas.
+        `device` is the identifier of the replica's device: the VIOS may reach several replicas. `source`
+        is that of the device from which the VIOS gets what is not on `device` yet.
         """
-        name = f"{volume}/{device}@{epoch}" if device else f"{volume}@{epoch}"
+        place = f"{device}<{source}" if source else device
+        name = f"{volume}/{place}@{epoch}" if place else f"{volume}@{epoch}"
         if self.owner:
             name += f":{self.owner}"
             if lease:

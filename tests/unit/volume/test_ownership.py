@@ -31,6 +31,11 @@ def test_a_vios_understands_the_names_that_an_owner_asks_for() -> None:
         assert (name.volume, name.epoch, name.owner, name.lease) == ("vm1", 6, owner, wanted_lease)
 
 
+def test_an_owner_says_where_a_volume_on_the_move_comes_from() -> None:
+    name = parse_export_name(Ownership(OWNER, 5).export_name("vm1", 6, "", "d1", "d2"))
+    assert (name.device, name.source, name.epoch, name.owner) == ("d1", "d2", 6, OWNER)
+
+
 def _refused(text: str) -> ServerRefused:
     return ServerRefused("vm1@5", "unix:/v", text, "NBD_REP_ERR_POLICY")
 
