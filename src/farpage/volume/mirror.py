@@ -118,8 +118,9 @@ class MirrorVolume:
         self.on_full: Callable[[bool], None] = lambda _full: None
         self.on_no_path: Callable[[bool], None] = lambda _none: None
         self.wanted_pages: Callable[[], NDArray[np.bool_]] | None = None
-        self.wrong_pages: Callable[[int, memoryview], set[int]] | None = None
         """The pages whose content on the volume will be read before they are written again."""
+        self.wrong_pages: Callable[[int, memoryview], set[int]] | None = None
+        """Which pages of a run that was read are not what they should be; asked before a copy is written."""
         self._size_bytes = size_bytes
         self._connector = connector
         self._leases = leases
