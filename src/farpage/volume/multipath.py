@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from farpage.blockio import CONNECTION_LOST, BlockIO, BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.blockio import CONNECTION_LOST, BlockIO, Done, ReadDone
 from farpage.errors import ExitStatus, FarpageError
 from farpage.volume.command import Command, Finished
 from farpage.volume.connector import Connector, Endpoint
@@ -87,7 +87,7 @@ class ClientFenced(FarpageError):
 
 
 class MultipathVolume:
-    """A `BlockIO` that waits out the loss of servers and paths."""
+    """A `PagedVolume` of one replica that waits out the loss of servers and paths."""
 
     def __init__(
         self,
@@ -155,28 +155,6 @@ class MultipathVolume:
         self._forget_fenced = ownership.when_fenced(self._fenced)
 
     # What it looks like
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the volume."""
-        return self._size_bytes
-
-    @property
-    def read_only(self) -> bool:
-        """Volumes of a client are writable."""
-        return False
-
-    @property
-    def limits(self) -> BlockLimits:
-        """Block size constraints of the active path."""
-        connection = self._active.connection if self._active else None
-        return connection.limits if connection else BlockLimits()
-
-    @property
-    def features(self) -> Feature:
-        """Features of the active path."""
-        connection = self._active.connection if self._active else None
-        return connection.features if connection else Feature.NONE
 
     def status(self) -> list[PathStatus]:
         """Every path, in the order of preference."""
@@ -326,13 +304,9 @@ class MultipathVolume:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         self._watch.cancel()
-        for timer in self._retrying.values():
-            timer.cancel()
-        left = [*self._waiting, *self._retrying, *self._full.abandon()]
-        self._waiting.clear()
-        self._retrying.clear()
+        left = self._take_all()
         for path in self._paths:
-            left += [*path.in_flight, *(command for held in path.held for command in held.commands)]
+            left += path.in_flight
             path.in_flight.clear()
             path.disconnect()
             for held in list(path.held):
@@ -392,22 +366,17 @@ class MultipathVolume:
 
     # Commands: the hot path
 
-    def read_now(self, offset: int, into: memoryview) -> bool:
-        """Never: a volume is always a wire away."""
-        del offset, into
-        return False
-
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         """Read; waits out every failure."""
         self._submit(
             Command(lambda io, end: io.read(offset, length, end), done, length, offset=offset, mutates=False)
         )
 
-    def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
+    def write(self, offset: int, data: memoryview, done: Done) -> None:
         """Write; waits out every failure."""
 
         def start(io: BlockIO, end: Finished) -> None:
-            io.write(offset, data, partial(_end, end), fua=fua)
+            io.write(offset, data, partial(_end, end))
 
         self.carry_out(start, offset, len(data), lambda error, _: done(error))
 
@@ -421,50 +390,13 @@ class MultipathVolume:
         else:
             self._submit(command)
 
-    def zero(
-        self,
-        offset: int,
-        length: int,
-        done: Done,
-        *,
-        punch: bool = True,
-        fast: bool = False,
-        fua: bool = False,
-    ) -> None:
+    def zero(self, offset: int, length: int, done: Done) -> None:
         """Zero; waits out every failure."""
 
         def start(io: BlockIO, end: Finished) -> None:
-            io.zero(offset, length, partial(_end, end), punch=punch, fast=fast, fua=fua)
+            io.zero(offset, length, partial(_end, end))
 
         self.carry_out(start, offset, length, lambda error, _: done(error))
-
-    def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
-        """Trim; waits out every failure."""
-
-        def start(io: BlockIO, end: Finished) -> None:
-            io.trim(offset, length, partial(_end, end), fua=fua)
-
-        self._submit(Command(start, lambda error, _: done(error), length, offset=offset, mutates=True))
-
-    def cache(self, offset: int, length: int, done: Done) -> None:
-        """Ask for read-ahead by the device."""
-
-        def start(io: BlockIO, end: Finished) -> None:
-            io.cache(offset, length, partial(_end, end))
-
-        self._submit(Command(start, lambda error, _: done(error), length, mutates=False))
-
-    def flush(self, done: Done) -> None:
-        """Flush; waits out every failure."""
-
-        def start(io: BlockIO, end: Finished) -> None:
-            io.flush(partial(_end, end))
-
-        self._submit(Command(start, lambda error, _: done(error), 0, mutates=True))
-
-    def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        """Report allocation."""
-        self._submit(Command(lambda io, end: io.extents(offset, length, end), done, length, mutates=False))
 
     def read_replica(
         self, device: str, offset: int, length: int, done: ReadDone, *, other_path: bool = False
