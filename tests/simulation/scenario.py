@@ -15,9 +15,10 @@ from farpage.definition.model import ReplicaState
 from farpage.pager.table import PAGE_BYTES
 from farpage.volume.connector import Endpoint
 from farpage.volume.dirty import MemoryDirtyStore
+from farpage.volume.errors import NoPath
 from farpage.volume.lease import Leases
 from farpage.volume.mirror import MirrorVolume, ReplicaPlace
-from farpage.volume.multipath import MultipathVolume, NoPath
+from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import PagedVolume
 from farpage.volume.recorder import States

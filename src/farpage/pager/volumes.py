@@ -7,8 +7,9 @@ from farpage.pager.messages import Attach, ReplicaSpec
 from farpage.pager.table import PAGE_BYTES
 from farpage.volume.connector import Endpoint, connect_nbd
 from farpage.volume.dirty import DirtyStore
+from farpage.volume.events import MirrorEvents
 from farpage.volume.lease import Leases
-from farpage.volume.mirror import MirrorEvents, MirrorVolume, ReplicaPlace
+from farpage.volume.mirror import MirrorVolume, ReplicaPlace
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import PagedVolume

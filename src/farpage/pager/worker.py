@@ -58,8 +58,8 @@ from farpage.pager.messages import (
 from farpage.pager.statefile import StateFile, StateFileUnusable
 from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.connector import connect_nbd
+from farpage.volume.errors import ClientFenced
 from farpage.volume.lease import Leases
-from farpage.volume.multipath import ClientFenced
 from farpage.volume.ownership import Ownership
 from farpage.volume.recorder import States
 

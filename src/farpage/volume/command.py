@@ -20,7 +20,6 @@ class Command:
         "length_bytes",
         "mutates",
         "offset",
-        "path",
         "start",
         "started_seconds",
     )
@@ -39,6 +38,5 @@ class Command:
         self.length_bytes = length_bytes
         self.mutates = mutates
         self.offset = offset
-        self.path: object = None
         self.started_seconds = 0.0
         self.attempts = 0

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +35,12 @@ from farpage.errors import FarpageError
 from farpage.volume.command import Command, Finished
 from farpage.volume.connector import Connector, Endpoint
 from farpage.volume.dirty import DirtyMap, DirtyStore, MemoryDirtyStore
+from farpage.volume.errors import ClientFenced, NoPath
+from farpage.volume.events import MirrorEvents, ReplicaEvents
 from farpage.volume.failover import FailoverLog
 from farpage.volume.lease import Leases
 from farpage.volume.link import PathStatus
-from farpage.volume.multipath import ClientFenced, MultipathVolume, NoPath, VolumeEvents
+from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.pace import Pace
 from farpage.volume.paged import MirrorCounts, ReplicaStatus
@@ -52,16 +54,6 @@ LOOK_SECONDS = 0.1
 """Pause between two looks whether every server of a replica has heard of a recovery."""
 
 
-class MirrorEvents(VolumeEvents, Protocol):
-    """What a mirror tells its owner, and asks of it."""
-
-    def record_replicas(self, epoch: int, states: States) -> Awaitable[None]:
-        """Store the states of all replicas durably.
-
-        :raise FarpageError: they may not be stored.
-        """
-
-
 @dataclass(frozen=True)
 class ReplicaPlace:
     """A replica: its device, the ways to it, and what the definition says of it."""
@@ -70,21 +62,6 @@ class ReplicaPlace:
     name: str
     state: ReplicaState
     endpoints: tuple[Endpoint, ...]
-
-
-class _ReplicaEvents:
-    """Passes on what one replica's paths tell, but not that accesses wait while other replicas answer."""
-
-    def __init__(self, events: VolumeEvents, is_last: Callable[[], bool]) -> None:
-        self._events = events
-        self._is_last = is_last
-
-    def epoch_raised(self, epoch: int) -> None:
-        self._events.epoch_raised(epoch)
-
-    def alarm(self, kind: str, message: str) -> None:
-        if kind in ("path_failed", "fenced") or self._is_last():
-            self._events.alarm(kind, message)
 
 
 class MirrorVolume:
@@ -156,7 +133,7 @@ class MirrorVolume:
             self.ownership,
             list(place.endpoints),
             connector=self._connector,
-            events=_ReplicaEvents(self._events, lambda: self._is_last(replica)),
+            events=ReplicaEvents(self._events, lambda: self._is_last(replica)),
             device=place.device,
             device_name=place.name,
             leases=self._leases,
@@ -188,7 +165,7 @@ class MirrorVolume:
         self._stalled = not replica.well
         if volume.full:
             self._full.add(volume.device)
-        volume.report_to(_ReplicaEvents(self._events, lambda: self._is_last(replica)))
+        volume.report_to(ReplicaEvents(self._events, lambda: self._is_last(replica)))
         self._enter(replica, ReplicaState.IN_SYNC)
         self._recorder.enter(volume.device, ReplicaState.IN_SYNC)
         for command in volume.outstanding():

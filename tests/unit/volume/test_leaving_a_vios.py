@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from farpage.volume.multipath import NoPath
+from farpage.volume.errors import NoPath
 from tests.support.simulated_loop import run_simulated
 from tests.unit.volume.model import PAGE, Rig
 

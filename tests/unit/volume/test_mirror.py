@@ -10,7 +10,7 @@ import pytest
 
 from farpage.definition.model import ReplicaState
 from farpage.volume.dirty import MemoryDirtyStore
-from farpage.volume.multipath import NoPath
+from farpage.volume.errors import NoPath
 from tests.support.simulated_loop import run_simulated
 from tests.unit.volume.mirror_model import IN_SYNC, PAGES, STALE, MirrorRig
 from tests.unit.volume.model import PAGE, Disk

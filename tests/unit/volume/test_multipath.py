@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from farpage.device.claim import Claim
-from farpage.volume.multipath import ClientFenced, NoPath
+from farpage.volume.errors import ClientFenced, NoPath
 from tests.support.simulated_loop import run_simulated
 from tests.unit.volume.model import OTHER, OWNER, PAGE, Rig
 

@@ -1,0 +1,401 @@
+"""The paths of one volume: which one carries the commands, and what becomes of those of a path that fails.
+
+The rules, in the order in which they matter:
+
+- One path is active and carries the commands; the others stand by, probed.
+- A path fails when its connection ends, when a command is older than the path timeout while another
+  path could take over, or when its server refuses to go on. Without another path it is only
+  *suspect*: an answer that comes late is still an answer.
+- Before a path takes over, the epoch rises and the volume is opened there with the new epoch.
+- Reads in flight on a failed path are replayed at once. Writes in flight are held back, with
+  their data, until the failed server is fenced: its process is gone, or it has accepted a connection of
+  a newer epoch, which it does only after its older I/O has drained, or the lease that they were sent under is
+  over. So a late write of a half-dead server is never the last one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from dataclasses import dataclass
+from typing import Protocol
+
+from farpage.errors import FarpageError
+from farpage.volume.command import Command
+from farpage.volume.dispatch import Dispatch
+from farpage.volume.errors import NoPath
+from farpage.volume.failover import Failover, FailoverLog
+from farpage.volume.link import PathLink
+from farpage.volume.opening import Opening
+from farpage.volume.ownership import Ownership
+from farpage.volume.path import PathEvent
+from farpage.volume.quarantine import Quarantine
+from farpage.volume.state import PathState
+from farpage.volume.upkeep import Upkeep, cause_of
+
+DRAIN_POLL_SECONDS = 0.001
+AWAY_SECONDS = 30.0
+"""A path that was left is tried again by itself after this, should nobody say that its VIOS has stopped."""
+
+BEING_STOPPED = "being stopped"
+
+
+class PathsOwner(Protocol):
+    """What the paths tell their volume, and ask of it."""
+
+    def taken_over(self) -> None:
+        """A path carries the commands: what was held up can go on."""
+
+    def no_path(self, none: bool) -> None:
+        """No path is left, or the last one doesn't answer; with False, one does."""
+
+    def server_fenced(self) -> None:
+        """No server can any more carry out a write that was given up."""
+
+    def full(self, full: bool) -> None:
+        """Writes wait because the device has no room for them; with False, they go on."""
+
+    def gives_up(self, error: int) -> bool:
+        """Tell whether a command that the device refuses ends with the error instead of waiting."""
+
+    def epoch_raised(self, epoch: int) -> None:
+        """Writes go out under a new epoch from now on."""
+
+    def alarm(self, kind: str, message: str) -> None:
+        """Something happened that an operator should look at."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The volume that all paths lead to, and how long a path may take to answer."""
+
+    volume: str
+    size_bytes: int
+    device_name: str
+    path_timeout_seconds: float
+    probe_interval_seconds: float
+
+
+class Paths:
+    """The paths of one volume on one device."""
+
+    def __init__(
+        self,
+        place: Place,
+        links: list[PathLink],
+        ownership: Ownership,
+        owner: PathsOwner,
+    ) -> None:
+        self.links = tuple(links)
+        """In the order of preference."""
+        self.failovers = FailoverLog()
+        self.quarantine = Quarantine(self.links, self._replay, owner.server_fenced)
+        self.commands = Dispatch(
+            self, place.path_timeout_seconds, gives_up=owner.gives_up, on_full=owner.full, alarm=owner.alarm
+        )
+        self._place = place
+        self._opening = Opening(
+            place.volume,
+            place.size_bytes,
+            ownership,
+            place.path_timeout_seconds,
+            lost=self._lost,
+            fenced=self._alarm_fenced,
+        )
+        self._ownership = ownership
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._was_active = False
+        self._written_epoch = 0
+        self._stalled = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._takeover: asyncio.Task[None] | None = None
+        self._activated = asyncio.Event()
+        self._closing = False
+        self._forget_fenced = ownership.when_fenced(self._fenced)
+
+    # What they look like
+
+    @property
+    def epoch(self) -> int:
+        """What the volume is opened with."""
+        return self._opening.epoch
+
+    def reasons(self) -> str:
+        """Say for each path why it does not carry the commands, in one line."""
+        return "; ".join(f"{p.endpoint.vios}: {p.machine.reason}" for p in self.links) or "it has none"
+
+    @property
+    def ready(self) -> bool:
+        """Whether commands are carried out now, and no server can still carry out one that was given up."""
+        active = self.commands.active
+        return (
+            active is not None
+            and self._takeover is None
+            and active.machine.state is PathState.ACTIVE
+            and not self.quarantine
+        )
+
+    @property
+    def answers(self) -> bool:
+        """Whether a path carries commands, as far as `no_path` has told."""
+        return self.commands.active is not None and not self._stalled
+
+    def standby(self) -> PathLink | None:
+        """Return the path that would take over."""
+        return next(
+            (p for p in self.links if p.machine.state is PathState.STANDBY and p.wanted.is_set()), None
+        )
+
+    # From first to last
+
+    def start(self) -> None:
+        """Begin to connect them."""
+        interval = self._place.probe_interval_seconds
+        self._tasks = [
+            self._loop.create_task(Upkeep(path, self, self._ownership, interval).run()) for path in self.links
+        ]
+
+    async def activated(self) -> None:
+        """Wait until one is active, or another owner has the volume."""
+        await self._activated.wait()
+
+    def drop(self, reason: str) -> None:
+        """Give up every one that has something in flight: no command is on its way after it."""
+        active = self.commands.active
+        for path in self.links:
+            if path is not active and path.machine.state is not PathState.FAILED and path.in_flight:
+                self.fail(path, reason)
+        if active:
+            self.fail(active, reason)
+
+    async def stop(self) -> None:
+        """Connect nothing any more."""
+        self._closing = True
+        self._forget_fenced()
+        running = [*self._tasks, *([self._takeover] if self._takeover else [])]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def disconnect(self) -> list[Command]:
+        """Let go of them all; returns the commands that were in flight."""
+        left: list[Command] = []
+        for path in self.links:
+            left += path.in_flight
+            path.in_flight.clear()
+            path.disconnect()
+            for held in list(path.held):
+                path.forget(held)
+        return left
+
+    # Failing
+
+    def refused(self, path: PathLink, error: int, attempts: int) -> bool:
+        """Give a path up whose server refuses to go on, or whose device may work over another one."""
+        if error in (errno.ESHUTDOWN, errno.EPERM) or (
+            error != errno.ENOSPC and attempts < len(self.links) and self.standby() is not None
+        ):
+            self.fail(path, f"the server answered {errno.errorcode.get(error, error)}")
+            return True
+        return False
+
+    def answered(self, path: PathLink) -> None:
+        """Trust a suspect path again."""
+        path.machine.apply(PathEvent.ANSWERED, self._loop.time())
+        self._stalls(False)
+
+    def overdue(self, path: PathLink, reason: str) -> None:
+        """Give the path up if another can take over; else only suspect it: a late answer is still one."""
+        if self.standby() is None:
+            if path.machine.apply(PathEvent.OVERDUE, self._loop.time(), f"{reason}, and no other path"):
+                self._owner.alarm("path_suspect", f"VIOS {path.endpoint.vios}: {path.machine.reason}")
+                self._stalls(True)
+            return
+        self.commands.timed_out(path)
+        self.fail(path, reason)
+
+    def _lost(self, path: PathLink, error: Exception) -> None:
+        self.fail(path, f"connection lost: {cause_of(error)}")
+
+    def fail(self, path: PathLink, reason: str, event: PathEvent = PathEvent.LOST) -> None:
+        """Give a path up: replay its reads, hold its writes, let another take over."""
+        carried = path.machine.carries
+        path.machine.apply(event, self._loop.time(), reason)
+        commands = list(path.in_flight)
+        path.in_flight.clear()
+        reads = [command for command in commands if not command.mutates]
+        writes = [command for command in commands if command.mutates]
+        self.commands.repeat_first(reads)
+        self.commands.repeat(self.quarantine.admit(path, writes))
+        path.disconnect()
+        path.failed.set()
+        if not carried or self._closing:
+            return
+        self.commands.carry_over(None)
+        self.failovers.records.append(
+            Failover(
+                from_vios=path.endpoint.vios,
+                device=self._place.device_name,
+                reason=reason,
+                detected_at_seconds=self._loop.time(),
+                replayed_commands=len(reads),
+                quarantined_bytes=sum(command.length_bytes for command in writes),
+            )
+        )
+        if event is PathEvent.LOST:
+            self._owner.alarm("path_failed", f"VIOS {path.endpoint.vios}: {reason}")
+        self._choose()
+
+    def _stalls(self, stalled: bool) -> None:
+        """Tell whether accesses wait for want of a path that answers."""
+        if stalled is not self._stalled:
+            self._stalled = stalled
+            self._owner.no_path(stalled)
+
+    def _replay(self, writes: list[Command]) -> None:
+        """Repeat writes whose server is fenced."""
+        self.commands.repeat(writes)
+        self.commands.resume()
+
+    # Taking over
+
+    def stands_by(self) -> None:
+        """Let it take over, if none carries the commands."""
+        self._choose()
+
+    def _choose(self) -> None:
+        """Let the first standby path take over, unless a path carries the commands or is about to."""
+        if self.commands.active is not None or self._takeover is not None:
+            return
+        if self._closing or self._ownership.fenced:
+            return
+        path = self.standby()
+        if path is not None:
+            self._takeover = self._loop.create_task(self._take_over(path))
+        elif self._activated.is_set():
+            self._activated.clear()
+            self._owner.alarm(
+                "no_path", "no path is left; accesses to paged-out memory wait until one is back"
+            )
+            self._stalls(True)
+
+    async def _take_over(self, path: PathLink) -> None:
+        problem = ""
+        if self._was_active:
+            self._opening.raise_above(self._written_epoch)
+            path.disconnect()
+            try:
+                await self.open(path)
+            except (FarpageError, OSError) as error:
+                problem = cause_of(error)
+        self._takeover = None
+        if problem or path.connection is None:
+            if path.machine.state is not PathState.FAILED:
+                self.fail(path, problem or "connection lost while it took over")
+            self._choose()
+            return
+        if self._was_active:
+            self._owner.epoch_raised(self.epoch)
+        self._was_active = True
+        self._written_epoch = path.epoch
+        now = self._loop.time()
+        path.machine.apply(PathEvent.ACTIVATED, now)
+        self.commands.carry_over(path)
+        self._activated.set()
+        self._stalls(False)
+        self.failovers.taken_over(self._place.device_name, path.endpoint.vios, now)
+        for other in self.links:
+            if other.held and other.machine.state is PathState.STANDBY:
+                self.fail(other, "to be opened under the newer epoch, which fences it")
+        self.commands.resume()
+        self.commands.push()
+        self._owner.taken_over()
+
+    # Opening
+
+    async def open(self, path: PathLink) -> None:
+        """Open the volume over a path under the present epoch; writes held for its server are replayed then.
+
+        :raise FarpageError: when the server cannot be reached, or refuses.
+        :raise OSError: when it gives no lease.
+        """
+        await self._opening.open(path)
+        self.quarantine.opened(path)
+
+    def _alarm_fenced(self, path: PathLink) -> None:
+        self._owner.alarm(
+            "fenced",
+            f"VIOS {path.endpoint.vios} lets this hypervisor in no more: {self._ownership.fenced}; "
+            "accesses to paged-out memory wait for good",
+        )
+
+    def _fenced(self) -> None:
+        """Give every path up: another owner has the volume. Commands wait until the volume is abandoned."""
+        for path in self.links:
+            self.fail(path, self._ownership.fenced)
+        if self._was_active and self._activated.is_set():
+            self._owner.no_path(True)
+        self._activated.set()  # whoever waits for a path in vain must hear of it
+
+    async def probe(self, path: PathLink) -> None:
+        """Read the volume's first bytes over a path.
+
+        :raise OSError: when the server answers with an error or the connection is lost.
+        :raise TimeoutError: when no answer comes in time.
+        """
+        await self._opening.probe(path)
+
+    # Leaving a VIOS on purpose
+
+    def shun(self, vios: str) -> list[PathLink]:
+        """Connect over a VIOS no more until `rejoin`, or for a while; returns its paths."""
+        leaving = [path for path in self.links if path.endpoint.vios == vios]
+        for path in leaving:
+            path.stay_away(BEING_STOPPED, AWAY_SECONDS)
+        return leaving
+
+    async def leave(self, vios: str) -> None:
+        """Move off a VIOS that is about to stop; on return it has no command any more.
+
+        :raise NoPath: no other path can take over; the VIOS goes on being used then.
+        """
+        leaving = self.shun(vios)
+        await self._settled()
+        if (active := self.commands.active) in leaving and active is not None:
+            self.commands.hold_off()
+            self._takeover = self._loop.create_task(self._hand_over(active))
+            await self._settled()
+        if self.commands.active is None or self.commands.active in leaving:
+            self.rejoin(vios)
+            raise NoPath(self._place.volume, f"no path but the one over VIOS {vios} can carry its commands")
+        for path in leaving:
+            self.fail(path, BEING_STOPPED, PathEvent.LEFT)
+
+    def rejoin(self, vios: str, reason: str = "") -> None:
+        """Try the paths over a VIOS again from now on; until one is back its reason is `reason`."""
+        for path in self.links:
+            if path.endpoint.vios == vios and path.left:
+                path.come_back(reason)
+                if path.machine.state is PathState.FAILED:
+                    path.machine.apply(PathEvent.LEFT, self._loop.time(), reason)
+
+    async def _settled(self) -> None:
+        """Wait until no path is about to take over."""
+        while self._takeover is not None and not self._closing:
+            await asyncio.wait([self._takeover])
+
+    async def _hand_over(self, path: PathLink) -> None:
+        """Let the active path finish what it has, then another one take over; new commands wait meanwhile."""
+        patience_ends = self._loop.time() + self._place.path_timeout_seconds
+        while path is self.commands.active and path.in_flight and self._loop.time() < patience_ends:  # noqa: ASYNC110
+            # Polled: an event would cost every command something.
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        self._takeover = None
+        if self.commands.active is not path:
+            self._choose()  # it was lost meanwhile
+        elif self.standby() is None:
+            self.commands.carry_over(path)
+            self.commands.resume()
+        else:
+            self.fail(path, BEING_STOPPED, PathEvent.LEFT)
