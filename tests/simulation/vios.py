@@ -74,6 +74,7 @@ class SimulatedVios:
                 volumes=volumes,
                 exports=exports,
                 definitions=definitions,
+                handovers=None,  # type: ignore[arg-type]
                 remembered=None,  # type: ignore[arg-type]
             )
             for disk in self.disks:

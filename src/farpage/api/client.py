@@ -81,19 +81,20 @@ class ControlClient:
         method: str,
         path: str,
         *,
-        body: BaseModel | None = None,
+        body: BaseModel | bytes | None = None,
         params: Parameters | None = None,
         timeout_seconds: float | None = None,
     ) -> bytes:
-        """Send one request and return the answer's body.
+        """Send one request, with a document or with bytes as they are, and return the answer's body.
 
         :raise Unreachable: no answer; whether the request was carried out is unknown.
         :raise RemoteError: the answer is an error.
         """
         import httpx
 
-        content = None if body is None else body.model_dump_json().encode()
-        headers = {} if content is None else {"content-type": "application/json"}
+        content = body.model_dump_json().encode() if isinstance(body, BaseModel) else body
+        kind = "application/json" if isinstance(body, BaseModel) else "application/octet-stream"
+        headers = {} if content is None else {"content-type": kind}
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_seconds is None else httpx.Timeout(timeout_seconds)
         try:
             response = await self._http.request(
@@ -134,7 +135,7 @@ class ControlClient:
     async def put(
         self,
         path: str,
-        body: BaseModel,
+        body: BaseModel | bytes,
         answer: type[Answer],
         *,
         params: Parameters | None = None,

@@ -3,10 +3,37 @@
 from __future__ import annotations
 
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 16 << 20
 """A definition of some ten thousand clients."""
+
+
+WHOLE_BODY = "farpage.whole_body"
+"""Where `body_of` finds the way around the bound."""
+
+
+async def body_of(request: Request, max_bytes: int) -> bytearray:
+    """Read a request's body, whose bound only its handler knows.
+
+    :raise HTTPException: 413, when it is longer.
+    """
+    content = bytearray()
+    length = 0
+    more = True
+    while more:
+        message = await request.scope[WHOLE_BODY]()
+        if message["type"] == "http.disconnect":
+            raise HTTPException(400, "the body ended early")
+        part = message.get("body", b"")
+        length += len(part)
+        if length <= max_bytes:
+            content += part
+        more = message.get("more_body", False)
+    if length > max_bytes:
+        raise HTTPException(413, f"the body is longer than {max_bytes} bytes")
+    return content
 
 
 class BodyLimit:
@@ -21,7 +48,8 @@ class BodyLimit:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with a bounded `receive`."""
+        """Pass the request on with a bounded `receive`; a handler that bounds its body has the whole one."""
+        scope[WHOLE_BODY] = receive
         received = 0
 
         async def bounded() -> Message:

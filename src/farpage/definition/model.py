@@ -133,6 +133,19 @@ class VolumeRecord(Record):
     replicas: tuple[Replica, ...] = Field(min_length=1)
 
 
+class Release(Record):
+    """Every page of a client is on its devices, and its page table is stored for who adopts it."""
+
+    hypervisor: Name
+    """Who released it."""
+    epoch: int = Field(ge=1, le=NUMBER_MAX)
+    """Under which its pages were written last; the table is tagged with it."""
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of the table, which is a `farpage.handover`; any other is an older one, or damaged."""
+    adopter: str = Field(default="", pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")
+    """The hypervisor that may attach it; empty while anybody may adopt it."""
+
+
 class ClientRecord(Record):
     """One virtual client: what it has, who owns it and since which epoch."""
 
@@ -148,6 +161,8 @@ class ClientRecord(Record):
     redundancy: Redundancy = Redundancy.PATH
     vios_redundancy: ViosRedundancy = ViosRedundancy.IF_POSSIBLE
     volumes: tuple[VolumeRecord, ...] = Field(min_length=1)
+    released: Release | None = None
+    """None for a client that somebody has, or that has no content."""
 
 
 class Grant(Record):

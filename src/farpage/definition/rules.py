@@ -364,13 +364,18 @@ def remove_client(definition: Definition, name: str) -> Definition:
 def claim(definition: Definition, name: str, owner: str, hypervisor: str, at_least: int = 0) -> Definition:
     """Give a client's volumes to a new owner: the epoch rises by one, or to `at_least` if that is more.
 
-    `owner` is the claim's token, `hypervisor` the name of who makes it.
+    `owner` is the claim's token, `hypervisor` the name of who makes it. A release ends with it.
 
     :raise ClientMissing: there is none.
     """
     client = client_of(definition, name)
     claimed = client.model_copy(
-        update={"epoch": max(client.epoch + 1, at_least), "owner": owner, "hypervisor": hypervisor}
+        update={
+            "epoch": max(client.epoch + 1, at_least),
+            "owner": owner,
+            "hypervisor": hypervisor,
+            "released": None,
+        }
     )
     return next_revision(definition, clients={**definition.clients, name: claimed})
 

@@ -5,19 +5,32 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import FastAPI, Path, Query, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from farpage import __version__
 from farpage.api.errors import create_app
+from farpage.api.limit import body_of
 from farpage.definition.document import canonical_json
 from farpage.definition.model import NUMBER_MAX, Definition, DeviceId, Name
-from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeCreate, VolumeInfo, VolumeOpen
+from farpage.vios.model import (
+    DeviceAdd,
+    DeviceInfo,
+    HandoverInfo,
+    Health,
+    VolumeCreate,
+    VolumeInfo,
+    VolumeOpen,
+)
 from farpage.vios.service import ViosService
 
 VolumeName = Annotated[Name, Path(description="Name of the volume")]
 Epoch = Annotated[int | None, Query(ge=1, le=NUMBER_MAX, description="Epoch of the owner who deletes it")]
+OwnEpoch = Annotated[int, Query(ge=1, le=NUMBER_MAX, description="Epoch of the volume's owner")]
+Owner = Annotated[str, Query(pattern=r"^([0-9a-f]{16})?$", description="Token of the owner's claim")]
 Revision = Annotated[int, Query(ge=0, le=NUMBER_MAX, description="Revision that is replaced")]
+
+BINARY = "application/octet-stream"
 
 
 def make_app(service: ViosService, registry: CollectorRegistry) -> FastAPI:
@@ -71,6 +84,32 @@ def make_app(service: ViosService, registry: CollectorRegistry) -> FastAPI:
     async def open_volume(name: VolumeName, wanted: VolumeOpen) -> VolumeInfo:
         """Claim a volume; answered when no command of an older epoch can reach the device any more."""
         return await service.open_volume(name, wanted.epoch, wanted.owner)
+
+    @app.put("/v1/volumes/{name}/handover", openapi_extra={"requestBody": {"content": {BINARY: {}}}})
+    async def put_handover(
+        name: VolumeName, request: Request, epoch: OwnEpoch, owner: Owner = "", device: DeviceId | None = None
+    ) -> HandoverInfo:
+        """Store the page table of a client that was released, for who adopts it, durably.
+
+        `epoch` and `owner` are those of the volume's owner; what was written to the volume is flushed first.
+        """
+        room_bytes = await service.handover_room(name, device or "", epoch, owner)
+        encoded = await body_of(request, room_bytes)
+        return await service.put_handover(name, device or "", epoch, owner, encoded)
+
+    @app.get(
+        "/v1/volumes/{name}/handover", response_class=Response, responses={200: {"content": {BINARY: {}}}}
+    )
+    async def get_handover(name: VolumeName, device: DeviceId | None = None) -> Response:
+        """Return the page table of a client that was released."""
+        return Response(await service.handover(name, device or ""), media_type=BINARY)
+
+    @app.delete("/v1/volumes/{name}/handover", status_code=204)
+    async def delete_handover(
+        name: VolumeName, epoch: OwnEpoch, owner: Owner = "", device: DeviceId | None = None
+    ) -> None:
+        """Forget a stored page table: the client is attached, and it is true no more."""
+        await service.delete_handover(name, device or "", epoch, owner)
 
     @app.get("/v1/definition", response_model=Definition)
     async def get_definition() -> Response:

@@ -24,6 +24,7 @@ from farpage.errors import InvalidInput
 from farpage.vios.api import make_app
 from farpage.vios.errors import StateInUse
 from farpage.vios.exports import VolumeExports
+from farpage.vios.handovers import Handovers
 from farpage.vios.leases import Leases
 from farpage.vios.metrics import registry_of
 from farpage.vios.remembered import RememberedDevice, RememberedDevices
@@ -90,6 +91,8 @@ async def _start(
     stack.callback(database.close)
     definitions = DefinitionStore(database)
     volumes = Volumes(settings.name, definitions, EpochStore(database))
+    handovers = Handovers(settings.state_dir)
+    volumes.on_deleted = handovers.remove
     service = ViosService(
         name=settings.name,
         loop=asyncio.get_running_loop(),
@@ -97,6 +100,7 @@ async def _start(
         exports=VolumeExports(volumes, Leases(settings.lease_seconds)),
         definitions=definitions,
         remembered=RememberedDevices(database),
+        handovers=handovers,
         told_to_stop=stop,
     )
     await stack.enter_async_context(_draining(service))

@@ -12,6 +12,7 @@ __all__ = [
     "DeviceInfo",
     "ErrorAnswer",
     "ErrorBody",
+    "HandoverInfo",
     "Health",
     "VolumeCreate",
     "VolumeInfo",
@@ -96,3 +97,15 @@ class VolumeOpen(Document):
 
     epoch: int = Field(ge=1, le=NUMBER_MAX)
     owner: str = Field(default="", pattern=r"^([0-9a-f]{16})?$")
+
+
+class HandoverInfo(Document):
+    """`PUT /v1/volumes/{name}/handover`: what is stored of a released client's page table."""
+
+    volume: Name
+    device: DeviceId
+    epoch: int
+    """Under which the pages were written last."""
+    pages: int
+    on_device_pages: int
+    digest: str

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import structlog
 
 from farpage import __version__
+from farpage.blockio import BlockIO, Feature, wait_done
 from farpage.definition.compare import diff
-from farpage.definition.model import Definition
+from farpage.definition.model import PAGE_BYTES, Definition
 from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore
 from farpage.device.base import PagingDevice, Usage
@@ -22,8 +23,10 @@ from farpage.device.errors import DeviceUnusable, VolumeFenced, VolumeMissing
 from farpage.device.open import open_device
 from farpage.device.spec import parse_spec
 from farpage.errors import FarpageError
+from farpage.handover import most_bytes
 from farpage.vios.exports import VolumeExports
-from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeCreate, VolumeInfo
+from farpage.vios.handovers import HandoverMissing, Handovers
+from farpage.vios.model import DeviceAdd, DeviceInfo, HandoverInfo, Health, VolumeCreate, VolumeInfo
 from farpage.vios.remembered import RememberedDevice, RememberedDevices
 from farpage.vios.volumes import Located, Volumes, if_it_answers
 
@@ -48,6 +51,7 @@ class ViosService:
     exports: VolumeExports
     definitions: DefinitionStore
     remembered: RememberedDevices
+    handovers: Handovers
     started_at: float = field(default_factory=time.monotonic)
     told_to_stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Set in `loop`; ends the process."""
@@ -235,6 +239,78 @@ class ViosService:
         """Delete a volume; see `Volumes.delete`."""
         await self._on_data(self.volumes.delete(name, epoch, device))
 
+    # Handovers
+
+    async def handover_room(self, name: str, device: str, epoch: int, owner: str) -> int:
+        """Return how long a handover of a volume may be, for an owner who may store one.
+
+        :raise VolumeMissing: there is no such volume.
+        :raise VolumeFenced: somebody else owns it, or the epoch is not the newest.
+        """
+        return await self._on_data(self._handover_room(name, device, Claim(epoch, owner)))
+
+    async def _handover_room(self, name: str, device: str, claim: Claim) -> int:
+        located = await self.volumes.find(name, device)
+        self.volumes.refuse(located, claim)
+        return most_bytes(located.stat.size_bytes // PAGE_BYTES)
+
+    async def put_handover(
+        self, name: str, device: str, epoch: int, owner: str, encoded: bytearray
+    ) -> HandoverInfo:
+        """Store the page table of a released client beside its volume, after what was written to that.
+
+        :raise VolumeMissing: there is no such volume.
+        :raise VolumeFenced: somebody else owns it, or the epoch is not the newest.
+        :raise HandoverDamaged: the bytes are not a handover of this volume.
+        :raise HandoverNotStored: there is no room.
+        """
+        return await self._on_data(self._put_handover(name, device, Claim(epoch, owner), encoded))
+
+    async def _put_handover(self, name: str, device: str, claim: Claim, encoded: bytearray) -> HandoverInfo:
+        located, volume = await self.volumes.open(name, claim, device_id=device)
+        try:
+            await _flushed(volume, located.device)
+        finally:
+            await volume.close()
+        summary = await located.device.run(self.handovers.store, name, located.stat.id, encoded)
+        log.info("handover_stored", volume=name, device=located.device.name, digest=summary.digest)
+        return HandoverInfo(
+            volume=name,
+            device=located.device.id,
+            epoch=summary.epoch,
+            pages=summary.pages,
+            on_device_pages=summary.on_device_pages,
+            digest=summary.digest,
+        )
+
+    async def handover(self, name: str, device: str) -> bytes:
+        """Return the stored page table of a released client.
+
+        :raise VolumeMissing: there is no such volume.
+        :raise HandoverMissing: none is stored here.
+        """
+        return await self._on_data(self._handover(name, device))
+
+    async def _handover(self, name: str, device: str) -> bytes:
+        located = await self.volumes.find(name, device)
+        encoded = await located.device.run(self.handovers.load, located.stat.id)
+        if encoded is None:
+            raise HandoverMissing(self.name, name)
+        return encoded
+
+    async def delete_handover(self, name: str, device: str, epoch: int, owner: str) -> None:
+        """Forget a stored page table, if there is one: it is not that of the client any more.
+
+        :raise VolumeMissing: there is no such volume.
+        :raise VolumeFenced: somebody else owns it, or the epoch is not the newest.
+        """
+        await self._on_data(self._delete_handover(name, device, Claim(epoch, owner)))
+
+    async def _delete_handover(self, name: str, device: str, claim: Claim) -> None:
+        located = await self.volumes.find(name, device)
+        self.volumes.refuse(located, claim)
+        await located.device.run(self.handovers.remove, located.stat.id)
+
     # Definition
 
     async def put_definition(self, expected_revision: int, definition: Definition) -> Definition:
@@ -283,3 +359,13 @@ class ViosService:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def _flushed(volume: BlockIO, device: PagingDevice) -> None:
+    """Wait until all that was written to a volume is where a power failure leaves it.
+
+    :raise DeviceUnusable: the device does not say so.
+    """
+    if Feature.FLUSH in volume.features and (error := await wait_done(volume.flush)):
+        problem = f"what was written may be lost: {os.strerror(error)}"
+        raise DeviceUnusable(device.spec, problem, "look after the storage, then try again")

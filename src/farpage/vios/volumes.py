@@ -82,6 +82,8 @@ class Volumes:
         self._defined: tuple[Definition, dict[str, tuple[int, str]]] = (Definition(), {})
         self._claims: dict[str, _CountedLock] = {}
         self.holders: Holders = Nobody()
+        self.on_deleted: Callable[[str], None] = lambda volume_id: None
+        """Called in a thread with the identifier of a volume that was deleted."""
 
     # Devices
 
@@ -193,6 +195,7 @@ class Volumes:
                 await device.run(lambda: device.delete_volume(name, force=True))
         self._seen.pop(volume_id, None)
         await device.run(self._epochs.forget, volume_id)
+        await device.run(self.on_deleted, volume_id)
         log.info("volume_deleted", volume=name, device=device.name, epoch=epoch)
 
     # Ownership
