@@ -170,6 +170,29 @@ class Connection:
         else:
             command.on_read = done
 
+    def read_into(self, offset: int, into: memoryview, done: Done) -> None:
+        """Fill `into`, which is the connection's alone until `done`; what is long is received right there."""
+        length = len(into)
+        self._check_range(offset, length)
+        step = self.limits.maximum
+        if length > step:
+            joined = _Joined(done, -(-length // step))
+            for at in range(0, length, step):
+                self.read_into(offset + at, into[at : at + step], joined.part_done)
+            return
+        command = self._start(p.NBD_CMD_READ, 0, offset, length)
+        if command is None:
+            done(CONNECTION_LOST)
+            return
+
+        def arrived(error: int, payload: memoryview | None) -> None:
+            if payload is not None and payload is not into:
+                into[:] = payload
+            done(error)
+
+        command.into = into
+        command.on_read = arrived
+
     def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
         """Write; `data` is sent from where it is."""
         data = data.cast("B") if data.format != "B" or data.ndim != 1 else data

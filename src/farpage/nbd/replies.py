@@ -38,6 +38,7 @@ class Command:
         "data",
         "error",
         "extents",
+        "into",
         "length",
         "offset",
         "on_done",
@@ -56,6 +57,8 @@ class Command:
         self.on_done: Done | None = None
         self.on_extents: ExtentsDone | None = None
         self.error = 0
+        self.into: memoryview | None = None
+        """Where a READ's reply is to be put together; None for a buffer of its own."""
         self.data: memoryview | None = None
         """Where the reply is put together if it does not come in one piece."""
         self.covered: list[tuple[int, int]] = []
@@ -74,7 +77,7 @@ class Command:
     def assembly(self) -> memoryview:
         """Return the buffer for the whole of a READ."""
         if self.data is None:
-            self.data = memoryview(bytearray(self.length))
+            self.data = self.into if self.into is not None else memoryview(bytearray(self.length))
         return self.data
 
     def cover(self, start: int, stop: int) -> None:
@@ -332,6 +335,8 @@ class ReplyStream:
         command.cover(start, start + length)
         if length == command.length and length <= len(_ZEROES):
             command.data = _ZEROES[:length]
+        elif command.into is not None:
+            command.assembly()[start : start + length] = bytes(length)
         else:
             command.assembly()  # new memory is zeros, and no chunk may fill a range twice
 

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from farpage.address import TcpAddress
-from farpage.blockio import Allocation, BlockLimits, Extent, Feature
+from farpage.blockio import CONNECTION_LOST, Allocation, BlockLimits, Extent, Feature
 from farpage.nbd.client import Connection, list_exports
 from tests.support.blockio import ALL_FEATURES, MemoryIO
 from tests.support.commands import condition, extents_of, read_bytes, wait_done, write_bytes
@@ -37,6 +37,37 @@ async def test_what_was_written_is_read_back(transport: int, structured: bool) -
             assert await read_bytes(connection, offset, length) == data
             assert volume.content[offset : offset + length] == data
         await connection.close()
+
+
+@pytest.mark.parametrize("length", [4096, 100_000, 300_000, 3 << 20, 5 << 20])
+async def test_a_read_fills_the_callers_memory_with_data_and_holes(length: int, structured: bool) -> None:
+    volume = MemoryIO(8 << 20, limits=BlockLimits(1, 4096, 4 << 20))
+    chance = random.Random(length)
+    for at in range(0, len(volume.content), 64 << 10):
+        if chance.random() < 0.5:
+            volume.content[at : at + 4096] = chance.randbytes(4096)
+    async with serving({"v": volume}) as serving_:
+        connection = await Connection.open(serving_.address, "v", structured_replies=structured)
+        into = memoryview(bytearray(b"\xff" * (length + 2)))
+        offset = chance.randrange(connection.size_bytes - length)
+        assert await wait_done(lambda d: connection.read_into(offset, into[1:-1], d)) == 0
+        assert into[1:-1] == volume.content[offset : offset + length]
+        assert (into[0], into[-1]) == (255, 255)
+        await connection.close()
+
+
+async def test_a_read_into_memory_that_fails_or_is_cut_off_says_so() -> None:
+    volume = MemoryIO(1 << 20)
+    async with serving({"v": volume}) as serving_:
+        connection = await Connection.open(serving_.address, "v")
+        volume.content[:] = b"x" * (1 << 20)
+        volume.errors["read"] = errno.EIO
+        assert (
+            await wait_done(lambda d: connection.read_into(0, memoryview(bytearray(1 << 19)), d)) == errno.EIO
+        )
+        connection.abort()
+        lost = await wait_done(lambda d: connection.read_into(0, memoryview(bytearray(4096)), d))
+        assert lost == CONNECTION_LOST
 
 
 async def test_commands_reach_the_volume_with_their_flags() -> None:
