@@ -6,10 +6,15 @@ import json
 import os
 import select
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Found = TypeVar("Found")
+
+EVENTUALLY_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,15 @@ class Answer:
 
 
 Farpage = Callable[..., Answer]
+
+
+def eventually(look: Callable[[], Found], good: Callable[[Found], bool]) -> Found:
+    """Look again until what is found is good, for what a set does by itself within moments; return it."""
+    deadline = time.monotonic() + EVENTUALLY_SECONDS
+    while not good(found := look()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    return found
 
 
 def read_document(process: subprocess.Popen[str]) -> Any:

@@ -21,11 +21,12 @@ def create_api(embedded: EmbeddedSet, loop: asyncio.AbstractEventLoop) -> FastAP
     async def start(name: str) -> ViosStarted:
         was_running = embedded.vios_pid(name) is not None
         await embedded.start_vios(name)
+        await embedded.tell_hypervisor()
         return ViosStarted(vios=name, pid=embedded.vios_pid(name) or 0, was_running=was_running)
 
     @app.post("/v1/vioses/{name}/start")
     async def start_vios(name: Annotated[Name, Path(description="Name of the VIOS")]) -> ViosStarted:
-        """Start a VIOS that was stopped; answered when it answers. One that runs is left alone."""
+        """Start a VIOS that was stopped; answered when the hypervisor uses it. One that runs is left be."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(start(name), loop))
 
     return app

@@ -129,9 +129,11 @@ class HypervisorControl(_Control):
         wanted = DefinitionPromote(vios=vios, force=force)
         return await self._client.post("/v1/definition/promote", wanted, DefinitionPromotion)
 
-    async def refresh_devices(self) -> Definition:
-        """Have the hypervisor record which devices the VIOSes reach."""
-        return await self._client.post("/v1/devices/refresh", None, Definition)
+    async def refresh_devices(self, *, timeout_seconds: float | None = None) -> Definition:
+        """Have the hypervisor record which devices the VIOSes reach, and use those that are back."""
+        return await self._client.post(
+            "/v1/devices/refresh", None, Definition, timeout_seconds=timeout_seconds
+        )
 
     async def replace_device(self, old: str, new: str) -> DeviceReplacement:
         """Begin to move every client from a device to another one."""
@@ -155,7 +157,7 @@ class SetControl(_Control):
         super().__init__(address, "'farpage up'")
 
     async def start_vios(self, name: str) -> ViosStarted:
-        """Start a VIOS that was stopped; returns when it answers."""
+        """Start a VIOS that was stopped; returns when the hypervisor uses it."""
         return await self._client.post(f"/v1/vioses/{name}/start", None, ViosStarted, timeout_seconds=90.0)
 
 

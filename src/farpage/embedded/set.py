@@ -200,6 +200,11 @@ class EmbeddedSet:
         self._vios_child(name)
         await self._start_vios(name)
 
+    async def tell_hypervisor(self) -> None:
+        """Have the hypervisor look at its VIOSes now, not just with its next look; it may be away itself."""
+        with contextlib.suppress(FarpageError):
+            await self.hypervisor.refresh_devices(timeout_seconds=PROBE_TIMEOUT_SECONDS)
+
     def supervise_hypervisor(self, supervised: bool) -> None:
         """Say whether a hypervisor that dies is started again by itself."""
         self._hypervisor_child.supervised = supervised

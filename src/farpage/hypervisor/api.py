@@ -250,7 +250,7 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
 
     @app.post("/v1/devices/refresh")
     async def refresh_devices() -> Definition:
-        """Ask the VIOS for their devices and record them in the definition."""
+        """Ask the VIOS for their devices and record them in the definition, which those that are back get."""
         return await on_loop(hypervisor.refresh_devices())
 
     @app.post("/v1/devices/{old}/replace", status_code=HTTPStatus.ACCEPTED)

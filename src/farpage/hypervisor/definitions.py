@@ -106,6 +106,8 @@ class DefinitionKeeper:
         """VIOS that may have a newer copy than `current`, and why it is not known; empty when none may."""
         self.repairs: Counter[str] = Counter()
         """Copies that were brought up to date, by VIOS."""
+        self.missed = asyncio.Event()
+        """Set when a change was made that some VIOS has not got: it is worth another look at once."""
         self._vioses = vioses
         self._copy = own
         self._own: Definition | None = None
@@ -338,7 +340,8 @@ class DefinitionKeeper:
     async def _store(self, changed: Definition) -> bool:
         """Store a successor of `current` in every VIOS that answers; False when one has a newer document.
 
-        A VIOS that did not answer when it was last asked is left out: it is repaired when it is back.
+        A VIOS that did not answer when it was last asked is left out, since one that hangs would hold up
+        every change: it is repaired when it is back.
         """
         asked = [vios for vios in self._vioses.values() if vios.reachable]
         outcomes = await asyncio.gather(
@@ -369,6 +372,7 @@ class DefinitionKeeper:
             await self._repair(self._vioses[name], found)
         for problem in problems:
             log.warning("definition_not_stored", problem=problem, revision=changed.revision)
+            self.missed.set()
         return True
 
 

@@ -147,19 +147,26 @@ class Hypervisor:
 
     async def _watch_vioses(self) -> None:
         while True:
-            await asyncio.sleep(HEALTH_INTERVAL_SECONDS)
-            came_back = await self._ask_all()
-            for vios in came_back:
-                log.info("vios_back", vios=vios.name)
-            was_unproven = self.keeper.unproven
-            if was_unproven:
-                await self.keeper.load()
-            for vios in self.vioses.values():
-                if vios in came_back or self._differs(vios):
-                    await self.keeper.repair(vios)
-            if came_back or (was_unproven and not self.keeper.unproven):
-                await self._record_all()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEALTH_INTERVAL_SECONDS):
+                    await self.keeper.missed.wait()
+            self.keeper.missed.clear()
+            await self._look_at_vioses()
             await self.clients.clear_leftovers()
+
+    async def _look_at_vioses(self) -> None:
+        """Ask every VIOS how it is, and give those the definition that have missed some of it."""
+        came_back = await self._ask_all()
+        for vios in came_back:
+            log.info("vios_back", vios=vios.name)
+        was_unproven = self.keeper.unproven
+        if was_unproven:
+            await self.keeper.load()
+        for vios in self.vioses.values():
+            if vios in came_back or self._differs(vios):
+                await self.keeper.repair(vios)
+        if came_back or (was_unproven and not self.keeper.unproven):
+            await self._record_all()
 
     def _differs(self, vios: Vios) -> bool:
         """Tell whether a VIOS that answers has missed a change, or has one that somebody else made."""
@@ -185,11 +192,11 @@ class Hypervisor:
         return promotion
 
     async def refresh_devices(self) -> Definition:
-        """Ask the VIOS for their devices and record them in the definition.
+        """Ask the VIOS for their devices and record them in the definition, which those that are back get.
 
         :raise FarpageError: when no VIOS can store it, or two describe a device differently.
         """
-        await self._ask_all()
+        await self._look_at_vioses()
         return await self._record()
 
     async def _record_all(self) -> None:

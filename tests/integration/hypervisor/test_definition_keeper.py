@@ -107,7 +107,9 @@ async def test_a_vios_that_missed_a_change_is_repaired_when_it_is_back(rig: Rig)
         await keeper.change(rig.with_both)
         rig.two.kill()
         await rig.vioses["vios2"].ask()
+        assert not keeper.missed.is_set()
         changed = await keeper.change(lambda now: with_vios(now, "new"))
+        assert keeper.missed.is_set()
         await rig.back(keeper, rig.two)
         assert await rig.stored(rig.two) == changed
         assert keeper.repairs == {"vios2": 1}
