@@ -8,13 +8,16 @@ import time
 import traceback
 
 from tests.simulation.mutations import MUTATIONS
-from tests.simulation.scenario import run_seed
+from tests.simulation.run import SCENARIOS, run_seed
+
+BY_NAME = {kind.__name__: kind for kind in SCENARIOS}
 
 
 def main() -> int:
     """Run what the command line asks for; the exit status is 1 when a run violated something."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, help="run one seed")
+    parser.add_argument("--scenario", choices=sorted(BY_NAME), help="run this scenario, whatever is drawn")
     parser.add_argument("--seeds", help="run the seeds FIRST-LAST")
     parser.add_argument("--mutation", choices=sorted(MUTATIONS), help="take a protection away")
     parser.add_argument("--first", action="store_true", help="end at the first seed with a violation")
@@ -27,7 +30,12 @@ def main() -> int:
     began = time.process_time()
     bad = reads = events = 0
     for seed in seeds:
-        outcome = run_seed(seed, mutation=arguments.mutation, trace=print if arguments.verbose else None)
+        outcome = run_seed(
+            seed,
+            mutation=arguments.mutation,
+            kind=BY_NAME.get(arguments.scenario),
+            trace=print if arguments.verbose else None,
+        )
         reads += outcome.reads
         events += outcome.events
         if arguments.digests:

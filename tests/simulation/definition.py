@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from farpage.definition.errors import NotTheOwner
 from farpage.definition.model import ReplicaState
 from farpage.errors import Unreachable
 from farpage.volume.recorder import States
@@ -18,6 +19,8 @@ class SimulatedDefinition:
         self.states: States = dict.fromkeys(devices, ReplicaState.IN_SYNC)
         self.on_attempt: Callable[[], None] = lambda: None
         """Called when an attempt to store something begins."""
+        self.refuses: Callable[[], bool] = lambda: False
+        """Whether the VIOS answer that another owner has claimed the client."""
         self._world = world
         self._reachable = reachable
         self._chance = world.random("definition")
@@ -26,10 +29,13 @@ class SimulatedDefinition:
         """Store states; an attempt that fails may be stored all the same.
 
         :raise Unreachable: no VIOS said that they are stored.
+        :raise NotTheOwner: another owner has claimed the client.
         """
         chance = self._chance
         self.on_attempt()
         await asyncio.sleep(0.001 + chance.choice((0.0, 0.0, 0.05, 1.0)) * chance.random())
+        if self.refuses():
+            raise NotTheOwner("vm1", 0)
         fails = not self._reachable() or chance.random() < 0.05
         if self._reachable() and (not fails or chance.random() < 0.5):
             self._world.note("recorded " + ", ".join(f"{device} {state}" for device, state in states.items()))

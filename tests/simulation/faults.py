@@ -36,7 +36,8 @@ class Parts:
     vioses: Sequence[SimulatedVios]
     disks: Sequence[Disk]
     hosts: Sequence[str]
-    guest: Guest | None
+    guest: Callable[[], Guest | None]
+    """Whose pages a flipped bit may cost."""
     crash_worker: Action
 
 
@@ -122,8 +123,8 @@ def flip_stored(parts: Parts, chance: random.Random) -> Fault:
     def begin() -> None:
         for page in chance.sample(disk.stored_pages(), min(3, len(disk.stored_pages()))):
             disk.flip(page)
-            if parts.guest:
-                parts.guest.may_be_lost.add(page)
+            if guest := parts.guest():
+                guest.may_be_lost.add(page)
 
     return Fault(f"flip {disk.name}", begin, nothing)
 

@@ -13,11 +13,12 @@ PAUSES_SECONDS = (0.001, 0.02, 0.15, 0.5)
 class Guest:
     """A guest's threads. An access happens at one instant, so a read returns the very last write."""
 
-    def __init__(self, world: World, memory: SimulatedMemory, history: History) -> None:
+    def __init__(self, world: World, memory: SimulatedMemory, history: History, client: int = 1) -> None:
         self._world = world
+        self._client = client
         self._memory = memory
         self._history = history
-        self._chance = world.random("guest")
+        self._chance = world.random("guest" if client == 1 else f"guest {client}")
         self._versions = [0] * memory.pages
         self._working_set = self._chance.sample(range(memory.pages), memory.pages // 2)
         self.may_be_lost: set[int] = set()
@@ -77,7 +78,9 @@ class Guest:
     def _try_write(self, page: int, zeros: bool) -> None:
         version = 0 if zeros else self._versions[page] + 1
         try:
-            found = self._memory.access(page, content_of(page, version), lambda: self._try_write(page, zeros))
+            found = self._memory.access(
+                page, content_of(page, version, self._client), lambda: self._try_write(page, zeros)
+            )
         except MemoryError:
             self._poisoned(page)
             return
@@ -101,7 +104,7 @@ class Guest:
             return
         if found is not None:
             self.waiting -= 1
-            self._history.read(page, version_of(page, found), self._history.instant(), by)
+            self._history.read(page, version_of(page, found, self._client), self._history.instant(), by)
 
     def _poisoned(self, page: int) -> None:
         self.waiting -= 1

@@ -1,29 +1,11 @@
-"""One run, drawn from its seed: who is there, what goes wrong when, and what must hold at the end."""
+"""One client's volume while things go wrong: who is there, drawn from the seed, and what must hold then."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from unittest import mock
+from collections.abc import Callable, Iterable
 
-import structlog
-
-from farpage.address import UnixAddress
-from farpage.definition.model import ReplicaState
 from farpage.pager.table import PAGE_BYTES
-from farpage.volume.connector import Endpoint
-from farpage.volume.dirty import MemoryDirtyStore
-from farpage.volume.errors import NoPath
-from farpage.volume.lease import Leases
-from farpage.volume.mirror import MirrorVolume, ReplicaPlace
-from farpage.volume.multipath import MultipathVolume
-from farpage.volume.ownership import Ownership
-from farpage.volume.paged import PagedVolume
-from farpage.volume.recorder import States
-from tests.simulation.checker import History, wrong_reads
-from tests.simulation.connection import Connector, SimulatedServerProcess
+from tests.simulation.checker import History
 from tests.simulation.definition import SimulatedDefinition
 from tests.simulation.disk import Disk, SimulatedDevice
 from tests.simulation.faults import (
@@ -32,168 +14,94 @@ from tests.simulation.faults import (
     PATH_KINDS,
     WORKER_KINDS,
     FaultSchedule,
+    Kind,
     Parts,
 )
-from tests.simulation.mutations import mutated
+from tests.simulation.guest import Guest
 from tests.simulation.network import Network
+from tests.simulation.owner import Owner, Place
 from tests.simulation.stamps import ZEROS
 from tests.simulation.users import PagerUser, User, VolumeUser
 from tests.simulation.vios import SimulatedVios, running
-from tests.simulation.world import Process, World
+from tests.simulation.world import World
 
 FAULTY_SECONDS = 10.0
 QUIET_SECONDS = 120.0
 SETTLE_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to."""
-
-    seed: int
-    violations: tuple[str, ...]
-    digest: str
-    events: int
-    reads: int
-    writes: int
-    faults: tuple[str, ...]
-    error: BaseException | None = None
-
-
-class Events:
-    """What a volume tells its owner."""
-
-    def __init__(self, world: World, owner: str, definition: SimulatedDefinition) -> None:
-        self._world = world
-        self._owner = owner
-        self._definition = definition
-
-    def epoch_raised(self, epoch: int) -> None:
-        self._world.note(f"{self._owner}: epoch {epoch}")
-
-    def alarm(self, kind: str, message: str) -> None:
-        self._world.note(f"{self._owner}: alarm {kind}: {message}")
-
-    async def record_replicas(self, epoch: int, states: States) -> None:
-        await self._definition.record(states)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Drop the logs of the code under test, which cost more than the code."""
-    before = structlog.get_config()
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(50), cache_logger_on_first_use=False
-    )
-    try:
-        yield
-    finally:
-        structlog.configure(**before)
-
-
 class Scenario:
     """One client's volume: over two VIOS of a common device, or a mirror on devices of several VIOS."""
+
+    hosts: tuple[str, ...] = ("host1",)
+    """Where clients are."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         chance = self._chance = world.random("scenario")
-        self.network = Network(world)
-        self.network.slow = chance.choice((0.0, 0.02, 0.2))
-        self.history = History()
-        user = PagerUser(world, self.history) if chance.random() < 0.5 else VolumeUser(world, self.history)
-        self.user: User = user
-        self.mirror = chance.random() < 0.5
-        self.disks = [Disk(world, f"disk{n}") for n in range(1, chance.choice((3, 4)) if self.mirror else 2)]
-        self.vioses: dict[str, SimulatedVios] = {}
-        for disk in [self.disks[0], *self.disks] if chance.random() < 0.5 or not self.mirror else self.disks:
+        network = Network(world)
+        network.slow = chance.choice((0.0, 0.02, 0.2))
+        user = self._user(chance.random() < 0.5)
+        mirror = chance.random() < 0.5
+        disks = [Disk(world, f"disk{n}") for n in range(1, chance.choice((3, 4)) if mirror else 2)]
+        self.place = Place(world, network, disks, {}, mirror)
+        for disk in [disks[0], *disks] if chance.random() < 0.5 or not mirror else disks:
             disk.slowness = chance.choice((1.0, 1.0, 20.0))
             disk.thread_slowness = chance.choice((1.0, 1.0, 1000.0))
-            vios = SimulatedVios(world, f"vios{len(self.vioses) + 1}", [disk])
-            self.vioses[vios.name] = vios
-            vios.start()
-        for disk in self.disks:
-            setup = SimulatedDevice(disk, world.process("setup"))
-            setup.create_volume("vm1", user.pages * PAGE_BYTES)
-        self.definition = SimulatedDefinition(
-            world,
-            [disk.name for disk in self.disks],
-            lambda: any(v.process.alive for v in self.vioses.values()),
+            self._serve(disk)
+        for disk in disks:
+            self._make_volume(disk, user)
+        definition = SimulatedDefinition(
+            world, [disk.name for disk in disks], lambda: any(v.process.alive for v in self.vioses)
         )
-        self.definition.on_attempt = self._crash_while_recording
-        self.dirty = MemoryDirtyStore(user.pages)
-        self.same_host = chance.random() < 0.5
-        self.leases = chance.random() < 0.7
-        self.workers = 0
-        self.process: Process
-        self.ownership = Ownership("0" * 16, 0)
-        guest = user.guest if isinstance(user, PagerUser) else None
-        parts = Parts(
-            self.network, list(self.vioses.values()), self.disks, ["host1"], guest, self.crash_worker
-        )
+        definition.on_attempt = self._crash_while_recording
+        self.place.same_host = chance.random() < 0.5
+        self.place.leases = chance.random() < 0.7
+        self.owner = Owner(self.place, user, definition, chance)
+        self.faults = FaultSchedule(world, self._parts(), self._kinds())
+
+    # What is there
+
+    def _user(self, is_pager: bool, client: int = 1) -> User:
+        history = History()
+        if is_pager:
+            return PagerUser(self.world, history, client)
+        return VolumeUser(self.world, history, client)
+
+    def _serve(self, disk: Disk) -> None:
+        """Let one VIOS more serve a disk."""
+        vios = SimulatedVios(self.world, f"vios{len(self.place.vioses) + 1}", [disk])
+        self.place.vioses[vios.name] = vios
+        vios.start()
+
+    def _make_volume(self, disk: Disk, user: User) -> None:
+        setup = SimulatedDevice(disk, self.world.process("setup"))
+        setup.create_volume("vm1", user.pages * PAGE_BYTES)
+
+    def _parts(self) -> Parts:
+        place = self.place
+        return Parts(place.network, self.vioses, place.disks, self.hosts, self._guest, self.crash_worker)
+
+    def _guest(self) -> Guest | None:
+        user = self.owner.user
+        return user.guest if isinstance(user, PagerUser) else None
+
+    def _kinds(self) -> dict[Kind, int]:
         kinds = PATH_KINDS | WORKER_KINDS
-        if guest:
+        if isinstance(self.owner.user, PagerUser):
             kinds |= FLIP_KINDS | FLIP_READ_KINDS
-        self.faults = FaultSchedule(world, parts, kinds)
+        return kinds
 
-    def _open(self) -> None:
-        """Start a worker, which opens the volume under a claim of its own."""
-        world, user = self.world, self.user
-        self.workers += 1
-        token = f"{self.workers:08x}"
-        process = self.process = world.process(f"worker{self.workers}")
-        ownership = self.ownership = Ownership(token * 2, self.ownership.epoch + 1)
-        user.first_epoch = ownership.epoch
-        connector = Connector(self.network, self.vioses, process, host="host1", same_host=self.same_host)
-        leases = Leases(connector, token) if self.leases else None
-        events = Events(world, process.name, self.definition)
+    @property
+    def vioses(self) -> list[SimulatedVios]:
+        """Every VIOS."""
+        return list(self.place.vioses.values())
 
-        async def run() -> None:
-            volume = self._volume(ownership, connector, leases, events)
-            while True:
-                try:
-                    await volume.open(10.0)
-                except NoPath:
-                    volume = self._volume(ownership, connector, leases, events)
-                else:
-                    break
-            user.start(process, volume)
+    def histories(self) -> Iterable[History]:
+        """Return what is to be held against the registers of pages."""
+        return [self.owner.user.history]
 
-        process.loop.create_task(run())
-
-    def _volume(
-        self, ownership: Ownership, connector: Connector, leases: Leases | None, events: Events
-    ) -> PagedVolume:
-        ways = {
-            disk.name: tuple(
-                Endpoint(vios.name, UnixAddress(f"/{vios.name}"), disk.name)
-                for vios in self.vioses.values()
-                if disk in vios.disks
-            )
-            for disk in self.disks
-        }
-        size_bytes = self.user.pages * PAGE_BYTES
-        if not self.mirror:
-            return MultipathVolume(
-                "vm1",
-                size_bytes,
-                ownership,
-                list(ways["disk1"]),
-                connector=connector,
-                events=events,
-                device="disk1",
-                leases=leases,
-            )
-        return MirrorVolume(
-            "vm1",
-            size_bytes,
-            ownership,
-            [ReplicaPlace(name, name, self.definition.states[name], ways[name]) for name in ways],
-            connector=connector,
-            events=events,
-            store=self.dirty,
-            recover=self.workers > 1,
-            leases=leases,
-        )
+    # What happens
 
     def _crash_while_recording(self) -> None:
         """Kill the worker around the moment at which it has a replica recorded stale."""
@@ -201,38 +109,38 @@ class Scenario:
             self.world.after(0.01 * self._chance.random(), self.crash_worker)
 
     def crash_worker(self) -> None:
-        """Kill the worker, and start another one soon; its dirty maps may be lost with it."""
-        if not self.process.alive:
-            return
-        self.world.note("the worker is killed")
-        self.process.kill()
-        if self._chance.random() < 0.5:
-            self.dirty = MemoryDirtyStore(self.user.pages)
-        self.world.after(0.05 + self._chance.random(), self._open)
+        """Kill the worker of the owner."""
+        self.owner.crash()
 
     def run(self) -> None:
         """Run it to its end."""
-        world, user = self.world, self.user
-        self._open()
+        world = self.world
+        self.owner.open()
         world.run_until(1.0)
         self.faults.start(FAULTY_SECONDS)
+        self._begin()
         world.run_until(world.now_seconds + FAULTY_SECONDS)
-        user.stop()
+        self.owner.user.stop()
         self.faults.heal()
         world.run_until(world.now_seconds + SETTLE_SECONDS)
+        self._finish()
+
+    def _begin(self) -> None:
+        """Let what is special to this scenario happen while things go wrong."""
+
+    def _finish(self) -> None:
+        """See that everything comes to rest, and that it is right then."""
+        world, user = self.world, self.owner.user
         if not self._quiet(lambda: user.idle, "commands still wait long after everything is healed"):
             return
-        if not self._quiet(self._in_sync, "a replica is not in sync long after everything is healed"):
+        if not self._quiet(self.owner.in_sync, "a replica is not in sync long after everything is healed"):
             return
         world.run_until(world.now_seconds + SETTLE_SECONDS)
         for problem in user.wrong_in_store(self._stored):
             world.violated(problem)
-        with running(self.process):
+        with running(self.owner.process):
             user.read_all()
         self._quiet(lambda: user.idle, "the last reads do not come back")
-
-    def _in_sync(self) -> bool:
-        return all(state is ReplicaState.IN_SYNC for state in self.definition.states.values())
 
     def _quiet(self, condition: Callable[[], bool], problem: str) -> bool:
         world = self.world
@@ -243,38 +151,13 @@ class Scenario:
         return False
 
     def _stored(self, page: int) -> list[bytes]:
-        return [disk.volumes["vm1"].pages.get(page, ZEROS) for disk in self.disks]
+        return [
+            disk.volumes["vm1"].pages.get(page, ZEROS)
+            for disk in self.place.disks
+            if disk.name in self.owner.definition.states
+        ]
 
-
-def run_seed(
-    seed: int, *, mutation: str | None = None, trace: Callable[[str], None] | None = None
-) -> Outcome:
-    """Run one seed, with a mutation if one is named."""
-    world = World(seed, trace=trace)
-    with ExitStack() as stack:
-        stack.enter_context(quiet())
-        stack.enter_context(mutated(mutation))
-        stack.enter_context(mock.patch("farpage.volume.link.ServerProcess", SimulatedServerProcess))
-        SimulatedServerProcess.find = partial(_process_of, world)
-        scenario = Scenario(world)
-        scenario.run()
-        if not world.violations:
-            for problem in wrong_reads(scenario.history):
-                world.violated(problem)
-        world.end()
-    for vios in scenario.vioses.values():
-        vios.database.close()
-    return Outcome(
-        seed=seed,
-        violations=tuple(world.violations),
-        digest=world.digest,
-        events=world.events,
-        reads=len(scenario.history.reads),
-        writes=sum(map(len, scenario.history.writes.values())),
-        faults=tuple(scenario.faults.done),
-        error=world.error,
-    )
-
-
-def _process_of(world: World, pid: int) -> Process:
-    return world.processes[pid - 1000]
+    def close(self) -> None:
+        """Give back what outlives the world."""
+        for vios in self.vioses:
+            vios.database.close()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.simulation.mutations import MUTATIONS
-from tests.simulation.scenario import run_seed
+from tests.simulation.run import run_seed
 
 FOUND_BY = {
     "quarantine_off": 9,

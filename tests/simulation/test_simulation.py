@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation.scenario import run_seed
+from tests.simulation.run import run_seed
 
 ROOT = Path(__file__).parents[2]
 SEEDS = 2000

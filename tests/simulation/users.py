@@ -31,6 +31,7 @@ class User(Protocol):
 
     pages: int
     first_epoch: int
+    history: History
 
     def start(self, process: Process, volume: PagedVolume) -> None:
         """Begin, within the process."""
@@ -56,10 +57,12 @@ class VolumeUser:
     first_epoch = 1
     """What the present worker began with."""
 
-    def __init__(self, world: World, history: History) -> None:
+    def __init__(self, world: World, history: History, client: int = 1) -> None:
+        """`client` tells its contents from those of another user of the same volume."""
+        self.history = history
         self._world = world
-        self._history = history
-        self._chance = world.random("user")
+        self._number = client
+        self._chance = world.random("user" if client == 1 else f"user {client}")
         self._versions = [0] * self.pages
         self._busy: dict[int, bool] = {}
         """Pages with a command in flight, and whether that is a write."""
@@ -97,7 +100,7 @@ class VolumeUser:
             page = self._chance.randrange(self.pages)
             if page in self._busy or page in self._doubtful:
                 continue
-            if self._chance.random() < 0.6:
+            if self._chance.random() < 0.6 or self._is_foreign(page):
                 self._write(page)
             else:
                 self._read(page, "a read")
@@ -116,40 +119,46 @@ class VolumeUser:
         self._versions[page] += 1
         version = self._versions[page]
         self._busy[page] = True
-        write = self._history.begin_write(page, version)
-        content = memoryview(content_of(page, version))
+        write = self.history.begin_write(page, version)
+        content = memoryview(content_of(page, version, self._number))
 
         def done(error: int) -> None:
             self._busy.pop(page, None)
             if error:
                 self._world.violated(f"a write of page {page} ended with errno {error}")
-            self._history.end_write(write)
+            self.history.end_write(write)
 
         self._volume.write(page * PAGE_BYTES, content, done)
 
     def _read(self, page: int, by: str) -> None:
         self._busy[page] = False
-        began = self._history.instant()
+        began = self.history.instant()
 
         def done(error: int, payload: memoryview | None) -> None:
             self._busy.pop(page, None)
             if error or payload is None:
                 self._world.violated(f"a read of page {page} ended with errno {error}")
             else:
-                self._history.read(page, version_of(page, payload), began, by)
+                self.history.read(page, version_of(page, payload, self._number), began, by)
 
         self._volume.read(page * PAGE_BYTES, PAGE_BYTES, done)
 
+    def _is_foreign(self, page: int) -> bool:
+        """Tell whether the page may hold what another user of the volume has left there: it is not read."""
+        return self._number > 1 and self._versions[page] == 0
+
     def read_all(self) -> None:
         for page in range(self.pages):
-            self._read(page, "the last read")
+            if not self._is_foreign(page):
+                self._read(page, "the last read")
         self._volume.push()
 
     def wrong_in_store(self, stored: Store) -> list[str]:
         return [
             f"page {page}: a device in sync holds another version than {version}"
             for page, version in enumerate(self._versions)
-            if any(version_of(page, content) != version for content in stored(page))
+            if not self._is_foreign(page)
+            and any(version_of(page, content, self._number) != version for content in stored(page))
         ]
 
 
@@ -171,11 +180,14 @@ class PagerUser:
     pages = 40
     first_epoch = 1
 
-    def __init__(self, world: World, history: History) -> None:
+    def __init__(self, world: World, history: History, client: int = 1) -> None:
+        """`client` tells its contents from those of another user of the same volume."""
+        self.history = history
         self._world = world
-        self._chance = world.random("pager")
+        self._number = client
+        self._chance = world.random("pager" if client == 1 else f"pager {client}")
         self.memory = SimulatedMemory(world, self.pages)
-        self.guest = Guest(world, self.memory, history)
+        self.guest = Guest(world, self.memory, history, client)
         self._storage = memoryview(bytearray(self.pages * ENTRY_BYTES))
         self._repair_mark = memoryview(bytearray(8)).cast("Q")
         self._limit = TightLimit(self._chance.randrange(12, 28), self._chance)
@@ -231,7 +243,7 @@ class PagerUser:
             state = table.state[page]
             if state in (ON_DEVICE, CLEAN, READING) and page not in self.guest.may_be_lost:
                 contents = stored(page)
-                versions = {version_of(page, content) for content in contents}
+                versions = {version_of(page, content, self._number) for content in contents}
                 present = self.memory.content.get(page)
                 if len(versions) != 1 or None in versions:
                     problems.append(f"page {page} is paged out, but the devices in sync hold {versions}")
