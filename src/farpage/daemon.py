@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 
-import structlog
-
 from farpage.errors import FarpageError
 from farpage.kernel.memory import lock_memory
 from farpage.kernel.process import set_oom_score_adjustment
+from farpage.log import get_logger
 
 OOM_SCORE_ADJUSTMENT = -900
 """The kernel kills other processes first: memory is freed by these daemons."""
@@ -16,7 +15,7 @@ OOM_SCORE_ADJUSTMENT = -900
 NICENESS = -10
 """On a host whose cores are all busy a page-in would wait for several time slices otherwise."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def prepare_for_paging() -> None:

@@ -9,8 +9,7 @@ from functools import partial
 from typing import Protocol
 from unittest import mock
 
-import structlog
-
+from farpage.log import diverted
 from tests.simulation.checker import History, wrong_reads
 from tests.simulation.connection import SimulatedServerProcess
 from tests.simulation.faults import FaultSchedule
@@ -56,14 +55,8 @@ class Outcome:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Drop the logs of the code under test, which cost more than the code."""
-    before = structlog.get_config()
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(50), cache_logger_on_first_use=False
-    )
-    try:
+    with diverted(lambda _line: None):
         yield
-    finally:
-        structlog.configure(**before)
 
 
 def scenario_of(world: World) -> Callable[[World], Runnable]:

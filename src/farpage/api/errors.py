@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -17,8 +16,9 @@ from farpage.api.limit import BodyLimit
 from farpage.api.model import ErrorAnswer, ErrorBody
 from farpage.api.remote import HTTP_STATUS
 from farpage.errors import FarpageError
+from farpage.log import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 
 MAX_PROBLEMS = 5
 """So many wrong fields are named in one answer."""

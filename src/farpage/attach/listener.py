@@ -11,8 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import structlog
-
 from farpage.api.sockets import listen_unix, remove_own_socket
 from farpage.attach.handoff import check_handoff
 from farpage.attach.memory import ClientMemory
@@ -29,6 +27,7 @@ from farpage.attach.messages import (
     error_document,
 )
 from farpage.errors import FarpageError, InvalidInput
+from farpage.log import get_logger
 
 AttachHandler = Callable[[AttachRequest, ClientMemory], Awaitable[str]]
 """Takes a region in and returns the client's name. It owns the memory's descriptors once it has returned;
@@ -53,7 +52,7 @@ ACCEPT_RETRY_SECONDS = 0.1
 _PASSED_DESCRIPTORS = 2
 _PEER_CREDENTIALS = struct.Struct("3i")
 
-_log = structlog.get_logger(__name__)
+_log = get_logger()
 
 
 @dataclass(eq=False)
@@ -173,7 +172,7 @@ class AttachListener:
         except (OSError, TimeoutError, _Disconnected):
             return None
         except Exception:
-            _log.exception("attaching a region failed")
+            _log.exception("attaching_failed")
             await _send(connection, AttachReply(ok=False, error=error_document(InternalError())))
             return None
         finally:

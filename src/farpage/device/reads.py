@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-import structlog
-
 from farpage.errors import Unsupported
 from farpage.kernel.io_uring import Ring
 from farpage.kernel.memory import AlignedBuffer
+from farpage.log import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 
 READS_IN_FLIGHT: Final = 256
 """Further ones are read by threads."""

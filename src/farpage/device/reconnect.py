@@ -18,14 +18,13 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final, TypeAlias
 
-import structlog
-
 from farpage.address import Address
 from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, ExtentsDone, Feature, ReadDone
 from farpage.errors import FarpageError
+from farpage.log import get_logger
 from farpage.nbd.client import Connection
 
-log = structlog.get_logger()
+log = get_logger()
 
 CONNECTIONS: Final = 4
 """So many to a server that allows several (NBD_FLAG_CAN_MULTI_CONN)."""

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
-import structlog
+from farpage.log import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 
 DEFAULT_THREADS = 8
 """So many commands of one device may hang before others wait."""

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import structlog
 from pydantic import BaseModel
 
 from farpage.attach import qmp
@@ -36,6 +35,7 @@ from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.inject import ProcessNotFound
 from farpage.kernel.process import identify, is_gone
+from farpage.log import get_logger
 from farpage.pager.channel import PeerGone
 from farpage.pager.messages import (
     AddReplica,
@@ -55,7 +55,7 @@ from farpage.pager.messages import (
 )
 from farpage.pager.statefile import StateFile
 
-log = structlog.get_logger()
+log = get_logger()
 
 OPEN_TIMEOUT_SECONDS = 10.0
 QMP_SECONDS = 5.0

@@ -7,19 +7,18 @@ import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import structlog
-
 from farpage.address import UnixAddress, parse_address
 from farpage.attach.listener import AttachListener
 from farpage.errors import InvalidInput
 from farpage.hypervisor.service import Hypervisor
 from farpage.hypervisor.settings import HypervisorSettings
+from farpage.log import configure_logging, get_logger
 from farpage.pager.launch import LaunchedWorker
 
 if TYPE_CHECKING:
     from farpage.api.serve import ControlServer
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 async def run(settings: HypervisorSettings, launched: Sequence[LaunchedWorker] = ()) -> None:
@@ -29,6 +28,7 @@ async def run(settings: HypervisorSettings, launched: Sequence[LaunchedWorker] =
 
     :raise FarpageError: when it cannot start.
     """
+    configure_logging(hypervisor=settings.name)
     loop = asyncio.get_running_loop()
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import structlog
-
 from farpage.definition.compare import compare, diff, is_newer
 from farpage.definition.copy import DefinitionCopy
 from farpage.definition.model import Definition
@@ -22,8 +20,9 @@ from farpage.definition.verification import FoundVolume, promote
 from farpage.errors import ExitStatus, FarpageError
 from farpage.hypervisor.model import DefinitionPromotion
 from farpage.hypervisor.vioses import Vios
+from farpage.log import get_logger
 
-log = structlog.get_logger()
+log = get_logger()
 
 DIFFERENT_COPY = ("revision_conflict", "invalid_definition")
 """What a VIOS answers that has another copy than the change was based on."""

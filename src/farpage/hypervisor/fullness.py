@@ -10,16 +10,15 @@ import asyncio
 from collections.abc import Mapping
 from typing import Final
 
-import structlog
-
 from farpage.definition.model import PAGE_BYTES
 from farpage.errors import FarpageError
 from farpage.hypervisor.clients import REPORT_SECONDS, Clients
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.reports import resident_bytes
+from farpage.log import get_logger
 from farpage.pager.messages import ClientReport, Nothing, SetLimit
 
-log = structlog.get_logger()
+log = get_logger()
 
 INTERVAL_SECONDS: Final = 0.5
 """How often the pool's room is shared out anew while a device is full."""

@@ -13,14 +13,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-import structlog
-
 from farpage.attach.qmp import Qmp, QmpFailed
 from farpage.errors import FarpageError
 from farpage.hypervisor.clients import Clients
+from farpage.log import get_logger
 from farpage.pager.messages import ClientReport
 
-log = structlog.get_logger()
+log = get_logger()
 
 PAUSE_AFTER_SECONDS: Final = 1.0
 """A shorter outage is not worth it."""

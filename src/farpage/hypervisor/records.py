@@ -10,8 +10,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
-import structlog
-
 from farpage.definition import replacing, rules
 from farpage.definition.errors import ClientExists
 from farpage.definition.model import ClientRecord, Definition, Redundancy, ReplicaState
@@ -21,11 +19,12 @@ from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
 from farpage.hypervisor.errors import ClientElsewhere, NoDirectAccess
 from farpage.hypervisor.model import ClientCreate
 from farpage.hypervisor.vioses import Vios
+from farpage.log import get_logger
 from farpage.pager.messages import EndpointSpec, EpochRaised, RecordReplicas, ReplicaSpec
 from farpage.vios.model import VolumeCreate
 from farpage.volume.resolve import Direct, NoAccess, ThroughSecond, resolve
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class ClientRecords:

@@ -21,8 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.process import close_orphan, close_process
 from farpage.attach.retake import MemoryRecord, retake
@@ -33,11 +31,12 @@ from farpage.hypervisor.runfolder import AttachmentRecord
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.process import ProcessIdentity, is_gone, open_identified
 from farpage.kernel.userfaultfd import Userfaultfd
+from farpage.log import get_logger
 from farpage.pager.channel import PeerError, PeerGone
 from farpage.pager.messages import Attach, EpochRaised, HandedOver, HandOver, Nothing
 from farpage.pager.statefile import StateFile, StateFileUnusable
 
-log = structlog.get_logger()
+log = get_logger()
 
 RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 1.0

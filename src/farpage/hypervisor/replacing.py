@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-import structlog
-
 from farpage.definition import replacing
 from farpage.definition.model import ReplicaState
 from farpage.errors import FarpageError
@@ -20,9 +18,10 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.errors import ClientElsewhere, NotBeingReplaced, ReplacementUnderWay
 from farpage.hypervisor.model import DeviceReplacement, ReplacedClient, ReplaceStage
+from farpage.log import get_logger
 from farpage.volume.state import ReplicaHealth
 
-log = structlog.get_logger()
+log = get_logger()
 
 POLL_SECONDS: Final = 0.1
 WHAT: Final = "move it to another device"

@@ -16,17 +16,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from farpage.attach.memory import ClientKind
 from farpage.attach.retake import MemoryRecord
 from farpage.errors import ExitStatus, FarpageError, InvalidInput
 from farpage.kernel.process import ProcessIdentity
+from farpage.log import get_logger
 from farpage.pager.launch import workers_folder
 from farpage.pager.messages import Attach
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 @dataclass(eq=False)

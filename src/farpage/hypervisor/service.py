@@ -10,7 +10,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import structlog
 from pydantic import BaseModel
 
 from farpage import __version__
@@ -34,6 +33,7 @@ from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.stopping import ViosStops
 from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool
+from farpage.log import get_logger
 from farpage.pager.launch import LaunchedWorker
 from farpage.pager.messages import (
     AlarmRaised,
@@ -44,7 +44,7 @@ from farpage.pager.messages import (
     RecordReplicas,
 )
 
-log = structlog.get_logger()
+log = get_logger()
 
 HEALTH_INTERVAL_SECONDS = 1.0
 DEFINITION_NAME = "definition.json"

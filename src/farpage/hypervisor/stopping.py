@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import structlog
-
 from farpage.definition import rules
 from farpage.definition.model import Definition, ReplicaState
 from farpage.errors import ExitStatus, FarpageError
@@ -15,11 +13,12 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.model import ViosStopped
 from farpage.hypervisor.vioses import Vios
+from farpage.log import get_logger
 from farpage.pager.messages import ClientReport
 from farpage.volume.server import ServerProcess
 from farpage.volume.state import PathState
 
-log = structlog.get_logger()
+log = get_logger()
 
 END_SECONDS = 20.0
 """A VIOS finishes what is in flight for at most 10 seconds when it stops."""

@@ -13,17 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from farpage.errors import FarpageError
 from farpage.hypervisor.errors import NoWorker
 from farpage.kernel.process import ProcessIdentity, identify
+from farpage.log import get_logger
 from farpage.pager.channel import Channel, Handler
 from farpage.pager.control import socket_path
 from farpage.pager.launch import SOCKET_SUFFIX, LaunchedWorker, launch
 from farpage.pager.messages import Nothing, WorkerClients
 
-log = structlog.get_logger()
+log = get_logger()
 
 STOP_SECONDS = 5.0
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
 
 from farpage.daemon import prepare_for_paging
+from farpage.log import configure_logging
 from farpage.pager.worker import run
 
 
@@ -15,6 +17,7 @@ def main() -> None:
     """Work until there is neither a control process nor a client."""
     # Ctrl-C goes to the whole process group; the control process decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    configure_logging(worker=str(os.getpid()))
     prepare_for_paging()
     asyncio.run(run(int(sys.argv[1]), Path(sys.argv[2])))
 

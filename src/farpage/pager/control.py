@@ -16,13 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-import structlog
 from pydantic import BaseModel
 
+from farpage.log import get_logger
 from farpage.pager.channel import Answer, Channel, Handler, PeerGone
 from farpage.pager.launch import SOCKET_SUFFIX
 
-log = structlog.get_logger()
+log = get_logger()
 
 KEPT_EVENTS: Final = 1000
 """Events that wait for the next control process; older ones are dropped."""

@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import structlog
 from pydantic import BaseModel
 
 from farpage.attach.memory import ClientMemory
 from farpage.errors import ExitStatus, FarpageError
 from farpage.kernel.userfaultfd import Userfaultfd
+from farpage.log import get_logger
 from farpage.pager import volumes
 from farpage.pager.buffers import BufferPool
 from farpage.pager.channel import Handing
@@ -63,7 +63,7 @@ from farpage.volume.lease import Leases
 from farpage.volume.ownership import Ownership
 from farpage.volume.recorder import States
 
-log = structlog.get_logger()
+log = get_logger()
 
 REPAIR_POLL_SECONDS = 0.01
 """Repairs of single pages are over at once, and there are hardly any."""

@@ -11,16 +11,14 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-import structlog
-
 from farpage.address import Address, UnixAddress, parse_address
-from farpage.api.log import configure_logging
 from farpage.api.serve import ControlServer
 from farpage.daemon import prepare_for_paging
 from farpage.definition.database import Database
 from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.errors import InvalidInput
+from farpage.log import configure_logging, get_logger
 from farpage.vios.api import make_app
 from farpage.vios.errors import StateInUse
 from farpage.vios.exports import VolumeExports
@@ -32,7 +30,7 @@ from farpage.vios.service import ViosService
 from farpage.vios.settings import ViosSettings
 from farpage.vios.volumes import Volumes
 
-log = structlog.get_logger()
+log = get_logger()
 
 DATABASE_NAME = "vios.db"
 LOCK_NAME = "vios.lock"

@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import structlog
-
 from farpage.blockio import BlockIO
 from farpage.device.base import never
 from farpage.device.claim import Claim
 from farpage.device.errors import DeviceUnusable, VolumeMissing
 from farpage.errors import FarpageError, InvalidInput
+from farpage.log import get_logger
 from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import Counters, Export, ExportInfo, Peer
 from farpage.nbd.protocol import NBD_REP_ERR_PLATFORM, NBD_REP_ERR_UNKNOWN
@@ -23,7 +22,7 @@ from farpage.vios.leases import LeaseExport, Leases, parse_lease_name
 from farpage.vios.names import ExportName, parse_export_name, refusal_text
 from farpage.vios.volumes import Located, Volumes
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 @dataclass(eq=False)

@@ -9,8 +9,6 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import structlog
-
 from farpage import __version__
 from farpage.blockio import BlockIO, Feature, wait_done
 from farpage.definition.compare import diff
@@ -24,13 +22,14 @@ from farpage.device.open import open_device
 from farpage.device.spec import parse_spec
 from farpage.errors import FarpageError
 from farpage.handover import most_bytes
+from farpage.log import get_logger
 from farpage.vios.exports import VolumeExports
 from farpage.vios.handovers import HandoverMissing, Handovers
 from farpage.vios.model import DeviceAdd, DeviceInfo, HandoverInfo, Health, VolumeCreate, VolumeInfo
 from farpage.vios.remembered import RememberedDevice, RememberedDevices
 from farpage.vios.volumes import Located, Volumes, if_it_answers
 
-log = structlog.get_logger()
+log = get_logger()
 
 Result = TypeVar("Result")
 

@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import structlog
-
 from farpage.blockio import BlockIO
 from farpage.definition.errors import StoreFailed
 from farpage.definition.model import Definition, PagingCommand
@@ -25,10 +23,11 @@ from farpage.device.errors import (
     VolumeMissing,
     VolumeTaken,
 )
+from farpage.log import get_logger
 from farpage.vios.commands import ConvertedVolume, commands_of
 from farpage.vios.errors import CommandRefused, DeviceMissing, VolumeOwned
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 Answer = TypeVar("Answer")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import structlog
 from fastapi import Request
 from pydantic import BaseModel
 
@@ -19,6 +18,7 @@ from farpage.api.remote import RemoteError
 from farpage.api.serve import ControlServer, Peer, peer_of
 from farpage.api.sockets import AddressInUse
 from farpage.errors import ExitStatus, InvalidInput, Unreachable
+from farpage.log import Line, diverted
 from tests.support.nbd import short_folder
 
 
@@ -82,7 +82,8 @@ async def test_an_error_arrives_with_code_message_remedy_and_exit_status(client:
 
 
 async def test_a_bug_is_logged_answered_and_does_not_end_the_connection(client: ControlClient) -> None:
-    with structlog.testing.capture_logs() as logs:
+    logs: list[Line] = []
+    with diverted(logs.append):
         with pytest.raises(RemoteError) as caught:
             await client.post("/numbers", Number(value=500), Number)
         assert caught.value.http_status == 500

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 
 from farpage.blockio import read_bytes
 from farpage.device import file
 from farpage.device.reads import RingReader
+from farpage.log import Line, diverted
 from tests.support.volumes import extents, flush, read_error, write, zero
 
 from .conftest import opening
@@ -129,7 +129,8 @@ async def test_a_bug_in_a_thread_ends_one_command_and_not_the_thread(
     async with opening(f"dir:{tmp_path}/a?size=1M") as device:
         device.create_volume("vm1", 1 << 20)
         volume = await device.open_volume("vm1", 1)
-        with monkeypatch.context() as patch, structlog.testing.capture_logs() as logs:
+        logs: list[Line] = []
+        with monkeypatch.context() as patch, diverted(logs.append):
             patch.setattr(file, "read_fully", lambda *_arguments: 1 // 0)
             assert [await read_error(volume, 0, 4096) for _ in range(9)] == [errno.EIO] * 9
         assert {line["event"] for line in logs} == {"io_thread_failed"}
