@@ -40,7 +40,7 @@ from farpage.hypervisor.model import ClientCreate
 from farpage.nbd.client import Connection
 from farpage.nbd.errors import ServerRefused
 from farpage.vios.model import DeviceAdd, VolumeCreate, VolumeInfo
-from farpage.volume.resolve import Direct, NoAccess, ThroughSecond, resolve
+from farpage.volume.resolve import Direct, Indirect, Unreachable, Viewpoint, resolve
 from tests.support.paged_set import PagedSet, paged_region, running_set
 from tests.support.region_client import expected_words
 from tests.support.scrape import Scrape
@@ -230,47 +230,39 @@ async def test_c5_decide(claims: Claims) -> None:
     """Whether the client has direct access is read from the definition, and the client's paths are those."""
     definition, common = await claims.definition(), await claims.device(claims.common)
     reached = set(claims.paged.embedded.vioses)
-    access = resolve(definition, "client", common, reached)
+    access = resolve(definition, "client", common, Viewpoint(reached))
     assert isinstance(access, Direct)
     assert {path.vios for path in access.paths} == {path.vios for path in (await claims.paged.info()).paths}
     assert {path.volume for path in access.paths} == {"client"}
-    own = await claims.device(claims.own)
-    assert not isinstance(resolve(definition, "client", own, reached), Direct)
-    assert not isinstance(resolve(definition, "client", common, {"vios3"}), Direct)
+    own = resolve(definition, "client", await claims.device(claims.own), Viewpoint(reached))
+    assert isinstance(own, Direct)
+    assert own.source == common
+    assert not isinstance(resolve(definition, "client", common, Viewpoint({"vios3"})), Direct)
 
 
 async def test_c6_locate(claims: Claims) -> None:
-    """With the first device out of reach, the second is located that holds the volume in sync."""
-    definition, common = await claims.definition(), await claims.device(claims.common)
-    reached = set(claims.paged.embedded.vioses)
-    # As it is, the volume is on the common device; the other one has to be filled from there.
-    access = resolve(definition, "client", await claims.device(claims.own), reached)
-    assert isinstance(access, ThroughSecond)
-    assert access.second_device == common
+    """Without direct access the second device is located that holds the volume in sync, and its VIOS."""
+    definition, own = await claims.definition(), await claims.device(claims.own)
+    view = Viewpoint(set(claims.paged.embedded.vioses))
 
-    # A first device that is half filled, behind a VIOS that the hypervisor does not reach.
+    # A volume behind a VIOS that the hypervisor does not reach.
     far = "11111111-2222-4333-8444-555555555555"
     found = rules.FoundDevice(far, "far", "dir", "dir:/far", 1 << 30, tuple(PagingCommand))
-    record = ViosRecord(control="unix:/far/control", data=("unix:/far/data",))
+    record = ViosRecord(control="tcp:far:7001", data=("tcp:far:7002",))
     definition = rules.register_vios(definition, "vios3", record, [found])
-    client = definition.clients["client"]
-    replicas = (
-        Replica(device=far, state=ReplicaState.COPYING),
-        Replica(device=common, state=ReplicaState.IN_SYNC),
-    )
-    volumes = (client.volumes[0].model_copy(update={"replicas": replicas}),)
-    clients = {**definition.clients, "client": client.model_copy(update={"volumes": volumes})}
-    definition = rules.next_revision(definition, clients=clients)
-    access = resolve(definition, "client", far, reached)
-    assert isinstance(access, ThroughSecond)
-    assert (access.device, access.second_device) == (far, common)
-    assert {path.vios for path in access.paths} == reached
-    assert isinstance(resolve(definition, "client", far, {*reached, "vios3"}), Direct)
-    retired = (replicas[0], Replica(device=common, state=ReplicaState.STALE))
-    volumes = (client.volumes[0].model_copy(update={"replicas": retired}),)
-    clients = {**definition.clients, "client": client.model_copy(update={"volumes": volumes})}
-    nothing = resolve(rules.next_revision(definition, clients=clients), "client", far, reached)
-    assert isinstance(nothing, NoAccess)
+
+    def with_replica(state: ReplicaState) -> Definition:
+        client = definition.clients["client"]
+        volume = client.volumes[0].model_copy(update={"replicas": (Replica(device=far, state=state),)})
+        clients = {**definition.clients, "client": client.model_copy(update={"volumes": (volume,)})}
+        return rules.next_revision(definition, clients=clients)
+
+    access = resolve(with_replica(ReplicaState.IN_SYNC), "client", own, view)
+    assert isinstance(access, Indirect)
+    assert (access.first_device, access.second_device, access.second_vios) == (own, far, "vios3")
+    assert access.first_vios in view.reached_vioses
+    assert access.standing.vioses == (access.first_vios,)
+    assert isinstance(resolve(with_replica(ReplicaState.STALE), "client", own, view), Unreachable)
 
 
 async def test_a1_identifier(claims: Claims) -> None:

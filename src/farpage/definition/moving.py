@@ -78,7 +78,7 @@ def begin(
     under_way = definition.moves.get(name)
     if under_way is not None and _route(under_way) == route and under_way.state is not MoveState.RETIRING:
         return definition
-    problems = "; ".join(_problems(definition, name, route, provisioned_bytes))
+    problems = "; ".join(in_the_way(definition, name, route, provisioned_bytes))
     if problems:
         device = definition.devices.get(route.target)
         raise NotMovable(name, device.name if device else route.target, problems)
@@ -232,6 +232,41 @@ def may(definition: Definition, principal: str, volume: str, device: str, *acces
     )
 
 
+def in_the_way(
+    definition: Definition, name: str, route: Route, provisioned_bytes: int = 0
+) -> tuple[str, ...]:
+    """Say everything that keeps a client from being moved on a route; `begin` has the parameters."""
+    client = definition.clients[name]
+    if name in definition.moves:
+        move = definition.moves[name]
+        devices = definition.devices
+        return (f"it is being moved from {devices[move.source].name} to {devices[move.target].name}",)
+    if unknown := {route.source, route.target} - set(definition.devices):
+        return tuple(f"device {device} is not in the definition" for device in sorted(unknown))
+    if route.source == route.target:
+        return ("it is there already",)
+    if len(client.volumes) > 1:
+        return ("it has more than one volume",)
+    return (
+        *_replicas_in_the_way(definition, client, route),
+        *_without_reach(definition, route),
+        *why_unfit(definition, client, route.target, provisioned_bytes),
+    )
+
+
+def why_unfit(
+    definition: Definition, client: ClientRecord, device: str, provisioned_bytes: int = 0
+) -> Iterator[str]:
+    """Say why a device cannot take a client's volume, wherever that is now."""
+    record = definition.devices[device]
+    if missing := NEEDED_COMMANDS - set(record.commands):
+        yield f"{record.name} does not take the commands {', '.join(sorted(missing))}"
+    needed_bytes = sum(volume.size_bytes for volume in client.volumes)
+    free_bytes = free_bytes_of(definition, device, provisioned_bytes)
+    if needed_bytes > free_bytes:
+        yield f"{record.name} has {free_bytes} bytes free, and {needed_bytes} are needed"
+
+
 # Helpers
 
 
@@ -246,37 +281,6 @@ def _owned(definition: Definition, name: str, claim: Claim) -> ClientRecord:
     return client
 
 
-def _problems(definition: Definition, name: str, route: Route, provisioned_bytes: int) -> Iterator[str]:
-    client = definition.clients[name]
-    if name in definition.moves:
-        move = definition.moves[name]
-        devices = definition.devices
-        yield f"it is being moved from {devices[move.source].name} to {devices[move.target].name}"
-        return
-    for device in (route.source, route.target):
-        if device not in definition.devices:
-            yield f"device {device} is not in the definition"
-            return
-    if route.source == route.target:
-        yield "it is there already"
-        return
-    if len(client.volumes) > 1:
-        yield "it has more than one volume"
-        return
-    yield from _replicas_in_the_way(definition, client, route)
-    for device, vios in ((route.source, route.source_vios), (route.target, route.target_vios)):
-        record = definition.devices[device]
-        if vios not in {reach.vios for reach in record.reached_by}:
-            yield f"VIOS {vios} does not reach {record.name}"
-    target = definition.devices[route.target]
-    if missing := NEEDED_COMMANDS - set(target.commands):
-        yield f"{target.name} does not take the commands {', '.join(sorted(missing))}"
-    needed_bytes = sum(volume.size_bytes for volume in client.volumes)
-    free_bytes = free_bytes_of(definition, route.target, provisioned_bytes)
-    if needed_bytes > free_bytes:
-        yield f"{target.name} has {free_bytes} bytes free, and {needed_bytes} are needed"
-
-
 def _replicas_in_the_way(definition: Definition, client: ClientRecord, route: Route) -> Iterator[str]:
     states: Mapping[str, ReplicaState] = {r.device: r.state for v in client.volumes for r in v.replicas}
     source, target = definition.devices[route.source].name, definition.devices[route.target].name
@@ -289,6 +293,13 @@ def _replicas_in_the_way(definition: Definition, client: ClientRecord, route: Ro
     others = [d for d, s in states.items() if s is not ReplicaState.RETIRED and d != route.source]
     if set(others) - {route.target}:
         yield "it has more than one replica: replace the device of one of them"
+
+
+def _without_reach(definition: Definition, route: Route) -> Iterator[str]:
+    for device, vios in ((route.source, route.source_vios), (route.target, route.target_vios)):
+        record = definition.devices[device]
+        if vios not in {reach.vios for reach in record.reached_by}:
+            yield f"VIOS {vios} does not reach {record.name}"
 
 
 def _with_states(client: ClientRecord, states: Mapping[str, ReplicaState]) -> ClientRecord:

@@ -32,6 +32,7 @@ from farpage.hypervisor.model import (
     ViosStop,
     ViosStopped,
 )
+from farpage.hypervisor.ways import PathExplanation
 from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeInfo
 
 DETACH_TIMEOUT_SECONDS = 24 * 3600.0
@@ -111,6 +112,12 @@ class HypervisorControl(_Control):
         """List the paths, of one client or of all."""
         params = {} if client is None else {"client": client}
         return await self._client.get("/v1/paths", tuple[PathInfo, ...], params=params)
+
+    async def explain_path(self, client: str, to: str = "") -> PathExplanation:
+        """Ask how a client gets at its volume, or gets it to a device."""
+        return await self._client.get(
+            "/v1/paths/explain", PathExplanation, params={"client": client, "to": to}
+        )
 
     async def pool(self) -> PoolInfo:
         """Ask for the memory pool."""

@@ -9,7 +9,7 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Path, Response
+from fastapi import FastAPI, Path, Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from farpage import __version__
@@ -41,11 +41,13 @@ from farpage.hypervisor.model import (
 )
 from farpage.hypervisor.reports import client_info
 from farpage.hypervisor.service import Hypervisor
+from farpage.hypervisor.ways import PathExplanation, explain
 
 Result = TypeVar("Result")
 
 ViosName = Annotated[Name, Path(description="Name of the VIOS")]
 DeviceName = Annotated[str, Path(description="Name or identifier of the device", max_length=63)]
+DeviceQuery = Annotated[str, Query(description="Name or identifier of the device", max_length=63)]
 ClientName = Annotated[Name, Path(description="Name of the client")]
 
 
@@ -227,6 +229,13 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
     async def get_paths(client: Name | None = None) -> tuple[PathInfo, ...]:
         """The paths of one client or of all."""
         return await on_loop(operations.paths(client))
+
+    @app.get("/v1/paths/explain")
+    async def explain_path(client: Name, to: DeviceQuery = "") -> PathExplanation:
+        """How a client gets at its volume, or gets it to a device, and why not another way."""
+        return await call(
+            lambda: explain(hypervisor.keeper.current, client, to, hypervisor.clients.records.view())
+        )
 
     @app.get("/v1/pool")
     async def get_pool() -> PoolInfo:

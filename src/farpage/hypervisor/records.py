@@ -12,7 +12,7 @@ from functools import partial
 
 from farpage.definition import replacing, rules
 from farpage.definition.errors import ClientExists
-from farpage.definition.model import ClientRecord, Definition, Redundancy, ReplicaState
+from farpage.definition.model import ClientRecord, Definition, Move, MoveState, Redundancy, ReplicaState
 from farpage.definition.rules import VolumePath
 from farpage.errors import FarpageError
 from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
@@ -22,7 +22,7 @@ from farpage.hypervisor.vioses import Vios
 from farpage.log import get_logger
 from farpage.pager.messages import EndpointSpec, EpochRaised, RecordReplicas, ReplicaSpec
 from farpage.vios.model import VolumeCreate
-from farpage.volume.resolve import Direct, NoAccess, ThroughSecond, resolve
+from farpage.volume.resolve import Direct, Indirect, Unreachable, Viewpoint, resolve
 
 log = get_logger()
 
@@ -307,6 +307,10 @@ class ClientRecords:
         await self._delete_volume(name, device, reaching, epoch)
         await self._keeper.change(lambda now: replacing.forget(now, client, device, ReplicaState.RETIRED))
 
+    def view(self) -> Viewpoint:
+        """Return what this hypervisor reaches."""
+        return Viewpoint(self._vioses.keys(), self._provisioned())
+
     def replica_states(self, client: str) -> dict[str, ReplicaState]:
         """Return what the replicas of a client are worth, by device; nothing when that is not sure."""
         record = None if self._keeper.unproven else self._keeper.current.clients.get(client)
@@ -315,19 +319,21 @@ class ClientRecords:
     def replicas(self, client: str, turn: int) -> tuple[ReplicaSpec, ...]:
         """List the replicas of the volume with the ways to each, beginning with another VIOS at each turn.
 
-        So clients share the VIOS.
+        So clients share the VIOS. A client that is being moved has one way alone, over the target's VIOS.
 
         :raise NoDirectAccess: no VIOS that the hypervisor reaches serves the device.
         """
         record = self.of(client)
+        if (move := self._keeper.current.moves.get(client)) and move.state is not MoveState.RETIRING:
+            return (self._moving_replica(client, move),)
         specs: list[ReplicaSpec] = []
         for replica in record.volumes[0].replicas:
             device = replica.device
             if replica.state is ReplicaState.RETIRED:
                 continue
-            access = resolve(self._keeper.current, client, device, self._vioses.keys())
+            access = resolve(self._keeper.current, client, device, Viewpoint(self._vioses.keys()))
             if not isinstance(access, Direct):
-                raise NoDirectAccess(client, self._device_name(device), _why(access))
+                raise NoDirectAccess(client, self._device_name(device), self._why(access))
             first = turn % len(access.paths)
             ordered = [*access.paths[first:], *access.paths[:first]]
             if record.redundancy is Redundancy.NONE:
@@ -340,6 +346,25 @@ class ClientRecords:
             )
         return tuple(specs)
 
+    def _moving_replica(self, client: str, move: Move) -> ReplicaSpec:
+        name = self._device_name(move.target)
+        if move.target_vios not in self._vioses:
+            raise NoDirectAccess(client, name, f"it is being moved over VIOS {move.target_vios}")
+        data = self._keeper.current.vioses[move.target_vios].data
+        return ReplicaSpec(
+            device=move.target,
+            name=name,
+            state=ReplicaState.COPYING,
+            endpoints=(EndpointSpec(vios=move.target_vios, address=data[0]),),
+            source=move.source,
+        )
+
+    def _why(self, decision: Indirect | Unreachable) -> str:
+        if isinstance(decision, Unreachable):
+            return "; ".join(decision.reasons)
+        first = self._device_name(decision.first_device)
+        return f"it can be moved to device {first} over VIOS {decision.first_vios} and {decision.second_vios}"
+
     def _device_name(self, identifier: str) -> str:
         return self._keeper.current.devices[identifier].name
 
@@ -350,9 +375,3 @@ def _by_device(paths: Iterable[VolumePath]) -> dict[str, list[VolumePath]]:
     for path in paths:
         found.setdefault(path.device, []).append(path)
     return found
-
-
-def _why(access: ThroughSecond | NoAccess) -> str:
-    if isinstance(access, NoAccess):
-        return "; ".join(access.reasons)
-    return f"only device {access.second_device} with the same volume can be reached"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from farpage.hypervisor.model import PathInfo
+    from farpage.hypervisor.ways import PathExplanation
 
 COLOURS = {"active": "green", "standby": "cyan", "suspect": "yellow", "failed": "red"}
 
@@ -42,4 +43,14 @@ def overview(paths: Sequence[PathInfo]) -> Table:
             )
             for path in paths
         ),
+    )
+
+
+def explained(explanation: PathExplanation) -> Iterator[Text | Table]:
+    """Return the decision, and a line for every VIOS and device that was looked at."""
+    colour = {"direct": "green", "indirect": "cyan"}.get(explanation.way.value, "red")
+    yield Text(explanation.summary, style=colour)
+    yield table(
+        ["vios", "device", "taken", "why"],
+        ((edge.vios, edge.device, "yes" if edge.taken else "no", edge.why) for edge in explanation.edges),
     )
