@@ -9,7 +9,7 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Path, Query, Response
+from fastapi import FastAPI, Path, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from farpage import __version__
@@ -27,8 +27,6 @@ from farpage.hypervisor.model import (
     ClientInfo,
     DefinitionPromote,
     DefinitionPromotion,
-    DeviceReplace,
-    DeviceReplacement,
     HypervisorInfo,
     PathInfo,
     PoolInfo,
@@ -39,15 +37,13 @@ from farpage.hypervisor.model import (
     ViosStop,
     ViosStopped,
 )
+from farpage.hypervisor.moving_api import add_moving_routes
 from farpage.hypervisor.reports import client_info
 from farpage.hypervisor.service import Hypervisor
-from farpage.hypervisor.ways import PathExplanation, explain
 
 Result = TypeVar("Result")
 
 ViosName = Annotated[Name, Path(description="Name of the VIOS")]
-DeviceName = Annotated[str, Path(description="Name or identifier of the device", max_length=63)]
-DeviceQuery = Annotated[str, Query(description="Name or identifier of the device", max_length=63)]
 ClientName = Annotated[Name, Path(description="Name of the client")]
 
 
@@ -230,13 +226,6 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
         """The paths of one client or of all."""
         return await on_loop(operations.paths(client))
 
-    @app.get("/v1/paths/explain")
-    async def explain_path(client: Name, to: DeviceQuery = "") -> PathExplanation:
-        """How a client gets at its volume, or gets it to a device, and why not another way."""
-        return await call(
-            lambda: explain(hypervisor.keeper.current, client, to, hypervisor.clients.records.view())
-        )
-
     @app.get("/v1/pool")
     async def get_pool() -> PoolInfo:
         """The memory pool."""
@@ -262,15 +251,7 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
         """Ask the VIOS for their devices and record them in the definition, which those that are back get."""
         return await on_loop(hypervisor.refresh_devices())
 
-    @app.post("/v1/devices/{old}/replace", status_code=HTTPStatus.ACCEPTED)
-    async def replace_device(old: DeviceName, wanted: DeviceReplace) -> DeviceReplacement:
-        """Begin to move every client from a device to another one, or go on with that."""
-        return await on_loop(hypervisor.replacements.start(old, wanted.new))
-
-    @app.get("/v1/devices/{old}/replace")
-    async def get_replacement(old: DeviceName) -> DeviceReplacement:
-        """How far the latest replacement of a device is."""
-        return await on_loop(hypervisor.replacements.progress(old))
+    add_moving_routes(app, hypervisor, on_loop)
 
     @app.get("/v1/alarms")
     async def get_alarms() -> tuple[Alarm, ...]:

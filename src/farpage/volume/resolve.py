@@ -321,8 +321,8 @@ class _Resolving:
                 taken[vios, device] = "first VIOS and first device: the hypervisor reaches them"
             else:
                 taken[vios, device] = (
-                    "second VIOS and second device: the volume is there in sync, and an intermediate client "
-                    f"reaches both VIOS {standing}"
+                    "second VIOS and second device: the volume is there in sync; an intermediate client can "
+                    f"run {standing}"
                 )
             instead[device] = vios
         return self._edges(taken, instead)

@@ -73,6 +73,10 @@ def test_a_running_process_is_attached_limited_and_detached(
     ]
     assert sorted(path.state for path in paths) == ["active", "standby"]
     assert "active" in farpage("path", "list").out
+    explained = farpage("path", "explain", "job", "--json").json
+    assert (explained["way"], explained["first_vioses"]) == ("direct", ["vios1", "vios2"])
+    assert [edge["taken"] for edge in explained["edges"]] == [True, True]
+    assert "direct access to device" in farpage("path", "explain", "job").out
     assert wrong_pages(memory_process) == 0
     pool = PoolInfo.model_validate(farpage("pool", "set", "--client", "job", "--limit", "8M", "--json").json)
     assert [member.limit_bytes for member in pool.members] == [8 << 20]
@@ -135,6 +139,8 @@ def test_no_alarm_is_no_output_but_the_header(farpage: Farpage) -> None:
         (["pool", "set", "--client", "web1"], ExitStatus.USAGE, "--limit"),
         (["pool", "set", "--client", "nobody", "--limit", "8M"], ExitStatus.NOT_FOUND, "nobody"),
         (["path", "list", "--client", "nobody"], ExitStatus.NOT_FOUND, "nobody"),
+        (["path", "explain", "nobody"], ExitStatus.NOT_FOUND, "nobody"),
+        (["path", "explain", "job", "--to", "nowhere"], ExitStatus.NOT_FOUND, "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
