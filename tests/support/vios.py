@@ -65,7 +65,7 @@ class ViosProcess:
         settings = {
             "name": self.name,
             "state_dir": str(self.folder / self.name),
-            "control": self.control,
+            "control": [self.control],
             "data": [str(self.data), *self.extra_data],
             "devices": list(self.devices),
             **self.change,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from farpage.address import Address, UnixAddress, parse_address
+from farpage.address import Address, TcpAddress, UnixAddress, parse_address
 from farpage.api.remote import RemoteError, remote_error
+from farpage.api.tls import client_context, explain, needed, tls_problem
 from farpage.errors import Unreachable
 
 if TYPE_CHECKING:
@@ -28,7 +31,8 @@ class ControlClient:
     Every request raises `Unreachable` when no answer comes (its outcome is unknown then), and
     `RemoteError` when the answer is an error.
 
-    :raise InvalidInput: `address` is not one.
+    :raise InvalidInput: `address` is not one, or a TCP port without certificates.
+    :raise CertificatesUnusable: those in the folder `tls` cannot be used.
     """
 
     def __init__(
@@ -37,8 +41,12 @@ class ControlClient:
         *,
         who: str = "the daemon",
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        tls: Path | None = None,
     ) -> None:
         self.address = parse_address(address) if isinstance(address, str) else address
+        self._context: ssl.SSLContext | None = None
+        if isinstance(self.address, TcpAddress):
+            self._context = client_context(needed(tls, self.address, field="address"))
         self._who = who
         self._timeout_seconds = timeout_seconds
 
@@ -61,13 +69,14 @@ class ControlClient:
         import httpx
 
         limits = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=60)
-        # Nothing here is HTTPS; loading the certificates for it would take longer than a whole request.
         if isinstance(self.address, UnixAddress):
+            # This is no HTTPS; loading the certificates for it would take longer than a whole request.
             transport = httpx.AsyncHTTPTransport(uds=self.address.path, limits=limits, verify=False)
             base_url = "http://farpage"
         else:
-            transport = httpx.AsyncHTTPTransport(limits=limits, verify=False)
-            base_url = str(httpx.URL(scheme="http", host=self.address.host, port=self.address.port))
+            assert self._context is not None
+            transport = httpx.AsyncHTTPTransport(limits=limits, verify=self._context)
+            base_url = str(httpx.URL(scheme="https", host=self.address.host, port=self.address.port))
         return httpx.AsyncClient(
             transport=transport,
             verify=False,
@@ -100,10 +109,14 @@ class ControlClient:
             response = await self._http.request(
                 method, path, content=content, params=params, headers=headers, timeout=timeout
             )
-        except httpx.HTTPError as problem:
-            raise Unreachable(
-                self._who, str(self.address), str(problem) or type(problem).__name__, "check that it runs"
-            ) from problem
+        except (httpx.HTTPError, ssl.SSLError) as problem:
+            # A server that refuses our certificate says so only after the handshake, where httpx does not
+            # expect it.
+            refused = tls_problem(problem)
+            cause, hint = str(problem) or type(problem).__name__, "check that it runs"
+            if refused is not None:
+                cause, hint = explain(refused)
+            raise Unreachable(self._who, str(self.address), cause, hint) from problem
         if response.status_code >= 400:
             raise remote_error(response.status_code, response.content)
         return response.content

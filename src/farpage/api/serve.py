@@ -1,4 +1,4 @@
-"""Runs a control API on a UNIX socket, in a thread with an event loop of its own.
+"""Runs a control API on UNIX sockets and TCP ports, in a thread with an event loop of its own.
 
 So neither plane stalls the other: a slow request does not delay pages, and a busy
 data plane does not make the daemon look dead.
@@ -9,16 +9,21 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 import struct
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from farpage.api.sockets import listen_unix, remove_own_socket
+from farpage.address import Address, TcpAddress, UnixAddress
+from farpage.api.sockets import listen_tcp, listen_unix, remove_own_socket
+from farpage.api.tls import needed, server_context
 
 SHUTDOWN_SECONDS = 5
 """So long a request in progress may take to finish when the daemon stops."""
@@ -57,52 +62,105 @@ def peer_of(request: Request) -> Peer | None:
 
 
 class ControlServer:
-    """Serves `app` at the UNIX socket `path` from `start` until `stop`.
+    """Serves `app` at the addresses from `start` until `stop`: UNIX sockets, and TCP ports with mutual TLS.
 
     The requests' coroutines run in the thread's loop, not in the caller's: they reach
     the caller's with `asyncio.run_coroutine_threadsafe`.
+
+    :raise InvalidInput: there is a TCP port among the addresses and no folder `tls` of certificates.
+    :raise CertificatesUnusable: its certificates cannot be used.
     """
 
-    def __init__(self, app: FastAPI, path: str) -> None:
-        self._path = path
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                http=_PeerProtocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-            )
-        )
-        self._listener: socket.socket | None = None
-        self._inode = 0
+    def __init__(self, app: FastAPI, addresses: Sequence[Address], tls: Path | None = None) -> None:
+        self._addresses = tuple(addresses)
+        self._unix = _server(app, None)
+        self._tls: uvicorn.Server | None = None
+        for address in addresses:
+            if isinstance(address, TcpAddress) and self._tls is None:
+                self._tls = _server(app, server_context(needed(tls, address, field="control")))
+        self._listeners: list[_Listener] = []
         self._thread: threading.Thread | None = None
 
-    async def start(self) -> None:
-        """Listen; requests are accepted when this returns.
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Where it listens, in the order given; of a TCP port 0 the one that it has got."""
+        return tuple(listener.address for listener in self._listeners)
 
-        :raise AddressInUse: a running process has the socket; a dead one's is replaced.
-        :raise InvalidInput: the path cannot be used.
+    async def start(self) -> None:
+        """Listen; requests are accepted when this returns. It listens at all addresses or at none.
+
+        :raise AddressInUse: a running process has one; a dead one's UNIX socket is replaced.
+        :raise InvalidInput: an address cannot be used.
         """
-        self._listener = listen_unix(self._path)
-        self._inode = os.lstat(self._path).st_ino
+        try:
+            for address in self._addresses:
+                self._listeners.append(_Listener(address))
+        except BaseException:
+            self._close()
+            raise
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        assert self._listener is not None
-        asyncio.run(self._server.serve(sockets=[self._listener]))
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        unix = [listener.socket for listener in self._listeners if isinstance(listener.address, UnixAddress)]
+        tcp = [listener.socket for listener in self._listeners if isinstance(listener.address, TcpAddress)]
+        serving = [self._unix.serve(sockets=unix)] if unix else []
+        if self._tls is not None:
+            serving.append(self._tls.serve(sockets=tcp))
+        await asyncio.gather(*serving)
 
     async def stop(self) -> None:
-        """Finish the requests in progress and stop; the socket file is gone after it."""
-        if self._thread is None or self._listener is None:
+        """Finish the requests in progress and stop; the socket files are gone after it."""
+        if self._thread is None:
             return
-        self._server.should_exit = True
+        for server in (self._unix, self._tls):
+            if server is not None:
+                server.should_exit = True
         # The caller's loop must go on: requests in progress may wait for it.
         await asyncio.to_thread(self._thread.join)
-        remove_own_socket(self._listener, self._path, self._inode)
-        self._thread = self._listener = None
+        self._thread = None
+        self._close()
+
+    def _close(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+
+class _Listener:
+    def __init__(self, address: Address) -> None:
+        self._inode = 0
+        if isinstance(address, UnixAddress):
+            self.socket = listen_unix(address.path)
+            self._inode = os.lstat(address.path).st_ino
+            self.address: Address = address
+        else:
+            self.socket = listen_tcp(address)
+            self.address = TcpAddress(address.host, self.socket.getsockname()[1])
+
+    def close(self) -> None:
+        if isinstance(self.address, UnixAddress):
+            remove_own_socket(self.socket, self.address.path, self._inode)
+        else:
+            self.socket.close()
+
+
+def _server(app: FastAPI, context: ssl.SSLContext | None) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        http=_PeerProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    # uvicorn would make a context of file names, which may also speak older TLS.
+    config.load()
+    config.ssl = context
+    return uvicorn.Server(config)

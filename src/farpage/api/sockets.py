@@ -1,4 +1,4 @@
-"""Listening UNIX sockets that survive the death of the process that made them."""
+"""Listening sockets; those of UNIX survive the death of the process that made them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from farpage.address import TcpAddress
 from farpage.errors import ExitStatus, FarpageError, InvalidInput
 
 
@@ -86,6 +87,34 @@ def listen_unix(path: str, *, mode: int = 0o600, backlog: int = 128) -> socket.s
             "address",
             f"cannot listen at {path}: {os.strerror(problem.errno or 0)}",
             "choose a path in a folder of yours",
+        ) from problem
+    return listener
+
+
+def listen_tcp(address: TcpAddress, *, backlog: int = 128) -> socket.socket:
+    """Make a non-blocking listening socket at a TCP port; with port 0 the kernel chooses one.
+
+    :raise AddressInUse: a process listens there.
+    :raise InvalidInput: this host has no such address.
+    """
+    try:
+        family, _, _, _, place = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            # So that connections of an earlier process which the kernel still remembers are not in the way.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen(backlog)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as problem:
+        if problem.errno == errno.EADDRINUSE:
+            raise AddressInUse(str(address)) from problem
+        raise InvalidInput(
+            "address", f"cannot listen at {address}: {problem.strerror}", "use an address of this host"
         ) from problem
     return listener
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from farpage.address import UnixAddress, parse_address
+from farpage.api.tls import check_addresses
 from farpage.errors import InvalidInput
 from farpage.pager.launch import launch_missing, worker_count, workers_folder
 
@@ -18,7 +19,8 @@ def run_hypervisor(
     *,
     name: str,
     folder: Path,
-    control: str | None,
+    control: Sequence[str],
+    tls: Path | None,
     attach: str | None,
     vioses: Sequence[str],
     run_folder: Path | None,
@@ -35,6 +37,7 @@ def run_hypervisor(
     """
     folder = _made(folder)
     run_folder = run_folder.expanduser().absolute() if run_folder else folder / "run"
+    controls = _controls(control, folder / "control.sock", tls)
     # First of all: clients of an earlier process may wait for a worker, which loads while this one does.
     launched = launch_missing(workers_folder(run_folder), worker_count(workers))
     from farpage.cli.session import wanted
@@ -45,7 +48,8 @@ def run_hypervisor(
         HypervisorSettings,
         name=name,
         state_dir=folder,
-        control=_unix(control, folder / "control.sock", "--control"),
+        control=controls,
+        tls=tls,
         attach=_unix(attach, folder / "attach.sock", "--attach"),
         vioses=dict(_named_address(text) for text in vioses),
         run_dir=run_folder,
@@ -67,7 +71,8 @@ def run_vios(
     *,
     name: str,
     folder: Path,
-    control: str | None,
+    control: Sequence[str],
+    tls: Path | None,
     data: Sequence[str],
     devices: Sequence[str],
     lease_seconds: float,
@@ -86,7 +91,8 @@ def run_vios(
         ViosSettings,
         name=name,
         state_dir=folder,
-        control=_unix(control, folder / "control.sock", "--control"),
+        control=_controls(control, folder / "control.sock", tls),
+        tls=tls,
         data=[str(parse_address(text, field="--data")) for text in data or [f"unix:{folder / 'data.sock'}"]],
         devices=devices,
         lease_seconds=lease_seconds,
@@ -98,8 +104,17 @@ def run_vios(
 def _named_address(text: str) -> tuple[str, str]:
     name, separator, address = text.partition("=")
     if not (name and separator):
-        raise InvalidInput("--vios", f"{text!r} has no name", "write NAME=unix:PATH")
+        raise InvalidInput("--vios", f"{text!r} has no name", "write NAME=unix:PATH or NAME=tcp:HOST:PORT")
     return name, str(parse_address(address, field="--vios"))
+
+
+def _controls(texts: Sequence[str], default: Path, tls: Path | None) -> list[str]:
+    """Return the control API's addresses: for an operator on its own host there is always a UNIX socket."""
+    addresses = [parse_address(text, field="--control") for text in texts]
+    if not any(isinstance(address, UnixAddress) for address in addresses):
+        addresses.insert(0, parse_address(f"unix:{default}", field="--control"))
+    check_addresses(addresses, tls, field="--control")
+    return [str(address) for address in addresses]
 
 
 def _unix(text: str | None, default: Path, option: str) -> str:

@@ -45,7 +45,7 @@ def reached_devices(state: Path | None, vios: str | None) -> list[ViosDevices]:
 
 
 async def _reached(document: SetDocument, name: str, *, tolerant: bool) -> ViosDevices:
-    async with ViosControl(document.vios(name).control, name) as server:
+    async with ViosControl(document.vios(name).control, name, document.tls) as server:
         try:
             return ViosDevices(vios=name, problem="", devices=await server.devices())
         except FarpageError as problem:
@@ -67,9 +67,9 @@ def add_device(state: Path | None, document: DeviceAdd, names: Sequence[str]) ->
     async def run() -> list[ViosDevices]:
         added = []
         for name, vios in servers:
-            async with ViosControl(vios.control, name) as server:
+            async with ViosControl(vios.control, name, description.tls) as server:
                 added.append(ViosDevices(vios=name, problem="", devices=(await server.add_device(document),)))
-        async with HypervisorControl(description.hypervisor.control) as hypervisor:
+        async with HypervisorControl(description.hypervisor.control, description.tls) as hypervisor:
             await hypervisor.refresh_devices()
         return added
 

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 
+from farpage.address import parse_address
 from farpage.api.serve import ControlServer
 from farpage.cli.output import fields, print_json, print_text
 from farpage.embedded.child import ChildEvent
@@ -38,7 +39,7 @@ async def _run_set(settings: SetSettings, as_json: bool) -> None:
     starting.result()
     from farpage.embedded.api import create_api
 
-    control = ControlServer(create_api(embedded, loop), embedded.layout.control.removeprefix("unix:"))
+    control = ControlServer(create_api(embedded, loop), [parse_address(embedded.layout.control)])
     try:
         await control.start()
         if as_json:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from farpage import __version__
 from farpage.cli.commands import alarm, client, definition, demo, device, hypervisor, path, pool, up, vios
+from farpage.cli.options import TLS, TLS_VARIABLE
 from farpage.cli.report import report
 from farpage.embedded.parent import follow_parent
 
@@ -37,8 +39,18 @@ def _farpage(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    tls: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls",
+            metavar="DIR",
+            envvar=TLS_VARIABLE,
+            help="Folder of the certificates that this command shows to daemons at TCP ports.",
+        ),
+    ] = None,
 ) -> None:
     """Page the memory of virtual machines out to storage, through redundant I/O servers."""
+    TLS.set(tls)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -17,6 +18,31 @@ State: TypeAlias = Annotated[
         metavar="DIR",
         envvar="FARPAGE_STATE",
         help="State folder of the set; by default /var/lib/farpage for root, else ~/.local/state/farpage.",
+    ),
+]
+
+TLS: ContextVar[Path | None] = ContextVar("TLS", default=None)
+"""Folder of certificates that was named with the command, before its noun."""
+
+TLS_VARIABLE = "FARPAGE_TLS"
+
+DaemonTls: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls",
+        metavar="DIR",
+        envvar=TLS_VARIABLE,
+        help="Folder with ca.pem, cert.pem and key.pem, for control addresses that are TCP ports.",
+    ),
+]
+
+DaemonControl: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control",
+        metavar="ADDRESS",
+        help="Control API's address; may be given again; tcp:HOST:PORT needs --tls. It is always served at a "
+        "UNIX socket too, by default DIR/control.sock.",
     ),
 ]
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from farpage.cli.options import TLS
 from farpage.definition.model import Name
 from farpage.embedded.control import HypervisorControl, SetControl, ViosControl
 from farpage.embedded.layout import SetDocument, StateLayout, default_state_dir
@@ -19,19 +20,21 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_set(state: Path | None) -> SetDocument:
-    """Read the description of the set.
+    """Read the description of the set; a folder of certificates named with the command goes before its own.
 
     :raise NoSet: nothing describes one in the state folder.
     """
-    return StateLayout.at(state or default_state_dir()).read()
+    document = StateLayout.at(state or default_state_dir()).read()
+    named = TLS.get()
+    return document.model_copy(update={"tls": named}) if named else document
 
 
 def ask_hypervisor(state: Path | None, action: Callable[[HypervisorControl], Awaitable[Result]]) -> Result:
     """Run an action with the set's hypervisor and return what it returns."""
-    address = read_set(state).hypervisor.control
+    document = read_set(state)
 
     async def run() -> Result:
-        async with HypervisorControl(address) as hypervisor:
+        async with HypervisorControl(document.hypervisor.control, document.tls) as hypervisor:
             return await action(hypervisor)
 
     return asyncio.run(run())
@@ -54,10 +57,11 @@ def ask_vios(state: Path | None, name: str, action: Callable[[ViosControl], Awai
 
     :raise NoSuchVios:
     """
-    address = read_set(state).vios(name).control
+    document = read_set(state)
+    address = document.vios(name).control
 
     async def run() -> Result:
-        async with ViosControl(address, name) as vios:
+        async with ViosControl(address, name, document.tls) as vios:
             return await action(vios)
 
     return asyncio.run(run())

@@ -5,6 +5,7 @@ Every call raises `Unreachable` when no answer comes and `RemoteError` when the 
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote
@@ -40,8 +41,8 @@ DETACH_TIMEOUT_SECONDS = 24 * 3600.0
 
 
 class _Control:
-    def __init__(self, address: str, who: str) -> None:
-        self._client = ControlClient(address, who=who)
+    def __init__(self, address: str, who: str, tls: Path | None = None) -> None:
+        self._client = ControlClient(address, who=who, tls=tls)
 
     async def __aenter__(self) -> Self:
         return self
@@ -59,8 +60,8 @@ class _Control:
 class HypervisorControl(_Control):
     """A hypervisor at its control address."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address, "the hypervisor")
+    def __init__(self, address: str, tls: Path | None = None) -> None:
+        super().__init__(address, "the hypervisor", tls)
 
     async def info(self, *, timeout_seconds: float | None = None) -> HypervisorInfo:
         """Ask for the daemon's own state."""
@@ -181,8 +182,8 @@ class ViosDetails(BaseModel):
 class ViosControl(_Control):
     """A VIOS at its control address."""
 
-    def __init__(self, address: str, name: str) -> None:
-        super().__init__(address, f"VIOS {name!r}")
+    def __init__(self, address: str, name: str, tls: Path | None = None) -> None:
+        super().__init__(address, f"VIOS {name!r}", tls)
 
     async def health(self, *, timeout_seconds: float | None = None) -> Health:
         """Ask for the daemon's own state."""

@@ -79,6 +79,8 @@ class SetDocument(_Document):
     format: Literal[1] = 1
     hypervisor: SetHypervisor
     vioses: dict[Name, SetVios]
+    tls: Path | None = None
+    """Folder of the certificates for addresses that are TCP ports."""
 
     def vios(self, name: str) -> SetVios:
         """Return the VIOS of this name.

@@ -22,7 +22,7 @@ async def verify(document: SetDocument) -> DefinitionVerification:
     away: dict[str, str] = {}
     problems: list[str] = []
     volumes: dict[str, list[FoundVolume]] = {}
-    async with HypervisorControl(document.hypervisor.control) as hypervisor:
+    async with HypervisorControl(document.hypervisor.control, document.tls) as hypervisor:
         try:
             problem = (await hypervisor.info()).definition_problem
             problems += [problem] if problem else []
@@ -30,7 +30,7 @@ async def verify(document: SetDocument) -> DefinitionVerification:
         except FarpageError as error:
             away[HYPERVISOR] = error.cause
     for name, record in document.vioses.items():
-        async with ViosControl(record.control, name) as vios:
+        async with ViosControl(record.control, name, document.tls) as vios:
             try:
                 copies[name] = await vios.definition()
                 volumes[name] = [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from farpage.address import UnixAddress, parse_address
+from farpage.api.tls import check_addresses
 from farpage.attach.listener import AttachListener
 from farpage.errors import InvalidInput
 from farpage.hypervisor.service import Hypervisor
@@ -33,9 +34,10 @@ async def run(settings: HypervisorSettings, launched: Sequence[LaunchedWorker] =
     told_to_stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told_to_stop.set)
+    addresses = [parse_address(text, field="control") for text in settings.control]
+    check_addresses(addresses, settings.tls, field="control")
     hypervisor = Hypervisor(settings, launched)
     clients = hypervisor.clients
-    control_path = _unix_path(settings.control, "control")
     control: ControlServer | None = None
     listener = AttachListener(
         _unix_path(settings.attach, "attach"),
@@ -49,10 +51,14 @@ async def run(settings: HypervisorSettings, launched: Sequence[LaunchedWorker] =
         from farpage.api import serve
         from farpage.hypervisor.api import create_api
 
-        control = serve.ControlServer(create_api(hypervisor, loop), control_path)
+        control = serve.ControlServer(create_api(hypervisor, loop), addresses, settings.tls)
         await control.start()
         await listener.start()
-        log.info("hypervisor_ready", hypervisor=settings.name, control=settings.control)
+        log.info(
+            "hypervisor_ready",
+            hypervisor=settings.name,
+            control=[str(address) for address in control.addresses],
+        )
         await told_to_stop.wait()
         log.info("hypervisor_stopping", clients=len(clients.attached))
     finally:

@@ -59,7 +59,7 @@ class Hypervisor:
     def __init__(self, settings: HypervisorSettings, launched: Iterable[LaunchedWorker] = ()) -> None:
         self.settings = settings
         self.alarms = AlarmLog()
-        self.vioses = {name: Vios(name, control) for name, control in settings.vioses.items()}
+        self.vioses = {name: Vios(name, control, settings.tls) for name, control in settings.vioses.items()}
         own = DefinitionCopy(settings.state_dir / DEFINITION_NAME)
         self.keeper = DefinitionKeeper(self.vioses, own, partial(self.alarms.raise_alarm, ""))
         self.workers = WorkerPool(

@@ -17,8 +17,10 @@ class HypervisorSettings(BaseModel):
 
     name: Name
     state_dir: Path
-    control: str
-    """UNIX socket of the control API."""
+    control: tuple[str, ...] = Field(min_length=1)
+    """Addresses of the control API; TCP ports need `tls`."""
+    tls: Path | None = None
+    """Folder of the certificates, as `farpage.api.tls` describes it, also for VIOSes at TCP ports."""
     attach: str
     """UNIX socket at which regions ask to be paged."""
     vioses: dict[Name, str] = Field(min_length=1)

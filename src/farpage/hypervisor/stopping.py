@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from farpage.address import TcpAddress
 from farpage.definition import rules
 from farpage.definition.model import Definition, ReplicaState
 from farpage.errors import ExitStatus, FarpageError
@@ -22,6 +23,8 @@ log = get_logger()
 
 END_SECONDS = 20.0
 """A VIOS finishes what is in flight for at most 10 seconds when it stops."""
+
+POLL_SECONDS = 0.05
 
 WORKING = (PathState.ACTIVE, PathState.STANDBY)
 
@@ -167,7 +170,17 @@ class ViosStops:
 
     @staticmethod
     async def _end(vios: Vios, pid: int) -> None:
-        """Tell the process to stop and wait for its end."""
+        """Tell the process to stop and wait for its end; of one on another host, until it does not answer."""
+        if isinstance(vios.client.address, TcpAddress):
+            try:
+                await vios.stop()
+                async with asyncio.timeout(END_SECONDS):
+                    while vios.reachable:
+                        await asyncio.sleep(POLL_SECONDS)
+                        await vios.ask()
+            except TimeoutError:
+                raise ViosNotStopped(vios.name, pid, END_SECONDS) from None
+            return
         ended = asyncio.Event()
         try:
             process = ServerProcess(pid)

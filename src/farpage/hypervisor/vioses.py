@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from farpage.api.client import ControlClient
 from farpage.definition.model import Definition
@@ -20,13 +21,16 @@ class Vios:
 
     name: str
     control: str
+    tls: Path | None = None
     client: ControlClient = field(init=False)
     health: Health | None = None
     devices: tuple[DeviceInfo, ...] = ()
     problem: str = "not asked yet"
 
     def __post_init__(self) -> None:
-        self.client = ControlClient(self.control, who=f"VIOS {self.name}", timeout_seconds=TIMEOUT_SECONDS)
+        self.client = ControlClient(
+            self.control, who=f"VIOS {self.name}", timeout_seconds=TIMEOUT_SECONDS, tls=self.tls
+        )
 
     @property
     def reachable(self) -> bool:

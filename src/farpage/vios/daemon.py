@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from farpage.address import Address, UnixAddress, parse_address
+from farpage.address import Address, parse_address
 from farpage.api.serve import ControlServer
+from farpage.api.tls import check_addresses
 from farpage.daemon import prepare_for_paging
 from farpage.definition.database import Database
 from farpage.definition.rules import claims
@@ -45,6 +46,7 @@ async def run(settings: ViosSettings) -> None:
     It is ready when the control socket accepts connections; then a line `ready` is logged.
 
     :raise InvalidInput: a setting is wrong.
+    :raise CertificatesUnusable: those for TCP ports cannot be used.
     :raise StateInUse: another VIOS runs on the state folder.
     :raise AddressInUse: another process listens at an address.
     :raise StoreDamaged: the database cannot be used.
@@ -52,9 +54,8 @@ async def run(settings: ViosSettings) -> None:
     """
     configure_logging(vios=settings.name)
     data = tuple(parse_address(text, field="data") for text in settings.data)
-    control = parse_address(settings.control, field="control")
-    if not isinstance(control, UnixAddress):
-        raise InvalidInput("control", f"{control} is no UNIX socket", "write unix:PATH")
+    control = [parse_address(text, field="control") for text in settings.control]
+    check_addresses(control, settings.tls, field="control")
     # Sockets, database and volumes are for this user alone.
     os.umask(0o077)
     stop = asyncio.Event()
@@ -66,12 +67,12 @@ async def run(settings: ViosSettings) -> None:
         service = await _start(settings, data, stop, stack)
         prepare_for_paging()
         registry = registry_of(service.volumes, service.exports, service.definitions)
-        server = ControlServer(make_app(service, registry), control.path)
+        server = ControlServer(make_app(service, registry), control, settings.tls)
         await server.start()
         stack.push_async_callback(server.stop)
         log.info(
             "ready",
-            control=str(control),
+            control=[str(address) for address in server.addresses],
             data=service.health().data,
             devices=[device.name for device in service.volumes.devices],
             definition_revision=service.definitions.current().revision,

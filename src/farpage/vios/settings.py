@@ -18,8 +18,10 @@ class ViosSettings(BaseModel):
     name: Name
     state_dir: Path
     """Folder of the database; made if it is not there."""
-    control: str
-    """UNIX socket of the control API."""
+    control: tuple[str, ...] = Field(min_length=1)
+    """Addresses of the control API; TCP ports need `tls`."""
+    tls: Path | None = None
+    """Folder of the certificates, as `farpage.api.tls` describes it."""
     data: tuple[str, ...] = Field(min_length=1)
     """NBD addresses, UNIX sockets or TCP ports."""
     devices: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import pytest
 from fastapi import Request
 from pydantic import BaseModel
 
+from farpage.address import UnixAddress
 from farpage.api.client import ControlClient
 from farpage.api.errors import create_app
 from farpage.api.limit import MAX_BODY_BYTES
@@ -56,7 +57,7 @@ async def path(folder: Path) -> AsyncIterator[str]:
         peers.append(found)
         return (found.pid, found.uid)
 
-    server = ControlServer(app, str(folder / "api"))
+    server = ControlServer(app, [UnixAddress(f"{folder}/api")])
     await server.start()
     yield str(folder / "api")
     await server.stop()
@@ -144,7 +145,7 @@ async def test_the_peer_s_process_is_known(client: ControlClient) -> None:
 
 
 async def test_the_socket_is_for_its_owner_alone_and_goes_with_the_server(folder: Path) -> None:
-    server = ControlServer(create_app("test", "1"), str(folder / "other"))
+    server = ControlServer(create_app("test", "1"), [UnixAddress(f"{folder}/other")])
     await server.start()
     assert (folder / "other").stat().st_mode & 0o777 == 0o600
     await server.stop()
@@ -157,27 +158,27 @@ async def test_the_socket_of_a_dead_process_is_replaced(folder: Path) -> None:
     dead.bind(str(folder / "stale"))
     dead.listen()
     dead.close()
-    server = ControlServer(create_app("test", "1"), str(folder / "stale"))
+    server = ControlServer(create_app("test", "1"), [UnixAddress(f"{folder}/stale")])
     await server.start()
     await server.stop()
 
 
 async def test_the_socket_of_a_running_process_is_left_alone(path: str, client: ControlClient) -> None:
     with pytest.raises(AddressInUse, match="running process"):
-        await ControlServer(create_app("test", "1"), path).start()
+        await ControlServer(create_app("test", "1"), [UnixAddress(path)]).start()
     assert len(await client.get("/numbers", tuple[Number, ...])) == 2
 
 
 async def test_a_file_that_is_no_socket_is_left_alone(folder: Path) -> None:
     (folder / "file").write_text("precious")
     with pytest.raises(InvalidInput, match="not a socket"):
-        await ControlServer(create_app("test", "1"), str(folder / "file")).start()
+        await ControlServer(create_app("test", "1"), [UnixAddress(f"{folder}/file")]).start()
     assert (folder / "file").read_text() == "precious"
 
 
 async def test_a_path_that_cannot_be_used_is_refused() -> None:
     with pytest.raises(InvalidInput, match="cannot listen"):
-        await ControlServer(create_app("test", "1"), "/proc/nothing/socket").start()
+        await ControlServer(create_app("test", "1"), [UnixAddress("/proc/nothing/socket")]).start()
 
 
 async def test_nobody_there_is_unreachable(folder: Path) -> None:
@@ -212,7 +213,7 @@ async def test_a_request_in_progress_is_finished_when_the_server_stops(folder: P
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(release.wait(), loop))
         return Number(value=1)
 
-    server = ControlServer(app, str(folder / "slow"))
+    server = ControlServer(app, [UnixAddress(f"{folder}/slow")])
     await server.start()
     async with ControlClient(f"unix:{folder}/slow") as client:
         asked = asyncio.create_task(client.get("/slow", Number))

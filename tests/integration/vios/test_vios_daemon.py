@@ -40,7 +40,7 @@ async def test_it_says_when_it_is_ready_and_ends_in_order_on_a_signal(folder: Pa
         await connection.close()
         lines = log_lines(vios)
     ready = [line for line in lines if line["event"] == "ready"]
-    assert [(line["control"], line["data"]) for line in ready] == [(vios.control, [str(vios.data)])]
+    assert [(line["control"], line["data"]) for line in ready] == [([vios.control], [str(vios.data)])]
     assert lines[-1]["event"] == "stopped"
     assert {line["vios"] for line in lines} == {"one"}
     assert {path.name for path in folder.iterdir()} == {"disk", "one", "one.log"}  # noqa: ASYNC240
@@ -142,7 +142,7 @@ async def test_it_serves_tcp_beside_unix_sockets(folder: Path) -> None:
     [
         ({"devices": ["disk:/x"]}, "disk:/x"),
         ({"devices": ["dir:/proc/nothing/here"]}, "/proc/nothing/here"),
-        ({"control": "tcp:127.0.0.1:1"}, "UNIX socket"),
+        ({"control": ["tcp:127.0.0.1:1"]}, "--tls DIR"),
         ({"data": ["unix:/proc/nothing/here"]}, "/proc/nothing/here"),
     ],
 )

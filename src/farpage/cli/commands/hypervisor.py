@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farpage.cli.options import AsJson, State, duration_option, size_option
+from farpage.cli.options import AsJson, DaemonControl, DaemonTls, State, duration_option, size_option
 
 app = typer.Typer(
     name="hypervisor", help="The hypervisor: owns the memory pool, pages in and out, picks paths."
@@ -27,12 +27,8 @@ def run(
         list[str],
         typer.Option("--vios", metavar="NAME=ADDRESS", help="A VIOS's control address; once for each."),
     ],
-    control: Annotated[
-        str | None,
-        typer.Option(
-            "--control", metavar="ADDRESS", help="Control API's address; by default DIR/control.sock."
-        ),
-    ] = None,
+    control: DaemonControl = None,
+    tls: DaemonTls = None,
     attach: Annotated[
         str | None,
         typer.Option(
@@ -74,7 +70,8 @@ def run(
     run_hypervisor(
         name=name,
         folder=folder,
-        control=control,
+        control=control or [],
+        tls=tls,
         attach=attach,
         vioses=vioses,
         run_folder=run_folder,

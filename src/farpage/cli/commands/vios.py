@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farpage.cli.options import AsJson, State, duration_option
+from farpage.cli.options import AsJson, DaemonControl, DaemonTls, State, duration_option
 
 app = typer.Typer(name="vios", help="Virtual I/O servers: reach paging devices and serve their volumes.")
 
@@ -23,12 +23,8 @@ def run(
     folder: Annotated[
         Path, typer.Option("--dir", metavar="DIR", help="Folder of its sockets, database and state.")
     ],
-    control: Annotated[
-        str | None,
-        typer.Option(
-            "--control", metavar="ADDRESS", help="Control API's address; by default DIR/control.sock."
-        ),
-    ] = None,
+    control: DaemonControl = None,
+    tls: DaemonTls = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -52,7 +48,8 @@ def run(
     run_vios(
         name=name,
         folder=folder,
-        control=control,
+        control=control or [],
+        tls=tls,
         data=data or [],
         devices=devices or [],
         lease_seconds=lease,
