@@ -13,11 +13,12 @@ from farpage.volume.connector import Endpoint
 from farpage.volume.dirty import MemoryDirtyStore
 from farpage.volume.errors import ClientFenced, NoPath
 from farpage.volume.lease import Leases
-from farpage.volume.mirror import MirrorVolume, ReplicaPlace
+from farpage.volume.mirror import MirrorVolume
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import PagedVolume
 from farpage.volume.recorder import States
+from farpage.volume.replica import ReplicaPlace
 from tests.simulation.connection import Connector
 from tests.simulation.definition import SimulatedDefinition
 from tests.simulation.disk import Disk

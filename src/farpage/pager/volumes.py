@@ -9,10 +9,11 @@ from farpage.volume.connector import Endpoint, connect_nbd
 from farpage.volume.dirty import DirtyStore
 from farpage.volume.events import MirrorEvents
 from farpage.volume.lease import Leases
-from farpage.volume.mirror import MirrorVolume, ReplicaPlace
+from farpage.volume.mirror import MirrorVolume
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import PagedVolume
+from farpage.volume.replica import ReplicaPlace
 
 
 def make(

@@ -22,46 +22,65 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from farpage.blockio import BlockIO, Done, ReadDone
 from farpage.definition.model import PAGE_BYTES, ReplicaState
-from farpage.errors import FarpageError
-from farpage.volume.command import Command, Finished
-from farpage.volume.connector import Connector, Endpoint
-from farpage.volume.dirty import DirtyMap, DirtyStore, MemoryDirtyStore
+from farpage.volume.command import Finished
+from farpage.volume.connector import Connector
+from farpage.volume.dirty import DirtyStore
 from farpage.volume.errors import ClientFenced, NoPath
-from farpage.volume.events import MirrorEvents, ReplicaEvents
+from farpage.volume.events import MirrorEvents
 from farpage.volume.failover import FailoverLog
 from farpage.volume.lease import Leases
 from farpage.volume.link import PathStatus
+from farpage.volume.losing import Losing
+from farpage.volume.members import Members, Wiring, wanted_states
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
-from farpage.volume.pace import Pace
 from farpage.volume.paged import MirrorCounts, ReplicaStatus
 from farpage.volume.reading import Reads
 from farpage.volume.recorder import ReplicaRecorder, States
-from farpage.volume.replica import Mode, Read, Replica, Start, Write
-from farpage.volume.resync import Resync
+from farpage.volume.replica import Mode, Read, Replica, ReplicaPlace
+from farpage.volume.replicas import Replicas
+from farpage.volume.returning import Returning
+from farpage.volume.writing import Writes
 
 RESYNC_BYTES_PER_SECOND = 100 << 20
-LOOK_SECONDS = 0.1
-"""Pause between two looks whether every server of a replica has heard of a recovery."""
 
 
-@dataclass(frozen=True)
-class ReplicaPlace:
-    """A replica: its device, the ways to it, and what the definition says of it."""
+class _Owner:
+    """The mirror as its parts see it: what they tell goes to whom it concerns by then."""
 
-    device: str
-    name: str
-    state: ReplicaState
-    endpoints: tuple[Endpoint, ...]
+    def __init__(self, mirror: MirrorVolume, events: MirrorEvents) -> None:
+        self._mirror = mirror
+        self._events = events
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def wanted_pages(self) -> Callable[[], NDArray[np.bool_]] | None:
+        return self._mirror.wanted_pages
+
+    @property
+    def wrong_pages(self) -> Callable[[int, memoryview], set[int]] | None:
+        return self._mirror.wrong_pages
+
+    def active(self) -> None:
+        self._mirror.on_active()
+
+    def no_path(self, none: bool) -> None:
+        self._mirror.on_no_path(none)
+
+    def full(self, full: bool) -> None:
+        self._mirror.on_full(full)
+
+    def taken_over(self, device_name: str, vios: str) -> None:
+        self._mirror.failovers.taken_over(device_name, vios, self._loop.time())
+
+    def alarm(self, kind: str, message: str) -> None:
+        self._events.alarm(kind, f"volume {self._mirror.name}: {message}")
 
 
 class MirrorVolume:
@@ -87,7 +106,6 @@ class MirrorVolume:
 
         Without, nothing that was paged out before matters.
         """
-        self._loop = asyncio.get_running_loop()
         self.name = name
         self.ownership = ownership
         self.failovers = FailoverLog()
@@ -98,52 +116,73 @@ class MirrorVolume:
         """The pages whose content on the volume will be read before they are written again."""
         self.wrong_pages: Callable[[int, memoryview], set[int]] | None = None
         """Which pages of a run that was read are not what they should be; asked before a copy is written."""
-        self._size_bytes = size_bytes
-        self._connector = connector
-        self._leases = leases
         self._events = events
-        self._store: DirtyStore = store or MemoryDirtyStore(size_bytes // PAGE_BYTES)
         self._path_timeout = path_timeout_seconds
-        self._probe_interval = probe_interval_seconds
-        self._bandwidth = resync_bytes_per_second
-        self._replicas: list[Replica] = []
-        self._reads = Reads(self._replicas, self._read_failed)
-        self._writes: dict[Write, None] = {}
-        self._timers: dict[Replica, asyncio.TimerHandle] = {}
-        self._recovery_epoch = ownership.epoch if recover else 0
-        self._opening = True
-        self._closing = False
-        self._stalled = False
-        self._full: set[str] = set()
-        self._changed = asyncio.Event()
-        self._retired: set[asyncio.Task[None]] = set()
-        for place in places:
-            self._enter(self._connected(place), place.state if recover else ReplicaState.IN_SYNC)
+        self._replicas = Replicas(size_bytes, store)
         self._recorder = ReplicaRecorder(
             {place.device: place.state for place in places},
             self._wanted_states,
             self._record,
-            self._on_recorded,
+            self._recorded,
         )
+        self._reads = Reads(self._replicas.all, self._read_failed)
+        owner = _Owner(self, events)
+        self._losing = Losing(
+            self._replicas, ownership, owner, repeat_reads=self._reads.repeat, record=self._recorder.wake
+        )
+        self._writes = Writes(self._replicas, self._losing.lose, self._copied, self._recorder.is_stale)
+        self._returning = Returning(
+            self._replicas,
+            self._losing,
+            self._writes,
+            owner,
+            announce=self._announce,
+            recovery_epoch=ownership.epoch if recover else 0,
+        )
+        wiring = Wiring(
+            name,
+            size_bytes,
+            ownership,
+            connector,
+            events,
+            leases,
+            path_timeout_seconds,
+            probe_interval_seconds,
+            resync_bytes_per_second,
+        )
+        self._members = Members(
+            self._replicas,
+            wiring,
+            recorder=self._recorder,
+            losing=self._losing,
+            writes=self._writes,
+            returning=self._returning,
+        )
+        for place in places:
+            state = place.state if recover else ReplicaState.IN_SYNC
+            self._members.enter(place, state, self.failovers)
 
-    def _connected(self, place: ReplicaPlace) -> Replica:
-        volume = MultipathVolume(
-            self.name,
-            self._size_bytes,
-            self.ownership,
-            list(place.endpoints),
-            connector=self._connector,
-            events=ReplicaEvents(self._events, lambda: self._is_last(replica)),
-            device=place.device,
-            device_name=place.name,
-            leases=self._leases,
-            path_timeout_seconds=self._path_timeout,
-            probe_interval_seconds=self._probe_interval,
-        )
-        replica = Replica(
-            place.device, place.name, volume, Pace(self._bandwidth), Mode.AWAY, self._loop.time()
-        )
-        return replica
+    # What its parts ask of each other
+
+    def _wanted_states(self) -> States:
+        return wanted_states(self._replicas, self._recorder.of)
+
+    async def _record(self, states: States) -> None:
+        if self.ownership.fenced:
+            raise ClientFenced(self.name, self.ownership.fenced)
+        await self._events.record_replicas(self.ownership.epoch, states)
+
+    def _recorded(self) -> None:
+        self._members.recorded()
+
+    def _read_failed(self, replica: Replica, read: Read, error: int) -> None:
+        self._losing.read_failed(replica, read, error)
+
+    def _copied(self, replica: Replica) -> None:
+        self._returning.copied(replica)
+
+    def _announce(self, replica: Replica) -> None:
+        self._members.announce(replica)
 
     # Replicas that come and go
 
@@ -153,50 +192,22 @@ class MirrorVolume:
         Its commands go on and count as this mirror's; who owns it has to use the mirror from now on. It must
         not have a repair under way.
         """
-        now = self._loop.time()
-        replica = Replica(volume.device, volume.device_name, volume, Pace(self._bandwidth), Mode.COUNTS, now)
-        replica.well = volume.answers
         self.failovers = volume.failovers
         self.on_active = volume.on_active
         self.on_no_path = volume.on_no_path
         self.on_full = volume.on_full
         self.wanted_pages = volume.wanted_pages
         self.wrong_pages = volume.wrong_pages
-        self._stalled = not replica.well
-        if volume.full:
-            self._full.add(volume.device)
-        volume.report_to(ReplicaEvents(self._events, lambda: self._is_last(replica)))
-        self._enter(replica, ReplicaState.IN_SYNC)
-        self._recorder.enter(volume.device, ReplicaState.IN_SYNC)
-        for command in volume.outstanding():
-            if command.mutates:
-                self._take_over(replica, command)
-        self._opening = False
-
-    def _take_over(self, replica: Replica, command: Command) -> None:
-        """Count a command that was sent before as a write of this mirror."""
-        finished = command.finished
-        write = Write(
-            command.start, command.offset, command.length_bytes, lambda error: finished(error, None), 1
-        )
-        self._writes[write] = None
-        command.finished = partial(self._written, replica, write)
+        self._members.adopt(volume)
+        self._replicas.opening = False
 
     def add(self, place: ReplicaPlace) -> None:
         """Take in a replica that is recorded stale: everything is copied to it, and new data goes to it too.
 
         Nothing happens when there is one on that device already.
         """
-        if self._closing or any(replica.device == place.device for replica in self._replicas):
-            return
-        replica = self._connected(place)
-        self._store.drop_dirty_map(place.device)
-        self._recorder.enter(place.device, ReplicaState.STALE)
-        self._enter(replica, ReplicaState.STALE)
-        replica.reason = "new: everything is copied to it"
-        for write in self._writes:
-            replica.missed(write, self._dirty(replica))
-        replica.volume.start()
+        if not self._replicas.closing and self._replicas.find(place.device) is None:
+            self._members.add(place, self.failovers)
 
     async def retire(self, device: str) -> None:
         """Take a replica out; returns when it is recorded retired and nothing is sent to it any more.
@@ -204,78 +215,7 @@ class MirrorVolume:
         That waits until another one answers that is recorded in sync. Nothing happens when there is none on
         that device.
         """
-        replica = next((replica for replica in self._replicas if replica.device == device), None)
-        if replica is None:
-            return
-        replica.retiring = True
-        self._recorder.wake()
-        while replica in self._replicas and not self._closing:
-            self._changed.clear()
-            await self._changed.wait()
-
-    def _can_retire(self, replica: Replica) -> bool:
-        return replica.retiring and any(
-            other is not replica
-            and not other.retiring
-            and other.readable
-            and self._recorder.of(other.device) is ReplicaState.IN_SYNC
-            for other in self._replicas
-        )
-
-    def _remove(self, replica: Replica) -> None:
-        """Forget a replica that is recorded retired: what was on its way to it counts without it."""
-        reason = "it was replaced"
-        self._replicas.remove(replica)
-        self._recorder.leave(replica.device)
-        replica.gone = True
-        self._become(replica, Mode.AWAY, reason)
-        if timer := self._timers.pop(replica, None):
-            timer.cancel()
-        resync, replica.resync = replica.resync, None
-        if resync:
-            resync.stop()
-        replica.volume.drop(reason)
-        waiting, replica.unrecorded = replica.unrecorded, []
-        for write in waiting:
-            self._heard(write)
-        if replica.dirty:
-            replica.dirty.release()
-            replica.dirty = None
-        self._store.drop_dirty_map(replica.device)
-        task = self._loop.create_task(replica.volume.abandon())
-        self._retired.add(task)
-        task.add_done_callback(self._retired.discard)
-        self._changed.set()
-        self.push()
-
-    def _enter(self, replica: Replica, state: ReplicaState) -> None:
-        """Take a replica in, with what it has missed."""
-        volume = replica.volume
-        volume.failovers = self.failovers
-        volume.on_active = partial(self._answers, replica)
-        volume.on_no_path = partial(self._no_path, replica)
-        volume.on_full = partial(self._told_full, replica)
-        volume.on_fenced_server = partial(self._consider, replica)
-        volume.gives_up = partial(self._gives_up, replica)
-        self._replicas.append(replica)
-        if state is ReplicaState.IN_SYNC:
-            replica.mode = Mode.COUNTS
-            self._store.drop_dirty_map(replica.device)
-            return
-        replica.reason = "not in sync before"
-        replica.was_lost = True
-        # A map that is not there is made with everything missed, at once: the process may end at any moment.
-        self._dirty(replica, missed=True)
-
-    def _dirty(self, replica: Replica, *, missed: bool = False) -> DirtyMap:
-        if replica.dirty is None:
-            try:
-                storage = self._store.dirty_map(replica.device, missed=missed)
-            except FarpageError:
-                # No room for it where it outlives the process: should that end, all pages count as missed.
-                storage = memoryview(bytearray(bytes([missed]) * (self._size_bytes // PAGE_BYTES)))
-            replica.dirty = DirtyMap(storage)
-        return replica.dirty
+        await self._members.retire(device)
 
     # What it looks like
 
@@ -300,7 +240,7 @@ class MirrorVolume:
 
     def replica_status(self) -> list[ReplicaStatus]:
         """Every replica."""
-        now = self._loop.time()
+        now = asyncio.get_running_loop().time()
         return [replica.status(self._recorder.of(replica.device), now) for replica in self._replicas]
 
     @property
@@ -320,7 +260,7 @@ class MirrorVolume:
             replica.volume.start()
         try:
             async with asyncio.timeout(timeout_seconds):
-                await self._until(lambda: any(r.readable for r in self._replicas))
+                await self._until(lambda: self._replicas.readable() is not None)
         except TimeoutError:
             reasons = "; ".join(f"{r.name}: {r.volume.reasons()}" for r in self._replicas)
             await self.abandon()
@@ -333,17 +273,17 @@ class MirrorVolume:
         if self.ownership.fenced:
             await self.abandon()
             raise ClientFenced(self.name, self.ownership.fenced)
-        self._opening = False
+        self._replicas.opening = False
         for replica in self._replicas:
             if not replica.well:
                 replica.reason = replica.volume.reasons()
-            self._consider(replica)
-        self._decide()
+            self._returning.consider(replica)
+        self._losing.decide()
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition() and not self.ownership.fenced:
-            self._changed.clear()
-            await self._changed.wait()
+            self._replicas.changed.clear()
+            await self._replicas.changed.wait()
 
     async def close(self) -> None:
         """Wait for the commands in flight, then let go of the paths."""
@@ -353,24 +293,13 @@ class MirrorVolume:
 
     async def abandon(self) -> None:
         """Let go of the paths at once; commands not finished end with ESHUTDOWN."""
-        self._closing = True
+        self._replicas.closing = True
         self._reads.close()
-        self._changed.set()
+        self._replicas.changed.set()
         await self._recorder.stop()
-        for timer in self._timers.values():
-            timer.cancel()
-        for replica in self._replicas:
-            if replica.resync:
-                replica.resync.stop()
-        for replica in self._replicas:
-            await replica.volume.abandon()
-            if replica.dirty:
-                replica.dirty.release()
-                replica.dirty = None
-        await asyncio.gather(*self._retired)
-        for write in list(self._writes):
-            write.error = write.error or errno.ESHUTDOWN
-            self._end(write)
+        self._returning.stop()
+        await self._members.abandon()
+        self._writes.abandon()
 
     # Commands: the hot path
 
@@ -384,7 +313,7 @@ class MirrorVolume:
         def start(io: BlockIO, end: Finished) -> None:
             io.write(offset, data, lambda error: end(error, None))
 
-        self._submit(start, offset, len(data), done)
+        self._writes.submit(start, offset, len(data), done)
 
     def zero(self, offset: int, length: int, done: Done) -> None:
         """Zero on every replica; waits out every failure."""
@@ -392,84 +321,11 @@ class MirrorVolume:
         def start(io: BlockIO, end: Finished) -> None:
             io.zero(offset, length, lambda error: end(error, None))
 
-        self._submit(start, offset, length, done)
-
-    def _submit(self, start: Start, offset: int, length: int, done: Done) -> None:
-        write = Write(start, offset, length, done, len(self._replicas))
-        self._writes[write] = None
-        for replica in self._replicas:
-            self._send(replica, write)
-
-    def _send(self, replica: Replica, write: Write) -> None:
-        if replica.mode is Mode.COUNTS:
-            replica.volume.carry_out(
-                write.start, write.offset, write.length, partial(self._written, replica, write)
-            )
-        elif replica.mode is Mode.RESYNCING and replica.resync:
-            replica.missed(write, self._dirty(replica))
-            replica.resync.admit(write.first, write.count, partial(self._send_resyncing, replica, write))
-        else:
-            self._missed(replica, write)
-
-    def _send_resyncing(self, replica: Replica, write: Write) -> None:
-        """Send a write to a replica that no copy of the same pages is on its way to."""
-        if replica.mode is not Mode.RESYNCING:
-            self._send(replica, write)
-            return
-        replica.missed(write, self._dirty(replica))
-        replica.volume.carry_out(
-            write.start, write.offset, write.length, partial(self._written, replica, write)
-        )
-
-    def _written(self, replica: Replica, write: Write, error: int, _result: Any) -> None:
-        if error == 0:
-            if replica.mode is not Mode.COUNTS and replica.dirty:
-                replica.dirty.clear(write.first, write.count)
-                self._copied(replica)
-            self._heard(write)
-        elif self._closing:
-            write.error = error
-            self._heard(write)
-        else:
-            if error != errno.ECANCELED:
-                self._lose(replica, f"its device answers {_name(error)}", pause=True)
-            self._missed(replica, write)
-
-    def _missed(self, replica: Replica, write: Write) -> None:
-        """Mark what a replica has not got, and let the write go on without it as soon as that is recorded."""
-        if replica.gone:
-            self._heard(write)
-            return
-        replica.missed(write, self._dirty(replica))
-        if self._recorder.is_stale(replica.device):
-            self._heard(write)
-        else:
-            replica.unrecorded.append(write)
-
-    def _heard(self, write: Write) -> None:
-        """One replica has the write, or is known to lack it."""
-        write.pending -= 1
-        if write.pending <= 0:
-            self._end(write)
-
-    def _end(self, write: Write) -> None:
-        if write not in self._writes:
-            return
-        del self._writes[write]
-        if write.missed_by:
-            pages = range(write.first, write.first + write.count)
-            for replica in write.missed_by:
-                replica.busy.difference_update(pages)
-                if replica.resync and not self._closing:
-                    self._copied(replica)
-                    if replica.resync:
-                        replica.resync.wake()
-        write.done(write.error)
+        self._writes.submit(start, offset, length, done)
 
     def push(self) -> None:
         """Send what was submitted in this turn now."""
-        for replica in self._replicas:
-            replica.volume.push()
+        self._replicas.push()
 
     # Leaving a VIOS on purpose
 
@@ -484,11 +340,11 @@ class MirrorVolume:
             try:
                 await replica.volume.leave(vios)
             except NoPath:
-                if self._is_last(replica):
+                if self._replicas.is_last(replica):
                     self.rejoin(vios)
                     raise
                 replica.volume.shun(vios)
-                self._lose(replica, f"VIOS {vios} is being stopped")
+                self._losing.lose(replica, f"VIOS {vios} is being stopped")
                 replica.volume.drop(f"VIOS {vios} is being stopped")
 
     def rejoin(self, vios: str, reason: str = "") -> None:
@@ -502,7 +358,7 @@ class MirrorVolume:
         self, device: str, offset: int, length: int, done: ReadDone, *, other_path: bool = False
     ) -> None:
         """Read what one replica holds."""
-        replica = self._counting(device)
+        replica = self._replicas.counting(device)
         if replica is None or not replica.well:
             done(errno.ESTALE, None)
             return
@@ -514,7 +370,7 @@ class MirrorVolume:
 
     def rewrite_replica(self, device: str, offset: int, data: memoryview, done: Done) -> None:
         """Put one replica right."""
-        replica = self._counting(device)
+        replica = self._replicas.counting(device)
         if replica is None or not replica.well:
             done(errno.ESTALE)
             return
@@ -523,265 +379,11 @@ class MirrorVolume:
         def finished(error: int) -> None:
             if replica.gone:
                 error = errno.ESTALE
-            elif error and not self._closing:
-                self._dirty(replica).mark(first, count)
-                self._lose(replica, f"its device answers {_name(error)} to a repair", pause=True)
+            elif error and not self._replicas.closing:
+                self._replicas.dirty(replica).mark(first, count)
+                reason = f"its device answers {errno.errorcode.get(error, error)} to a repair"
+                self._losing.lose(replica, reason, pause=True)
                 error = errno.ESTALE
             done(error)
 
         replica.volume.rewrite_replica(device, offset, data, finished)
-
-    def _counting(self, device: str) -> Replica | None:
-        return next((r for r in self._replicas if r.device == device and r.mode is Mode.COUNTS), None)
-
-    # Losing a replica
-
-    def _survives_without(self, replica: Replica) -> bool:
-        return any(other is not replica and other.readable for other in self._replicas)
-
-    def _is_last(self, replica: Replica) -> bool:
-        return replica.mode is Mode.COUNTS and not self._survives_without(replica)
-
-    def _gives_up(self, replica: Replica, _error: int) -> bool:
-        return replica.mode is not Mode.COUNTS or self._survives_without(replica)
-
-    def _no_path(self, replica: Replica, none: bool) -> None:
-        if not none:
-            self._answers(replica)
-            return
-        replica.well = False
-        if replica.mode is not Mode.AWAY:
-            replica.reason = replica.volume.reasons()
-        self._decide()
-
-    def _told_full(self, replica: Replica, full: bool) -> None:
-        """Only the last replica that counts waits for room; any other one is given up."""
-        before = bool(self._full)
-        (self._full.add if full else self._full.discard)(replica.device)
-        if bool(self._full) is not before:
-            self.on_full(bool(self._full))
-
-    def _read_failed(self, replica: Replica, read: Read, error: int) -> None:
-        """A replica that cannot give a page back has not got it: the others' content is put there."""
-        if error != errno.ECANCELED and replica.mode is not Mode.AWAY:
-            self._dirty(replica).mark(read.offset // PAGE_BYTES, -(-read.length // PAGE_BYTES))
-            self._lose(replica, f"its device answers {_name(error)} to a read", pause=True)
-
-    def _decide(self) -> None:
-        """Give up what is lost while something else is left, and tell whether anything is."""
-        self._changed.set()
-        if self._opening or self._closing or self.ownership.fenced:
-            if self.ownership.fenced:
-                self._stalls(True)
-            return
-        for replica in list(self._replicas):
-            lost = not replica.well or replica.device in self._full
-            if lost and (
-                replica.mode is Mode.RESYNCING
-                or (replica.mode is Mode.COUNTS and self._survives_without(replica))
-            ):
-                self._lose(replica, replica.reason or "its device is full")
-        self._stalls(not any(replica.readable for replica in self._replicas))
-        if self._stalled:
-            for replica in self._replicas:
-                self._reads.repeat(replica)
-        for replica in self._replicas:
-            if replica.resync:
-                replica.resync.wake()
-        self._recorder.wake()
-
-    def _stalls(self, stalled: bool) -> None:
-        if stalled is not self._stalled:
-            self._stalled = stalled
-            self.on_no_path(stalled)
-
-    def _lose(self, replica: Replica, reason: str, *, pause: bool = False) -> None:
-        """Give a replica up: it misses what is on its way to it, which goes on once that is recorded."""
-        if replica.mode is Mode.AWAY or self._closing:
-            return
-        counted = replica.mode is Mode.COUNTS
-        self._dirty(replica)
-        self._become(replica, Mode.AWAY, reason)
-        replica.was_lost = True
-        if pause:
-            replica.pause(self._loop.time())
-        resync, replica.resync = replica.resync, None
-        if resync:
-            replica.resynced_pages = resync.copied_pages
-            resync.stop()
-        replica.volume.drop(reason)
-        replica.well = False
-        survivor = next((other for other in self._replicas if other.readable), None)
-        if survivor and survivor.volume.active_vios:
-            now = self._loop.time()
-            self.failovers.taken_over(replica.name, survivor.volume.active_vios, now)
-        if counted:
-            self._events.alarm(
-                "replica_stale",
-                f"volume {self.name}: the replica on device {replica.name} is lost: {reason}; "
-                "what it misses is marked and copied to it when it is back",
-            )
-            self.on_active()
-        self._recorder.wake()
-        self.push()
-
-    def _become(self, replica: Replica, mode: Mode, reason: str = "") -> None:
-        replica.mode = mode
-        replica.reason = reason
-        replica.since_seconds = self._loop.time()
-
-    # Its return
-
-    def _answers(self, replica: Replica) -> None:
-        """A path of a replica carries commands."""
-        replica.well = True
-        self._consider(replica)
-        self._decide()
-        if replica.mode is not Mode.AWAY:
-            self.on_active()
-
-    def _consider(self, replica: Replica) -> None:
-        """Begin to resync a replica, if it is back and no server can still carry out an older write of it."""
-        if replica.mode is not Mode.AWAY or self._opening or self._closing or replica.retiring:
-            return
-        if not replica.volume.ready:
-            return
-        if any(path.epoch < self._recovery_epoch for path in replica.volume.status()):
-            # A server that has not been opened since the recovery may still carry out what the dead worker
-            # sent, over a copy of the same pages.
-            if replica not in self._timers:
-                self._timers[replica] = self._loop.call_later(LOOK_SECONDS, self._consider_again, replica)
-            return
-        if self._loop.time() < replica.not_before_seconds:
-            if replica not in self._timers:
-                self._timers[replica] = self._loop.call_at(
-                    replica.not_before_seconds, self._consider_again, replica
-                )
-            return
-        replica.well = True
-        dirty = self._dirty(replica)
-        if self.wanted_pages is not None:
-            wanted = self.wanted_pages()
-            for write in self._writes:
-                wanted[write.first : write.first + write.count] = True
-            dirty.keep(wanted)
-        self._become(replica, Mode.RESYNCING, "what it has missed is copied to it")
-        replica.resync = Resync(
-            dirty,
-            replica.busy,
-            replica.pace,
-            read=partial(self._read_for, replica),
-            write=partial(self._write_copy, replica),
-            wrong=self.wrong_pages,
-            on_copied=partial(self._copied, replica),
-        )
-        again, replica.unrecorded = replica.unrecorded, []
-        for write in again:
-            self._send(replica, write)
-        if self._full:
-            # What no other replica has room for may be done as soon as this one has everything.
-            for write in [w for w in self._writes if replica in w.missed_by and w not in again]:
-                write.pending += 1
-                self._send(replica, write)
-        replica.volume.push()
-        self._copied(replica)
-        if replica.resync:
-            replica.resync.wake()
-
-    def _consider_again(self, replica: Replica) -> None:
-        del self._timers[replica]
-        self._consider(replica)
-
-    def _read_for(self, replica: Replica, offset: int, length: int, done: ReadDone) -> bool:
-        """Read what a replica has missed from another one that has everything."""
-        sources = [other for other in self._replicas if other is not replica and other.readable]
-        if not sources:
-            return False
-        source = min(sources, key=lambda other: other.latency.mean_seconds)
-
-        def finished(error: int, payload: memoryview | None) -> None:
-            if error and error not in (errno.ECANCELED, errno.ESHUTDOWN):
-                self._read_failed(source, Read(offset, length, done), error)
-            done(error, payload)
-
-        source.volume.read(offset, length, finished)
-        return True
-
-    def _write_copy(self, replica: Replica, offset: int, data: memoryview, done: Done) -> None:
-        def finished(error: int) -> None:
-            if error and error != errno.ECANCELED and not self._closing:
-                self._lose(replica, f"its device answers {_name(error)}", pause=True)
-            done(error)
-
-        replica.volume.write(offset, data, finished)
-
-    def _copied(self, replica: Replica) -> None:
-        """Let a replica count when it has everything."""
-        if replica.mode is not Mode.RESYNCING or replica.dirty is None or replica.dirty.count:
-            return
-        if replica.resync:
-            replica.resynced_pages = replica.resync.copied_pages
-            replica.resync.stop()
-            replica.resync = None
-        self._become(replica, Mode.COUNTS)
-        self._decide()
-        self._announce(replica)
-
-    # What the definition says
-
-    def _wanted_states(self) -> States:
-        """Say what the definition should say.
-
-        Of a replica that is away it goes on to say "in sync" while nobody could acknowledge a write without
-        it: it may yet come back with everything, as the only one.
-        """
-        states: States = {}
-        survivor = any(replica.readable for replica in self._replicas)
-        for replica in self._replicas:
-            recorded = self._recorder.of(replica.device)
-            if self._can_retire(replica):
-                states[replica.device] = ReplicaState.RETIRED
-                continue
-            stale = replica.mode is not Mode.COUNTS and (survivor or recorded is ReplicaState.STALE)
-            states[replica.device] = ReplicaState.STALE if stale else ReplicaState.IN_SYNC
-            if replica.mode is not Mode.COUNTS and recorded is None and not survivor:
-                return {}
-        return states
-
-    async def _record(self, states: States) -> None:
-        if self.ownership.fenced:
-            raise ClientFenced(self.name, self.ownership.fenced)
-        await self._events.record_replicas(self.ownership.epoch, states)
-
-    def _on_recorded(self) -> None:
-        for replica in list(self._replicas):
-            retired = self._recorder.of(replica.device) is ReplicaState.RETIRED
-            if retired and replica.retiring and self._survives_without(replica):
-                self._remove(replica)
-                continue
-            if self._recorder.is_stale(replica.device):
-                waiting, replica.unrecorded = replica.unrecorded, []
-                for write in waiting:
-                    self._heard(write)
-            self._announce(replica)
-
-    def _announce(self, replica: Replica) -> None:
-        """Let go of the dirty map of a replica that is recorded in sync, and tell of its return."""
-        if (
-            replica.mode is Mode.COUNTS
-            and replica.was_lost
-            and self._recorder.of(replica.device) is ReplicaState.IN_SYNC
-        ):
-            replica.was_lost = False
-            if replica.dirty:
-                replica.dirty.release()
-                replica.dirty = None
-            self._store.drop_dirty_map(replica.device)
-            self._events.alarm(
-                "replica_resynced",
-                f"volume {self.name}: the replica on device {replica.name} has everything again",
-            )
-
-
-def _name(error: int) -> str:
-    return errno.errorcode.get(error, str(error))

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from farpage.blockio import BlockIO, Done, ReadDone
 from farpage.definition.model import ReplicaState
 from farpage.volume.command import Finished
+from farpage.volume.connector import Endpoint
 from farpage.volume.dirty import DirtyMap
 from farpage.volume.hedge import Latency
 from farpage.volume.multipath import MultipathVolume
@@ -26,6 +27,16 @@ Start: TypeAlias = Callable[[BlockIO, Finished], None]
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 """Between two tries of a device that answers, but with errors."""
+
+
+@dataclass(frozen=True)
+class ReplicaPlace:
+    """A replica: its device, the ways to it, and what the definition says of it."""
+
+    device: str
+    name: str
+    state: ReplicaState
+    endpoints: tuple[Endpoint, ...]
 
 
 class Mode(enum.Enum):
@@ -109,6 +120,12 @@ class Replica:
     def readable(self) -> bool:
         """Whether it has everything and answers."""
         return self.mode is Mode.COUNTS and self.well
+
+    def become(self, mode: Mode, now_seconds: float, reason: str = "") -> None:
+        """Change what it gets; `reason` says why it is not in sync."""
+        self.mode = mode
+        self.reason = reason
+        self.since_seconds = now_seconds
 
     def has(self, read: Read) -> bool:
         """Tell whether it has the pages of a read, though not all others."""

@@ -11,10 +11,11 @@ from farpage.errors import Unreachable
 from farpage.vios.names import parse_export_name
 from farpage.volume.connector import Endpoint, PathConnection
 from farpage.volume.dirty import MemoryDirtyStore
-from farpage.volume.mirror import MirrorVolume, ReplicaPlace
+from farpage.volume.mirror import MirrorVolume
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.recorder import States
+from farpage.volume.replica import ReplicaPlace
 from tests.unit.volume.model import OWNER, PAGE, SIZE, Disk, ModelVios, Recorder
 
 IN_SYNC, STALE = ReplicaState.IN_SYNC, ReplicaState.STALE
