@@ -29,8 +29,13 @@ class RegionProcess:
     process: asyncio.subprocess.Process
 
     @classmethod
-    async def start(cls, state: Path, pages: int, limit_bytes: int, name: str = "client") -> RegionProcess:
-        """Start the process and wait until its region is attached, as the client of that name."""
+    async def start(
+        cls, state: Path, pages: int, limit_bytes: int, name: str = "client", version: int = 0
+    ) -> RegionProcess:
+        """Start the process and wait until its region is attached, as the client of that name.
+
+        With a version it expects what another process has written at that version.
+        """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             str(CLIENT),
@@ -38,6 +43,7 @@ class RegionProcess:
             str(pages),
             str(limit_bytes),
             name,
+            str(version),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )

@@ -1,6 +1,7 @@
 """A process whose region is paged, and that does with its pages what a test tells it, checking every byte.
 
-Run as `python region_client.py STATE PAGES LIMIT_BYTES [NAME]`.
+Run as `python region_client.py STATE PAGES LIMIT_BYTES [NAME [VERSION]]`: with a version every page has that
+one already, which another process has written.
 It answers each command, one a line, with a line:
 
     write FIRST COUNT     give the pages a new version of their content        -> done
@@ -38,9 +39,9 @@ def expected_words(first: int, versions: Words) -> Words:
 class Pages:
     """Pages with known content."""
 
-    def __init__(self, region: Region, pages: int) -> None:
+    def __init__(self, region: Region, pages: int, version: int) -> None:
         self._content = np.frombuffer(region, np.uint64).reshape(pages, WORDS)
-        self._versions = np.zeros(pages, np.uint64)
+        self._versions = np.full(pages, version, np.uint64)
 
     def _expected(self, first: int, last: int) -> Words:
         return expected_words(first, self._versions[first:last])
@@ -70,8 +71,9 @@ def main() -> None:
     """Do what standard input says."""
     state, pages, limit_bytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     name = sys.argv[4] if len(sys.argv) > 4 else "client"
+    version = int(sys.argv[5]) if len(sys.argv) > 5 else 0
     region = Region(pages * 4096, name=name, limit_bytes=limit_bytes, state=state)
-    content = Pages(region, pages)
+    content = Pages(region, pages, version)
     print("ready", flush=True)
     for line in sys.stdin:
         word, *numbers = line.split()

@@ -17,9 +17,11 @@ from farpage.definition.model import Definition
 from farpage.embedded.model import ViosStarted
 from farpage.hypervisor.model import (
     Alarm,
+    ClientAdopt,
     ClientAttach,
     ClientCreate,
     ClientInfo,
+    ClientRelease,
     DefinitionPromote,
     DefinitionPromotion,
     DeviceReplace,
@@ -92,6 +94,16 @@ class HypervisorControl(_Control):
         return await self._client.post(
             f"/v1/clients/{name}/detach", None, ClientInfo, timeout_seconds=DETACH_TIMEOUT_SECONDS
         )
+
+    async def release(self, name: str, wanted: ClientRelease) -> ClientInfo:
+        """Bring every page of a client to its devices and let go of it; returns when that is done."""
+        return await self._client.post(
+            f"/v1/clients/{name}/release", wanted, ClientInfo, timeout_seconds=DETACH_TIMEOUT_SECONDS
+        )
+
+    async def adopt(self, name: str, wanted: ClientAdopt) -> ClientInfo:
+        """Take a client that another hypervisor has released."""
+        return await self._client.post(f"/v1/clients/{name}/adopt", wanted, ClientInfo)
 
     async def start_scrub(self, name: str, wanted: ScrubStart) -> ClientInfo:
         """Begin to read what every replica holds of a client's pages, and to repair it."""

@@ -22,9 +22,11 @@ from farpage.hypervisor.metrics import DefinitionFigures, render
 from farpage.hypervisor.model import (
     Alarm,
     Attachment,
+    ClientAdopt,
     ClientAttach,
     ClientCreate,
     ClientInfo,
+    ClientRelease,
     DefinitionPromote,
     DefinitionPromotion,
     HypervisorInfo,
@@ -93,6 +95,14 @@ class _Operations:
 
     async def detach(self, name: str) -> ClientInfo:
         await self._hypervisor.clients.detach(name)
+        return await self.client(name)
+
+    async def release(self, name: str, wanted: ClientRelease) -> ClientInfo:
+        await self._hypervisor.releases.release(name, wanted.qmp, force=wanted.force)
+        return await self.client(name)
+
+    async def adopt(self, name: str, wanted: ClientAdopt) -> ClientInfo:
+        await self._hypervisor.releases.adopt(name, force=wanted.force)
         return await self.client(name)
 
     async def paths(self, client: str | None) -> tuple[PathInfo, ...]:
@@ -191,15 +201,7 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
         """Remove a client that is not attached, and its volume."""
         await on_loop(hypervisor.clients.delete(name))
 
-    @app.post("/v1/clients/{name}/attach")
-    async def attach_client(name: ClientName, wanted: ClientAttach) -> ClientInfo:
-        """Page the memory of a running process."""
-        return await on_loop(operations.attach(name, wanted))
-
-    @app.post("/v1/clients/{name}/detach")
-    async def detach_client(name: ClientName) -> ClientInfo:
-        """Page everything back in and let go of the process."""
-        return await on_loop(operations.detach(name))
+    _add_attachments(app, operations, on_loop)
 
     @app.post("/v1/clients/{name}/scrub")
     async def scrub_client(name: ClientName, wanted: ScrubStart) -> ClientInfo:
@@ -264,3 +266,31 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
         return Response(await on_loop(operations.metrics()), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _add_attachments(
+    app: FastAPI,
+    operations: _Operations,
+    on_loop: Callable[[Coroutine[Any, Any, ClientInfo]], Coroutine[Any, Any, ClientInfo]],
+) -> None:
+    """Add the requests by which a client comes, goes, or goes to another hypervisor."""
+
+    @app.post("/v1/clients/{name}/attach")
+    async def attach_client(name: ClientName, wanted: ClientAttach) -> ClientInfo:
+        """Page the memory of a running process."""
+        return await on_loop(operations.attach(name, wanted))
+
+    @app.post("/v1/clients/{name}/detach")
+    async def detach_client(name: ClientName) -> ClientInfo:
+        """Page everything back in and let go of the process."""
+        return await on_loop(operations.detach(name))
+
+    @app.post("/v1/clients/{name}/release")
+    async def release_client(name: ClientName, wanted: ClientRelease) -> ClientInfo:
+        """Bring every page of a stopped client to its devices and let go of it, for another hypervisor."""
+        return await on_loop(operations.release(name, wanted))
+
+    @app.post("/v1/clients/{name}/adopt")
+    async def adopt_client(name: ClientName, wanted: ClientAdopt) -> ClientInfo:
+        """Take a client that another hypervisor has released; its next attachment begins with its pages."""
+        return await on_loop(operations.adopt(name, wanted))

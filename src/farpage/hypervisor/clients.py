@@ -19,7 +19,9 @@ from farpage.attach.messages import AttachRequest
 from farpage.attach.process import close_process, open_process, userfaultfds
 from farpage.attach.retake import remember
 from farpage.definition.model import PAGE_BYTES, Redundancy, ReplicaState
+from farpage.definition.releasing import refusal
 from farpage.errors import FarpageError
+from farpage.handover import Handover
 from farpage.hypervisor.errors import (
     ClientAttached,
     ClientBusy,
@@ -27,6 +29,7 @@ from farpage.hypervisor.errors import (
     DetachByOwner,
     MemoryTooLarge,
 )
+from farpage.hypervisor.handovers import HandoverMismatch, Handovers, lay_out
 from farpage.hypervisor.model import Attachment, ClientAttach, ClientCreate
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
@@ -36,7 +39,7 @@ from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.inject import ProcessNotFound
 from farpage.kernel.process import identify, is_gone
 from farpage.log import get_logger
-from farpage.pager.channel import PeerGone
+from farpage.pager.channel import Answer, PeerGone
 from farpage.pager.messages import (
     AddReplica,
     Attach,
@@ -115,6 +118,7 @@ class Clients:
         records: ClientRecords,
         workers: WorkerPool,
         pool: MemoryPool,
+        handovers: Handovers,
     ) -> None:
         self.attached: dict[str, Attached] = {}
         self.unrecovered: dict[str, AttachmentRecord] = {}
@@ -123,6 +127,7 @@ class Clients:
         self.recover: Callable[[str, Attached], Awaitable[None]]
         """Finds another worker for a client whose worker has ended; see `farpage.hypervisor.recovery`."""
         self.run: RunFolder
+        self.handovers = handovers
         self._settings = settings
         self._workers = workers
         self._pool = pool
@@ -251,6 +256,8 @@ class Clients:
         if record is None:
             record = _record(client, memory)
         record = record.model_copy(update={"made_for_it": created})
+        if not created:
+            record = record.model_copy(update={"handover": self.records.of(client).released})
         self.run.save(record)
         if created:
             await self._create(
@@ -266,7 +273,12 @@ class Clients:
         except FarpageError:
             if created:
                 await self.records.discard(client)
+            if record.handover is not None:
+                await self.records.restore(client, record.handover)
             raise
+        if record.handover is not None:
+            self.handovers.counts["started"] += 1
+            await self.handovers.forget(self.records.of(client))
 
     async def _attach_existing(
         self, record: AttachmentRecord, memory: ClientMemory, limit_bytes: int | None
@@ -279,10 +291,13 @@ class Clients:
         self._pool.give(client, limit)
         pages = memory.length_bytes // PAGE_BYTES
         try:
-            claimed = await self.records.claim(client)
+            found = await self._handover(client, record, pages)
+            claimed = await self.records.claim(client, released=record.handover)
             replicas = self.records.replicas(client, turn=len(self.attached))
             worker = self._workers.least_loaded()
             state = StateFile.create(self.run.state_path(client), pages, claimed.epoch)
+            if found is not None:
+                lay_out(found, state)
         except FarpageError:
             self._pool.limits.pop(client)
             raise
@@ -303,6 +318,7 @@ class Clients:
             no_path_timeout_seconds=self._settings.no_path_timeout_seconds,
             resync_bytes_per_second=self._settings.resync_bytes_per_second,
             open_timeout_seconds=OPEN_TIMEOUT_SECONDS,
+            handed_over=found is not None,
         )
         # Known before the worker says so: the client may exit before the answer arrives.
         attached = self.attached[client] = Attached(record, memory, state, worker, limit, attaching=True)
@@ -319,12 +335,33 @@ class Clients:
         except PeerGone:
             await self._worker_ended_meanwhile(client, attached)
         except FarpageError:
-            self._let_go(client)
+            self.let_go(client)
             raise
         if self.attached.get(client) is not attached:  # it exited right after
             raise ProcessNotFound(memory.pid)
+        if found is not None:
+            # From here on pages may change, so what was released is not true any more.
+            attached.record = attached.record.model_copy(update={"handover": None})
+            self.run.save(attached.record)
         attached.attaching = False
         attached.paged.set()
+
+    async def _handover(self, client: str, record: AttachmentRecord, pages: int) -> Handover | None:
+        """Fetch what an adopted client begins with; None for one that was not released.
+
+        :raise ClientReleased: this hypervisor has not adopted it.
+        :raise HandoverUnreachable: nobody who answers has it.
+        :raise HandoverMismatch: it is of another size.
+        """
+        released = record.handover
+        if released is None:
+            return None
+        if released.adopter != self.records.hypervisor:
+            raise refusal(client, released, self.records.hypervisor)
+        found = await self.handovers.fetch(client, self.records.of(client), released)
+        if found.pages != pages:
+            raise HandoverMismatch(client, found.pages * PAGE_BYTES, pages * PAGE_BYTES)
+        return found
 
     def take_in(self, attached: Attached) -> None:
         """Enter a client of an earlier control process."""
@@ -392,7 +429,7 @@ class Clients:
         except ProcessLookupError:
             registered = False
         if not registered:
-            self._let_go(client)
+            self.let_go(client)
             raise PeerGone("attach")
         await self.recover(client, attached)
 
@@ -526,6 +563,12 @@ class Clients:
         await self._ask(client, attached, method, order)
 
     async def _ask(self, client: str, attached: Attached, method: str, order: BaseModel) -> None:
+        """As `ask`, for requests whose answer is that they were carried out."""
+        await self.ask(client, attached, method, order, Nothing)
+
+    async def ask(
+        self, client: str, attached: Attached, method: str, order: BaseModel, answer: type[Answer]
+    ) -> Answer:
         """Have a client's worker do something, or the one that takes its place when it ends meanwhile.
 
         :raise PeerGone: the client has exited meanwhile.
@@ -535,8 +578,7 @@ class Clients:
             if self.attached.get(client) is not attached:
                 raise PeerGone(method)
             try:
-                await attached.worker.channel.call(method, order, Nothing)
-                return
+                return await attached.worker.channel.call(method, order, answer)
             except PeerGone:
                 if attached.paged.is_set():
                     raise  # the hypervisor is stopping
@@ -588,7 +630,7 @@ class Clients:
             if error.code not in ("not_attached", "worker_gone"):
                 raise
         if self.attached.get(client) is attached:
-            self._let_go(client)
+            self.let_go(client)
             if attached.ephemeral:
                 await self.records.discard(client)
 
@@ -597,7 +639,9 @@ class Clients:
         attached = self.attached.get(client)
         if attached is None or not is_gone(attached.memory.pidfd):
             return
-        self._let_go(client)
+        if attached.record.releasing:
+            return  # what it was may be all on its devices by now: whoever releases it sees to the rest
+        self.let_go(client)
         if attached.ephemeral:
             await self.records.discard(client)
 
@@ -608,8 +652,8 @@ class Clients:
         self._pool.limits.pop(client, None)
         attached.state.close()
 
-    def _let_go(self, client: str) -> None:
-        """Forget a client and close everything that is here of it."""
+    def let_go(self, client: str) -> None:
+        """Forget a client and close everything that is here of it; its memory is left as it is."""
         attached = self.attached.get(client)
         if attached is not None:
             self._forget(client)

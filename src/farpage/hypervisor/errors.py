@@ -56,6 +56,32 @@ class ClientElsewhere(FarpageError):
 
 
 @dataclass(eq=False)
+class ClientRuns(FarpageError):
+    """What runs cannot be released without being held up for good."""
+
+    code = "client_runs"
+    template = "client {client!r} cannot be released: its process {pid} runs"
+    remedy = (
+        "stop the VM ('--qmp SOCKET' does), or the process ('kill -STOP {pid}'); with '--force' it is "
+        "released as it runs, and its accesses to memory wait from then on until it is ended"
+    )
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    pid: int
+
+
+@dataclass(eq=False)
+class ClientMoving(FarpageError):
+    """A client's volume is on its way to another device."""
+
+    code = "client_moving"
+    template = "client {client!r} cannot be released while its volume is moved to another device"
+    remedy = "wait until the move has ended, or cancel it; 'farpage client show {client}' tells how far it is"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+
+
+@dataclass(eq=False)
 class MemoryTooLarge(FarpageError):
     """The memory found is larger than what the client was created for."""
 

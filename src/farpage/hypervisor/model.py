@@ -53,6 +53,35 @@ class ClientAttach(Document):
     limit_bytes: int | None = Field(default=None, gt=0, le=NUMBER_MAX)
 
 
+class ClientRelease(Document):
+    """`POST /v1/clients/{name}/release`: bring every page to the devices and let go of the client.
+
+    Another hypervisor can adopt it then. It has to be stopped, which is done over QMP where that is known.
+    """
+
+    qmp: str | None = Field(default=None, pattern="^/", max_length=107)
+    """Absolute path of a QMP socket by which the VM is stopped."""
+    force: bool = False
+    """Also while the process runs: its accesses wait from then on, for good."""
+
+
+class ClientAdopt(Document):
+    """`POST /v1/clients/{name}/adopt`: take a released client; its next attachment begins with its pages."""
+
+    force: bool = False
+    """Also from a hypervisor that has adopted it and not attached it yet."""
+
+
+class ReleasedInfo(Document):
+    """A client that is all on its devices, and attached nowhere."""
+
+    hypervisor: Name
+    """Who released it."""
+    adopter: str
+    """Who may attach it; empty while anybody may adopt it."""
+    epoch: int
+
+
 class PathInfo(Document):
     """One way from the client over a VIOS to its volume."""
 
@@ -162,6 +191,8 @@ class ClientInfo(Document):
     weight: int
     redundancy: Redundancy
     epoch: int
+    released: ReleasedInfo | None = None
+    """It was released and waits for being adopted, or attached by its adopter."""
     fenced: str = ""
     """Why another owner has the volume instead; empty while this hypervisor has it."""
     worker: int | None

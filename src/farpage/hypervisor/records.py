@@ -10,9 +10,17 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
-from farpage.definition import replacing, rules
+from farpage.definition import releasing, replacing, rules
 from farpage.definition.errors import ClientExists
-from farpage.definition.model import ClientRecord, Definition, Move, MoveState, Redundancy, ReplicaState
+from farpage.definition.model import (
+    ClientRecord,
+    Definition,
+    Move,
+    MoveState,
+    Redundancy,
+    Release,
+    ReplicaState,
+)
 from farpage.definition.rules import VolumePath
 from farpage.errors import FarpageError
 from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
@@ -128,8 +136,12 @@ class ClientRecords:
 
         :raise ClientMissing: there is none.
         :raise ClientElsewhere: another hypervisor has claimed it.
+        :raise ClientReleased: it waits for somebody to adopt it.
         :raise NoVios: none answers.
         """
+        released = self.of(client).released
+        if released and released.adopter != self.hypervisor:
+            raise releasing.refusal(client, released, self.hypervisor)
         by_device = _by_device(rules.paths(self._keeper.current, client))
         # Under an epoch of its own, so that nobody who had the volume open still writes.
         epoch = (await self.claim(client, take_over=False)).epoch
@@ -181,15 +193,34 @@ class ClientRecords:
 
     # Claimed
 
-    async def claim(self, client: str, *, take_over: bool = True) -> ClientRecord:
+    async def claim(
+        self, client: str, *, take_over: bool = True, released: Release | None = None
+    ) -> ClientRecord:
         """Take ownership: a new token, and an epoch above every one that a VIOS knows of.
 
         Whoever had the client before is fenced by it. Without `take_over` that can only be this hypervisor.
+        `released` is the release that the claim makes use of, and so ends.
 
         :raise ClientMissing: there is none.
         :raise ClientElsewhere: without `take_over`, when another hypervisor has claimed it.
+        :raise ClientReleased: when it is released, otherwise than `released` says.
         :raise FarpageError: the definition could not be changed.
         """
+
+        def edit(definition: Definition, owner: str, epoch: int) -> Definition:
+            record = rules.client_of(definition, client)
+            if not take_over:
+                self._must_be_ours(client, record)
+            elif record.released != released:
+                if record.released is None:
+                    raise ClientElsewhere(client, record.hypervisor, record.epoch)
+                raise releasing.refusal(client, record.released, self.hypervisor)
+            return rules.claim(definition, client, owner, self.hypervisor, epoch)
+
+        return await self._claim(client, edit)
+
+    async def _claim(self, client: str, edit: Callable[[Definition, str, int], Definition]) -> ClientRecord:
+        """Change the definition with a new token and an epoch above every one that a VIOS knows of."""
         record = self.of(client)
         owner = secrets.token_hex(8)
         known = record.epoch
@@ -199,13 +230,7 @@ class ClientRecords:
             except FarpageError:
                 continue  # its volumes are fenced when it is reached again
             known = max([known, *(v.epoch for v in volumes if v.name == record.volumes[0].name)])
-
-        def edit(definition: Definition) -> Definition:
-            if not take_over:
-                self._must_be_ours(client, rules.client_of(definition, client))
-            return rules.claim(definition, client, owner, self.hypervisor, known + 1)
-
-        definition = await self._keeper.change(edit)
+        definition = await self._keeper.change(lambda now: edit(now, owner, known + 1))
         claimed = definition.clients[client]
         self._claimed[client] = (claimed.epoch, owner)
         return claimed
@@ -220,6 +245,53 @@ class ClientRecords:
         claimed_since = record.owner not in ("", owner) and record.epoch >= epoch
         if record.hypervisor != self.hypervisor or claimed_since:
             raise ClientElsewhere(client, record.hypervisor, record.epoch)
+
+    # Released and adopted
+
+    async def release(self, client: str, owner: str, epoch: int, released: Release) -> None:
+        """Record that a client is all on its devices and nobody's.
+
+        :raise NotTheOwner: somebody else has claimed it.
+        :raise FarpageError: no VIOS has surely stored it.
+        """
+        await self._keeper.change(lambda now: releasing.release(now, client, owner, epoch, released))
+
+    def is_released_by(self, client: str, owner: str) -> bool:
+        """Tell whether the client of an owner is released, or has even gone to somebody else since."""
+        record = self._keeper.current.clients.get(client)
+        return record is None or record.released is not None or record.owner != owner
+
+    async def take_back(self, client: str, owner: str) -> None:
+        """Undo a release that was recorded after its maker had given it up, if it can still be undone."""
+        await self._keeper.change(lambda now: releasing.take_back(now, client, owner))
+
+    async def adopt(self, client: str, *, force: bool) -> ClientRecord:
+        """Claim a released client; whoever else does is refused from then on.
+
+        :raise ClientMissing: there is none.
+        :raise ClientNotReleased: somebody has it.
+        :raise ClientReleased: without `force`, when another hypervisor has adopted it.
+        """
+        return await self._claim(
+            client,
+            lambda now, owner, epoch: releasing.adopt(
+                now, client, owner, self.hypervisor, epoch, force=force
+            ),
+        )
+
+    async def restore(self, client: str, released: Release) -> None:
+        """Put a release in force again: an attachment that was to begin with it has not come to be."""
+
+        def edit(definition: Definition) -> Definition:
+            record = definition.clients.get(client)
+            if record is None or record.released is not None or record.hypervisor != self.hypervisor:
+                return definition
+            return releasing.restore(definition, client, record.owner, released)
+
+        try:
+            await self._keeper.change(edit)
+        except FarpageError as error:
+            log.error("release_not_restored", client=client, problem=error.cause)
 
     async def epoch_raised(self, raised: EpochRaised) -> None:
         """Record in the definition that a client's volume was opened under a newer epoch of its owner."""

@@ -24,7 +24,7 @@ from typing import Any
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.process import close_orphan, close_process
 from farpage.attach.retake import MemoryRecord, retake
-from farpage.definition.model import PAGE_BYTES
+from farpage.definition.model import PAGE_BYTES, Release
 from farpage.errors import FarpageError
 from farpage.hypervisor.clients import Attached, Clients
 from farpage.hypervisor.runfolder import AttachmentRecord
@@ -62,6 +62,8 @@ class Recovery:
         self.counts = RecoveryCounts()
         self._ended_regions: list[str] = []
         self._epochs: list[EpochRaised] = []
+        self._unstarted: dict[str, Release] = {}
+        """Attachments to what another hypervisor has released that did not come to be."""
         self._definition_known = False
         self._clients = clients
         self._workers = workers
@@ -122,6 +124,7 @@ class Recovery:
         order = order.model_copy(
             update={
                 "recover": True,
+                "frozen": attached.record.releasing,
                 "limit_pages": attached.limit_bytes // PAGE_BYTES,
                 "replicas": self._clients.current_replicas(client, order),
             }
@@ -293,6 +296,10 @@ class Recovery:
 
     def _ended(self, record: AttachmentRecord) -> None:
         self._clients.run.remove(record.client)
+        if record.handover is not None:
+            self._unstarted[record.client] = record.handover
+            if self._definition_known:
+                self._start(self.reconcile())
         if record.made_for_it and record.kind is ClientKind.REGION:
             self._ended_regions.append(record.client)
             if self._definition_known:
@@ -304,6 +311,9 @@ class Recovery:
         epochs, self._epochs = self._epochs, []
         for raised in epochs:
             await self._clients.records.epoch_raised(raised)
+        unstarted, self._unstarted = self._unstarted, {}
+        for client, released in unstarted.items():
+            await self._clients.records.restore(client, released)
         ended, self._ended_regions = self._ended_regions, []
         for client in ended:
             if client in self._clients.records and client not in self._clients.attached:

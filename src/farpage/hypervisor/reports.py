@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from farpage.definition.model import PAGE_BYTES, ClientRecord
+from farpage.definition.model import PAGE_BYTES, ClientRecord, Release
 from farpage.hypervisor.model import (
     Attachment,
     ClientCounters,
     ClientInfo,
     FailoverInfo,
     PathInfo,
+    ReleasedInfo,
     ReplicaInfo,
     ScrubInfo,
 )
@@ -46,6 +47,7 @@ def client_info(
         weight=record.weight,
         redundancy=record.redundancy,
         epoch=report.epoch if report else record.epoch,
+        released=_released(record.released),
         fenced=report.fenced if report else "",
         worker=worker,
         stalled_faults=report.stalled_faults if report else 0,
@@ -61,6 +63,12 @@ def client_info(
         paths=tuple(_path(name, path, report, now_seconds) for path in report.paths) if report else (),
         failovers=_failovers(name, report) if report else (),
     )
+
+
+def _released(released: Release | None) -> ReleasedInfo | None:
+    if released is None:
+        return None
+    return ReleasedInfo(hypervisor=released.hypervisor, adopter=released.adopter, epoch=released.epoch)
 
 
 def resident_bytes(report: ClientReport) -> int:

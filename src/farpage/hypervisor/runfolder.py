@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from farpage.attach.memory import ClientKind
 from farpage.attach.retake import MemoryRecord
+from farpage.definition.model import Release
 from farpage.errors import ExitStatus, FarpageError, InvalidInput
 from farpage.kernel.process import ProcessIdentity
 from farpage.log import get_logger
@@ -64,6 +65,10 @@ class AttachmentRecord(BaseModel):
     """QMP socket by which the guest is paused while no path works."""
     guest_paused: bool = False
     """It is paused by that now."""
+    handover: Release | None = None
+    """What it begins with, while its worker has not said yet that it pages it."""
+    releasing: bool = False
+    """It is frozen, and about to be let go of for another hypervisor; the definition says how far that is."""
 
 
 class RunFolder:

@@ -23,10 +23,12 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.fullness import FullDevices
 from farpage.hypervisor.guestpause import GuestPauses
+from farpage.hypervisor.handovers import Handovers
 from farpage.hypervisor.model import DefinitionPromotion, HypervisorInfo, WorkerInfo
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.recovery import Recovery
+from farpage.hypervisor.releasing import Releases
 from farpage.hypervisor.replacing import DeviceReplacements
 from farpage.hypervisor.runfolder import RunFolder
 from farpage.hypervisor.settings import HypervisorSettings
@@ -73,7 +75,9 @@ class Hypervisor:
             settings.default_limit_bytes,
         )
         records = ClientRecords(settings.name, self.keeper, self.vioses)
-        self.clients = Clients(settings, records, self.workers, self.pool)
+        handovers = Handovers(self.keeper, self.vioses)
+        self.clients = Clients(settings, records, self.workers, self.pool, handovers)
+        self.releases = Releases(self.clients, self.keeper, handovers)
         self.recovery = Recovery(self.clients, self.workers, self.alarms.raise_alarm)
         self._run: RunFolder | None = None
         self._full_devices = FullDevices(self.clients, self.pool)
@@ -102,6 +106,7 @@ class Hypervisor:
         await self.keeper.start()
         await self._record_all()
         await self.recovery.reconcile()
+        self._start(self.releases.settle_all())
         self._guest_pauses.resume()
         self._full_devices.resume()
         self._start(self._watch_vioses())
@@ -153,6 +158,7 @@ class Hypervisor:
             self.keeper.missed.clear()
             await self._look_at_vioses()
             await self.clients.clear_leftovers()
+            await self.releases.take_back_unfinished()
 
     async def _look_at_vioses(self) -> None:
         """Ask every VIOS how it is, and give those the definition that have missed some of it."""

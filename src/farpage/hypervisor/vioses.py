@@ -9,10 +9,13 @@ from farpage.api.client import ControlClient
 from farpage.definition.model import Definition
 from farpage.errors import FarpageError
 from farpage.hypervisor.model import ViosStatus
-from farpage.vios.model import DeviceInfo, Health, VolumeCreate, VolumeInfo
+from farpage.vios.model import DeviceInfo, HandoverInfo, Health, VolumeCreate, VolumeInfo
 
 TIMEOUT_SECONDS = 2.0
 """A VIOS that takes longer is treated as away; what it missed is repaired when it is back."""
+
+HANDOVER_SECONDS = 30.0
+"""So long a VIOS may take to flush a volume and to store or send a page table."""
 
 
 @dataclass
@@ -60,6 +63,28 @@ class Vios:
         """
         await self.client.put(
             "/v1/definition", definition, Definition, params={"expected_revision": expected_revision}
+        )
+
+    async def put_handover(self, name: str, device: str, epoch: int, owner: str, encoded: bytes) -> None:
+        """Keep the page table of a released client beside its volume on a device."""
+        await self.client.put(
+            f"/v1/volumes/{name}/handover",
+            encoded,
+            HandoverInfo,
+            params={"device": device, "epoch": epoch, "owner": owner},
+            timeout_seconds=HANDOVER_SECONDS,
+        )
+
+    async def handover(self, name: str, device: str) -> bytes:
+        """Fetch the page table of a released client."""
+        return await self.client.request(
+            "GET", f"/v1/volumes/{name}/handover", params={"device": device}, timeout_seconds=HANDOVER_SECONDS
+        )
+
+    async def delete_handover(self, name: str, device: str, epoch: int, owner: str) -> None:
+        """Forget a page table, if one is kept."""
+        await self.client.delete(
+            f"/v1/volumes/{name}/handover", params={"device": device, "epoch": epoch, "owner": owner}
         )
 
     async def stop(self) -> None:

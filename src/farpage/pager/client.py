@@ -16,6 +16,7 @@ from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.outage import Outage
 from farpage.pager.recovery import recover
+from farpage.pager.releasing import Freeze
 from farpage.pager.replacement import Replacement
 from farpage.pager.scrub import Scrub
 from farpage.pager.space import Space
@@ -67,6 +68,7 @@ class PagedClient:
         volume.wrong_pages = self.space.wrong_pages
         self.scrub: Scrub | None = None
         """The latest one."""
+        self.freeze = Freeze(self.space, self.faults, self.eviction, self.outage)
         self._doubts = Doubts(self.space, self.eviction.wake)
         self._loop = asyncio.get_running_loop()
 
@@ -82,10 +84,22 @@ class PagedClient:
         self._loop.add_reader(self.space.memory.fileno(), self.faults.on_events)
         self.eviction.wake()
 
+    def start_handed_over(self) -> None:
+        """Begin with a table from another hypervisor, by which no page is in memory.
+
+        What is there is from before: firmware that the VM has loaded at its start, for the machine that it
+        is about to be replaced by. The memory is registered already, so nothing comes into it meanwhile.
+
+        :raise ClientGone: the client has exited.
+        """
+        self.space.memory.release(0, self.space.table.pages)
+        self._loop.add_reader(self.space.memory.fileno(), self.faults.on_events)
+
     def recover(self, epoch: int) -> None:
         """Go on where a pager that was killed has left off; see `farpage.pager.recovery`.
 
-        The volume is being opened under `epoch`, which is above every one that the dead pager used.
+        The volume is being opened under `epoch`, which is above every one that the dead pager used. A client
+        that is frozen stays so.
 
         :raise ClientGone: the client has exited.
         """
@@ -99,7 +113,8 @@ class PagedClient:
         space.table.restate(decided.states)
         for first, count in runs_of(decided.in_memory.tolist()):
             space.replacement.added(first, count)
-        self._loop.add_reader(space.memory.fileno(), self.faults.on_events)
+        if not self.freeze.frozen:
+            self._loop.add_reader(space.memory.fileno(), self.faults.on_events)
         # The dead pager took events with it: who waits for their answers shall ask again.
         space.memory.wake(0, space.table.pages)
         self._doubts.begin(decided.doubtful, epoch)
@@ -125,6 +140,25 @@ class PagedClient:
         """End the scrub that runs, if any."""
         if self.scrub:
             self.scrub.stop()
+
+    async def page_out(self, client: str) -> None:
+        """Freeze the client and bring every page of it to the volume; on return the table says so, for good.
+
+        When it cannot be done the client goes on as before.
+
+        :raise ClientGone: when the client exits meanwhile.
+        :raise NotPagedOut: there is no way to do that at the moment.
+        """
+        self.stop_scrub()
+        self.freeze.begin()
+        done = False
+        try:
+            done = await self.freeze.page_out(client)
+        finally:
+            if not done and not self.space.closed:
+                self.freeze.end()
+        if not done:
+            raise ClientGone("the client exited while it was paged out")
 
     async def detach(self) -> None:
         """Bring every page back into memory, stop reporting faults and close the volume.

@@ -41,6 +41,7 @@ class Eviction:
         self._scheduled: asyncio.Handle | None = None
         self._running = False
         self._stopped = False
+        self._draining = False
 
     def wake(self) -> None:
         """Page out when the client is above its mark; returns at once."""
@@ -59,16 +60,23 @@ class Eviction:
         self._stopped = False
         self.wake()
 
+    def drain(self, *, on: bool) -> None:
+        """Page out all that there is, whatever the limit; or no more than that again."""
+        self._draining = on
+        self.wake()
+
     def _excess(self) -> int:
         """Pages that should leave, beyond those that are leaving; between the marks, only once begun.
 
         Those held back from a failed server leave when that is fenced, whenever that is.
         """
         space = self._space
-        if space.limit.pages >= space.table.pages:
+        if space.limit.pages >= space.table.pages and not self._draining:
             return 0  # it may have all of its memory
         leaving = 0 if space.full else max(space.table.counts[WRITING] - self._held_pages, 0)
         staying = space.taken - leaving
+        if self._draining:
+            return staying
         if staying > space.limit.high:
             self._running = True
         excess = staying - space.limit.low

@@ -68,6 +68,8 @@ class Faults:
         self.salvage = Salvage(space)
         self._salvaging: set[asyncio.Task[None]] = set()
         self.stopped = False
+        self.frozen = False
+        """No access is answered: the client is about to go to another hypervisor."""
 
     @property
     def stalled(self) -> int:
@@ -216,12 +218,13 @@ class Faults:
 
     @ends_with_client
     def _again(self, fault: Fault) -> None:
-        self._answer(fault)
+        if not self.frozen:
+            self._answer(fault)
 
     def admit(self) -> None:
         """Answer the faults that waited for room."""
         deferred = self._deferred
-        while deferred and self._space.room > 0:
+        while deferred and self._space.room > 0 and not self.frozen:
             self._answer(deferred.popleft())
         self._space.volume.push()
 

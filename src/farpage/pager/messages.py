@@ -59,6 +59,10 @@ class Attach(Message):
 
     The epoch is the newest that is known of then; the worker raises it.
     """
+    handed_over: bool = False
+    """The state file's table came from another hypervisor: no page of it is in memory yet."""
+    frozen: bool = False
+    """With `recover`: answer no access until told so, or told to let go."""
     state_path: str
     """Where the state file is; a worker without a control process removes it at the client's end."""
     path_timeout_seconds: float = Field(gt=0)
@@ -72,6 +76,33 @@ class Detach(Message):
 
     client: str
     discard: bool = False
+
+
+class PageOut(Message):
+    """`page_out`: answer no access of the client any more, and bring every page to its volume.
+
+    Answered when all pages are there; the client stays frozen then. A second request changes nothing.
+    """
+
+    client: str
+
+
+class PagedOut(Message):
+    """The answer: every page is on the volume and written under at most this epoch."""
+
+    epoch: int
+
+
+class Thaw(Message):
+    """`thaw`: take `page_out` back; the client goes on as before."""
+
+    client: str
+
+
+class LetGo(Message):
+    """`let_go`: forget a frozen client; its memory stays registered, so accesses wait for good."""
+
+    client: str
 
 
 class SetLimit(Message):

@@ -4,7 +4,7 @@ A file that the data worker maps, on tmpfs (/run) if possible: whatever is store
 kernel when the process is killed between any two instructions. It holds, in this order, each part from a
 page boundary on:
 
-    header        magic, pages, epoch, repair mark, and SLOTS slots that name the dirty maps
+    header        magic, pages, epoch, repair mark, foreign mark, and SLOTS slots that name the dirty maps
     page table    ENTRY_BYTES a page (`farpage.pager.table`)
     dirty maps    SLOTS times one byte a page; only those in use take room
 
@@ -35,6 +35,7 @@ _ALIGNMENT: Final = 4096
 _HEAD: Final = struct.Struct("=8sQQ")
 _EPOCH_WORD: Final = 2
 _REPAIR_WORD: Final = 3
+_FOREIGN_WORD: Final = 4
 _SLOTS_AT: Final = 64
 _SLOT_BYTES: Final = 64
 _NAME_BYTES: Final = _SLOT_BYTES - 2
@@ -146,6 +147,15 @@ class StateFile:
     def repair_mark(self) -> memoryview:
         """One word: the page that a repair is under way for, plus one; 0 for none."""
         return self._words[_REPAIR_WORD : _REPAIR_WORD + 1]
+
+    @property
+    def foreign(self) -> bool:
+        """What is in the client's memory is not of this table, which came from another hypervisor."""
+        return bool(self._words[_FOREIGN_WORD])
+
+    @foreign.setter
+    def foreign(self, foreign: bool) -> None:
+        self._words[_FOREIGN_WORD] = foreign
 
     @property
     def table_storage(self) -> memoryview:

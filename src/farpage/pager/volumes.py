@@ -54,7 +54,7 @@ def _mirror(
         connector=connect_nbd,
         events=events,
         store=store,
-        recover=order.recover and not empty,
+        recover=(order.recover or order.handed_over) and not empty,
         leases=leases,
         path_timeout_seconds=order.path_timeout_seconds,
         resync_bytes_per_second=order.resync_bytes_per_second,

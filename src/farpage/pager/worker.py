@@ -41,8 +41,11 @@ from farpage.pager.messages import (
     HandedOver,
     HandOver,
     Leave,
+    LetGo,
     Nothing,
     OutageChanged,
+    PagedOut,
+    PageOut,
     PathReport,
     Query,
     RecordReplicas,
@@ -53,6 +56,7 @@ from farpage.pager.messages import (
     SetLimit,
     StartScrub,
     StopScrub,
+    Thaw,
     WorkerClients,
 )
 from farpage.pager.statefile import StateFile, StateFileUnusable
@@ -137,6 +141,7 @@ class _Attached:
     opening: asyncio.Task[None] | None = None
     """The volume of a recovered client, which is paged before a path is found."""
     detaching: asyncio.Task[None] | None = None
+    releasing: asyncio.Task[None] | None = None
 
 
 class _StoredOwnership(Ownership):
@@ -177,6 +182,10 @@ class Worker:
                 return await self._attach(Attach.model_validate(parameters), descriptors)
             case "detach":
                 return await self._detach(Detach.model_validate(parameters))
+            case "page_out":
+                return await self._page_out(PageOut.model_validate(parameters).client)
+            case "let_go":
+                await self._release(LetGo.model_validate(parameters).client)
             case "hand_over":
                 return await self._hand_over(HandOver.model_validate(parameters).client)
             case "leave":
@@ -202,6 +211,8 @@ class Worker:
                 return self._start_scrub(StartScrub.model_validate(parameters))
             case "stop_scrub":
                 self._attached(StopScrub.model_validate(parameters).client).paged.stop_scrub()
+            case "thaw":
+                self._attached(Thaw.model_validate(parameters).client).paged.freeze.end()
             case "rejoin":
                 rejoin = Rejoin.model_validate(parameters)
                 self._attached(rejoin.client).paged.space.volume.rejoin(rejoin.vios, rejoin.reason)
@@ -321,17 +332,49 @@ class Worker:
         attached = self._clients[order.client] = _Attached(paged, client, memory, state, order)
         self._loop.add_reader(pidfd, gone)
         if not order.recover:
-            paged.start()
+            if order.handed_over:
+                paged.start_handed_over()
+                state.foreign = False
+            else:
+                paged.start()
             return Nothing()
         # Before a path is found, which may take long: meanwhile pages that need none are served.
         attached.opening = self._loop.create_task(volume.open(math.inf))
         events.epoch_raised(epoch)
         try:
+            if state.foreign:
+                memory.release(0, order.pages)
+                state.foreign = False
+            if order.frozen:
+                paged.freeze.begin()
             paged.recover(epoch)
         except ClientGone:
             gone()
             raise ClientExited(order.client) from None
         return Nothing()
+
+    async def _page_out(self, client: str) -> PagedOut:
+        attached = self._attached(client)
+        if attached.detaching is not None:
+            raise NotAttached(client)
+        if attached.releasing is None:
+            attached.releasing = self._loop.create_task(attached.paged.page_out(client))
+        # A control process that was started anew joins what an older one has begun.
+        try:
+            await asyncio.shield(attached.releasing)
+        except ClientGone:
+            raise ClientExited(client) from None
+        finally:
+            if attached.releasing.done():
+                attached.releasing = None
+        return PagedOut(epoch=attached.paged.space.volume.epoch)
+
+    async def _release(self, client: str) -> None:
+        """Let go of a frozen client, whose memory stays registered."""
+        attached = self._attached(client)
+        assert attached.paged.freeze.frozen
+        self._forget(client)
+        await self._let_go(attached)
 
     async def _detach(self, order: Detach) -> Nothing:
         attached = self._attached(order.client)

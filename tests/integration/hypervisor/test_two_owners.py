@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,63 +13,18 @@ import pytest_asyncio
 
 from farpage.api.client import ControlClient
 from farpage.api.remote import RemoteError
-from farpage.embedded.control import HypervisorControl
-from farpage.embedded.layout import StateLayout
 from farpage.embedded.set import EmbeddedSet
-from farpage.errors import FarpageError
 from farpage.hypervisor.model import ClientAttach
 from farpage.vios.model import VolumeInfo, VolumeOpen
 from tests.support.hammer import hammering
-from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set, until_client
+from tests.support.paged_set import RegionProcess, running_set, until_client
 from tests.support.scrape import Scrape
+from tests.support.second_hypervisor import second_hypervisor
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PAGES = 1024
 LIMIT_BYTES = 1 << 20
-
-
-@dataclass
-class Other:
-    """A second hypervisor, in a state folder of its own."""
-
-    state: Path
-    control: HypervisorControl
-
-
-@asynccontextmanager
-async def second_hypervisor(embedded: EmbeddedSet) -> AsyncIterator[Other]:
-    """Run another hypervisor on the VIOSes of a set."""
-    layout = StateLayout.at(embedded.layout.root.parent / "other")
-    vioses = embedded.document.vioses
-    layout.create_root()
-    document = layout.describe(()).model_copy(update={"vioses": vioses})
-    layout.create(document)
-    arguments = [sys.executable, "-m", "farpage", "hypervisor", "run", "other"]
-    arguments += ["--dir", str(layout.hypervisor_dir), "--workers", "1"]
-    for name, vios in vioses.items():
-        arguments += ["--vios", f"{name}={vios.control}"]
-    with (layout.root / "log").open("wb") as log:
-        process = subprocess.Popen(arguments, stderr=log, stdout=log)  # noqa: ASYNC220
-    control = HypervisorControl(document.hypervisor.control)
-    try:
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while not await answers(control):
-                assert process.poll() is None, "it ended"
-                await asyncio.sleep(0.02)
-        yield Other(layout.root, control)
-    finally:
-        await control.close()
-        process.terminate()
-        await asyncio.to_thread(process.wait, DEADLINE_SECONDS)
-
-
-async def answers(control: HypervisorControl) -> bool:
-    try:
-        await control.info()
-    except FarpageError:
-        return False
-    return True
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -11,6 +11,7 @@ from farpage.attach.memory import ClientKind
 from farpage.definition.errors import ClientMissing
 from farpage.definition.model import ReplicaState
 from farpage.hypervisor.clients import Clients
+from farpage.hypervisor.handovers import Handovers
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.runfolder import AttachmentRecord, RunFolder
@@ -71,6 +72,7 @@ def clients_with(folder: RunFolder) -> Clients:
         cast(ClientRecords, Records()),
         cast(WorkerPool, None),
         cast(MemoryPool, None),
+        cast(Handovers, None),
     )
     clients.run = folder
     folder.save(

@@ -1,0 +1,139 @@
+"""The page tables of released clients: made, kept at the VIOS, fetched, and laid out for a worker."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from farpage import handover
+from farpage.definition.model import ClientRecord, Release, ReplicaState
+from farpage.errors import ExitStatus, FarpageError
+from farpage.handover import Handover, HandoverDamaged
+from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
+from farpage.hypervisor.vioses import Vios
+from farpage.log import get_logger
+from farpage.pager.statefile import StateFile
+from farpage.pager.table import ON_DEVICE, POISONED, ZERO, PageTable
+
+log = get_logger()
+
+
+@dataclass(eq=False)
+class HandoverUnreachable(FarpageError):
+    """Nobody who answers has the client's page table."""
+
+    code = "handover_unreachable"
+    template = "the page table of released client {client!r} cannot be fetched: {problems}"
+    remedy = "start the VIOS that stored it at the release; 'farpage vios list' shows which answer"
+    exit_status = ExitStatus.UNREACHABLE
+    client: str
+    problems: str
+
+
+@dataclass(eq=False)
+class HandoverMismatch(FarpageError):
+    """The memory is not as large as the one that was released."""
+
+    code = "handover_mismatch"
+    template = "client {client!r} was released with {released_bytes} bytes of memory, this has {found_bytes}"
+    remedy = "attach memory of the same size"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    released_bytes: int
+    found_bytes: int
+
+
+def table_of(client: str, epoch: int, state: StateFile) -> bytes:
+    """Encode the table of a client that is all on its volume.
+
+    :raise HandoverDamaged: it is not: a bug.
+    """
+    table = PageTable(state.pages, state.table_storage)
+    on_device, lost = table.states == ON_DEVICE, table.states == POISONED
+    if not np.all(on_device | lost | (table.states == ZERO)):
+        raise HandoverDamaged(f"client {client!r}", "some of its pages are in memory still")
+    return handover.encode(Handover(client, epoch, on_device, lost, table.checksums.copy()))
+
+
+def lay_out(found: Handover, state: StateFile) -> None:
+    """Enter a handover in a new state file: no page is in memory, whatever the memory holds."""
+    table = PageTable(state.pages, state.table_storage)
+    states = np.full(state.pages, ZERO, np.uint8)
+    states[found.on_device] = ON_DEVICE
+    states[found.lost] = POISONED
+    table.checksums[:] = found.checksums
+    table.restate(states)
+    state.foreign = True
+
+
+class Handovers:
+    """Those of this hypervisor's clients, at every VIOS that reaches one of their devices."""
+
+    def __init__(self, keeper: DefinitionKeeper, vioses: Mapping[str, Vios]) -> None:
+        self.counts: Counter[str] = Counter()
+        """How often a client was `released`, `adopted`, and `started` from what another one released."""
+        self._keeper = keeper
+        self._vioses = vioses
+
+    async def store(self, volume: str, record: ClientRecord, epoch: int, encoded: bytes) -> None:
+        """Keep a page table at every VIOS that answers, and surely at one for each replica that is in sync.
+
+        :raise FarpageError: some replica would be without.
+        """
+        for device in _devices(record, in_sync=True):
+            stored = 0
+            problems: list[str] = []
+            for vios in self._reaching(device):
+                try:
+                    await vios.put_handover(volume, device, epoch, record.owner, encoded)
+                    stored += 1
+                except FarpageError as error:
+                    problems.append(f"{vios.name}: {error.cause}")
+            if not stored:
+                raise NoVios("; ".join(problems) or "none reaches the device")
+            if problems:
+                log.warning("handover_stored_at_fewer", volume=volume, problem="; ".join(problems))
+
+    async def fetch(self, client: str, record: ClientRecord, released: Release) -> Handover:
+        """Find the page table that a release is about.
+
+        :raise HandoverUnreachable: nobody who answers has it.
+        """
+        volume = record.volumes[0].name
+        problems: list[str] = []
+        for device in _devices(record):
+            for vios in self._reaching(device):
+                try:
+                    encoded = await vios.handover(volume, device)
+                    found = handover.decode(encoded, whose=f"client {client!r}")
+                except FarpageError as error:
+                    problems.append(f"{vios.name}: {error.cause}")
+                    continue
+                if handover.check(encoded, whose=client).digest == released.digest:
+                    return found
+                problems.append(f"{vios.name} has one of another release")
+        raise HandoverUnreachable(client, "; ".join(problems) or "no VIOS reaches its devices")
+
+    async def forget(self, record: ClientRecord) -> None:
+        """Delete what is stored, where a VIOS answers: the client is attached, or is about to be deleted."""
+        volume = record.volumes[0].name
+        for device in _devices(record):
+            for vios in self._reaching(device):
+                try:
+                    await vios.delete_handover(volume, device, record.epoch, record.owner)
+                except FarpageError as error:
+                    # It is overwritten by the next one, or goes with the volume; its digest is not believed.
+                    log.info("handover_not_deleted", volume=volume, vios=vios.name, problem=error.cause)
+
+    def _reaching(self, device: str) -> list[Vios]:
+        known = self._keeper.current.devices.get(device)
+        reached_by = known.reached_by if known else ()
+        return [self._vioses[reach.vios] for reach in reached_by if reach.vios in self._vioses]
+
+
+def _devices(record: ClientRecord, *, in_sync: bool = False) -> list[str]:
+    wanted = (ReplicaState.IN_SYNC,) if in_sync else tuple(set(ReplicaState) - {ReplicaState.RETIRED})
+    return [replica.device for replica in record.volumes[0].replicas if replica.state in wanted]

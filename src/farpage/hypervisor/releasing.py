@@ -1,0 +1,208 @@
+"""Handing clients over to another hypervisor, and taking over what another one has released.
+
+A release, step by step; up to the one that is marked the client is this hypervisor's, and whatever fails or
+is killed leaves it here, as it was:
+
+    run folder: a release is under way               whoever recovers the client now keeps it frozen
+    worker: answer no access, page everything out    `farpage.pager.releasing`
+    VIOS: flush the volume, keep the page table      `farpage.hypervisor.handovers`
+    definition: released                             <- from here on it is nobody's
+    worker: let go, with the memory registered       accesses wait for good, they never read zeros
+    run folder: forget the client
+
+Who finds the record after a crash asks the definition how far it came, and goes on from there (`settle`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from farpage import handover
+from farpage.attach import qmp
+from farpage.definition.model import Release
+from farpage.definition.releasing import refusal
+from farpage.errors import FarpageError
+from farpage.hypervisor.clients import QMP_SECONDS, Attached, Clients
+from farpage.hypervisor.definitions import DefinitionKeeper
+from farpage.hypervisor.errors import ClientAttached, ClientMoving, ClientNotAttached, ClientRuns
+from farpage.hypervisor.handovers import Handovers, table_of
+from farpage.kernel.process import read_status
+from farpage.log import get_logger
+from farpage.pager.messages import LetGo, Nothing, PagedOut, PageOut, Thaw
+
+log = get_logger()
+
+SETTLE_SECONDS = 0.5
+STOPPED_STATES = "Tt"
+"""proc_pid_stat(5): stopped by a signal, or by a tracer."""
+
+
+class Releases:
+    """Releases and adoptions of one hypervisor."""
+
+    def __init__(self, clients: Clients, keeper: DefinitionKeeper, handovers: Handovers) -> None:
+        self._clients = clients
+        self._keeper = keeper
+        self._handovers = handovers
+
+    # Released
+
+    async def release(self, client: str, qmp_socket: str | None, *, force: bool) -> None:
+        """Bring every page of a client to its devices and let go of it, for another hypervisor to adopt.
+
+        :raise ClientNotAttached: only an attached client has pages to release.
+        :raise ClientRuns: without `force`, when its process is not stopped.
+        :raise FarpageError: it cannot be done; the client goes on here as before.
+        """
+        record = self._clients.records.of(client)
+        async with self._clients.only(client, "release"):
+            attached = self._clients.attached.get(client)
+            if attached is None:
+                if record.released:
+                    raise refusal(client, record.released, self._clients.records.hypervisor)
+                raise ClientNotAttached(client)
+            if client in self._keeper.current.moves:
+                raise ClientMoving(client)
+            socket = qmp_socket or attached.qmp
+            was_running = await _stop(client, attached, socket, force=force)
+            try:
+                await self._release(client, attached)
+            except FarpageError:
+                if was_running and socket and client in self._clients.attached:
+                    await qmp.execute(socket, "cont", timeout_seconds=QMP_SECONDS)
+                raise
+
+    async def _release(self, client: str, attached: Attached) -> None:
+        self._mark(attached, releasing=True)
+        try:
+            paged_out = await self._clients.ask(
+                client, attached, "page_out", PageOut(client=client), PagedOut
+            )
+            await self._record(client, attached, paged_out.epoch)
+        except FarpageError:
+            if not await self._is_recorded(client, attached):
+                await self._thaw(client, attached)
+                raise
+        await self._let_go(client, attached)
+        self._handovers.counts["released"] += 1
+        log.info("client_released", client=client)
+
+    async def _record(self, client: str, attached: Attached, epoch: int) -> None:
+        """Keep the page table at the VIOS, then say in the definition that the client is released."""
+        records = self._clients.records
+        record = records.of(client)
+        volume = record.volumes[0].name
+        encoded = await asyncio.to_thread(table_of, volume, epoch, attached.state)
+        await self._handovers.store(volume, record, epoch, encoded)
+        digest = handover.check(encoded, whose=client).digest
+        released = Release(hypervisor=records.hypervisor, epoch=epoch, digest=digest)
+        await records.release(client, record.owner, epoch, released)
+
+    async def _is_recorded(self, client: str, attached: Attached) -> bool:
+        """Tell whether the definition says, after all, that the client is released by this hypervisor."""
+        try:
+            await self._keeper.load()
+        except FarpageError as error:
+            log.warning("release_not_looked_up", client=client, problem=error.cause)
+        return self._clients.records.is_released_by(client, _owner(attached))
+
+    async def _thaw(self, client: str, attached: Attached) -> None:
+        """Let the client go on as before."""
+        if self._clients.attached.get(client) is not attached:
+            return
+        self._mark(attached, releasing=False)
+        try:
+            await self._clients.ask(client, attached, "thaw", Thaw(client=client), Nothing)
+        except FarpageError as error:
+            log.warning("client_not_thawed", client=client, problem=error.cause)
+            await self._clients.client_gone(client)
+
+    async def _let_go(self, client: str, attached: Attached) -> None:
+        try:
+            await self._clients.ask(client, attached, "let_go", LetGo(client=client), Nothing)
+        except FarpageError as error:
+            log.info("client_gone_meanwhile", client=client, problem=error.cause)
+        if client in self._clients.attached:
+            self._clients.let_go(client)
+
+    def _mark(self, attached: Attached, *, releasing: bool) -> None:
+        attached.record = attached.record.model_copy(update={"releasing": releasing})
+        self._clients.run.save(attached.record)
+
+    async def take_back_unfinished(self) -> None:
+        """Undo releases that were given up, and that some VIOS has stored all the same."""
+        for client, attached in list(self._clients.attached.items()):
+            record = self._keeper.current.clients.get(client)
+            if record and record.released and not attached.record.releasing and not attached.attaching:
+                try:
+                    await self._clients.records.take_back(client, _owner(attached))
+                except FarpageError as error:
+                    log.warning("release_not_taken_back", client=client, problem=error.cause)
+
+    # After a crash
+
+    async def settle_all(self) -> None:
+        """Finish or undo the releases that an earlier control process has begun."""
+        for client, attached in list(self._clients.attached.items()):
+            if attached.record.releasing:
+                async with self._clients.only(client, "release"):
+                    await self._settle(client, attached)
+
+    async def _settle(self, client: str, attached: Attached) -> None:
+        while self._keeper.unproven and self._clients.attached.get(client) is attached:  # noqa: ASYNC110
+            await asyncio.sleep(SETTLE_SECONDS)
+        if self._clients.attached.get(client) is not attached:
+            return
+        if self._clients.records.is_released_by(client, _owner(attached)):
+            await self._let_go(client, attached)
+        else:
+            await self._thaw(client, attached)
+
+    # Adopted
+
+    async def adopt(self, client: str, *, force: bool) -> None:
+        """Take a released client; its next attachment begins with what was released.
+
+        :raise ClientMissing: there is none.
+        :raise ClientNotReleased: somebody has it.
+        :raise ClientReleased: without `force`, when another hypervisor has adopted it.
+        """
+        async with self._clients.only(client, "adopt"):
+            if client in self._clients.attached:
+                raise ClientAttached(client, self._clients.attached[client].memory.pid)
+            # Another hypervisor has just changed it.
+            await self._keeper.load()
+            await self._clients.records.adopt(client, force=force)
+        self._handovers.counts["adopted"] += 1
+        log.info("client_adopted_released", client=client)
+
+
+def _owner(attached: Attached) -> str:
+    assert attached.record.order is not None
+    return attached.record.order.owner
+
+
+async def _stop(client: str, attached: Attached, socket: str | None, *, force: bool) -> bool:
+    """See to it that a client does not run; returns whether a VM was stopped for that.
+
+    :raise ClientRuns: without `force`, when nobody can.
+    """
+    if attached.guest_paused:
+        return False
+    if socket is not None:
+        status = await qmp.execute(socket, "query-status", timeout_seconds=QMP_SECONDS)
+        if status["running"]:
+            await qmp.execute(socket, "stop", timeout_seconds=QMP_SECONDS)
+        return bool(status["running"])
+    if not force and not await asyncio.to_thread(_is_stopped, attached.memory.pid):
+        raise ClientRuns(client, attached.memory.pid)
+    return False
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        threads = [int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()]
+        return all(read_status(pid, thread).state in STOPPED_STATES for thread in threads)
+    except (OSError, ProcessLookupError):
+        return True
