@@ -8,6 +8,7 @@ import os
 import random
 import select
 import signal
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from farpage.device.open import open_device
 from farpage.nbd.uri import NbdUri
 from tests.support.commands import condition
 from tests.support.nbd import short_folder
-from tests.support.tools import listening, need, run, running
+from tests.support.tools import need, run, running
 from tests.support.volumes import flush, trim, write, zero
 
 SIZE = 4 << 20
@@ -47,6 +48,15 @@ def volume_in(image: Path) -> bytes:
     return image.read_bytes()[DATA_OFFSET_BYTES:]
 
 
+def greets(path: Path) -> bool:
+    """Look whether a server greets whoever connects: nbd-server listens before it is ready to."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        probe.connect(str(path))
+        return probe.recv(8) == b"NBDMAGIC"
+    return False
+
+
 @contextlib.asynccontextmanager
 async def nbd_server(folder: Path, image: Path) -> AsyncIterator[NbdUri]:
     """Run nbd-server as a daemon: in the foreground it ends with its first client."""
@@ -57,7 +67,7 @@ async def nbd_server(folder: Path, image: Path) -> AsyncIterator[NbdUri]:
         f"[disk]\nexportname = {image}\nflush = true\nfua = true\ntrim = true\n"
     )
     await run("nbd-server", "-C", str(config), "-p", str(pid))
-    await condition(lambda: listening(path) and pid.exists() and pid.read_text().strip() != "")
+    await condition(lambda: pid.exists() and pid.read_text().strip() != "" and greets(path))
     pidfd = os.pidfd_open(int(pid.read_text()))
     try:
         yield NbdUri(UnixAddress(str(path)), "disk")
