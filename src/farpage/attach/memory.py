@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from farpage.definition.model import PAGE_BYTES
+from farpage.definition.states import PAGE_BYTES
 from farpage.errors import ExitStatus, FarpageError
 from farpage.kernel.userfaultfd import Mode, Userfaultfd
 

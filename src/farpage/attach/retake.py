@@ -11,8 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.process import UFFD_TARGET, take, take_memfd, userfaultfds
 from farpage.errors import FarpageError
@@ -25,6 +23,7 @@ from farpage.kernel.process import (
     read_maps,
 )
 from farpage.kernel.userfaultfd import Userfaultfd
+from farpage.message import Message
 
 
 @dataclass(eq=False)
@@ -40,10 +39,8 @@ class NotRetaken(FarpageError):
     problem: str
 
 
-class MemoryRecord(BaseModel):
+class MemoryRecord(Message, frozen=True, kw_only=True):
     """One client's memory in the words of the kernel; see `ClientMemory` and `ProcessIdentity`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: ClientKind
     pid: int

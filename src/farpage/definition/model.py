@@ -11,8 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from farpage.definition.states import PAGE_BYTES as PAGE_BYTES  # noqa: PLC0414
+from farpage.definition.states import Redundancy as Redundancy  # noqa: PLC0414
+from farpage.definition.states import ReplicaState as ReplicaState  # noqa: PLC0414
+
 FORMAT_VERSION: Literal[1] = 1
-PAGE_BYTES = 4096
 
 NUMBER_MAX = (1 << 53) - 1
 """Revisions, epochs and sizes stay exact in every JSON reader (RFC 8259, section 6)."""
@@ -27,24 +30,8 @@ DeviceId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4})
 class Record(BaseModel):
     """Base of the definition's records: immutable, without unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ReplicaState(enum.StrEnum):
-    """What a replica's contents are worth."""
-
-    IN_SYNC = "in_sync"
-    STALE = "stale"
-    COPYING = "copying"
-    RETIRED = "retired"
-
-
-class Redundancy(enum.StrEnum):
-    """What a client's volume survives: nothing, the loss of a path, or the loss of a device too."""
-
-    NONE = "none"
-    PATH = "path"
-    MIRROR = "mirror"
+    # Each is built when it is first used: processes that clients wait for load this.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class ViosRedundancy(enum.StrEnum):

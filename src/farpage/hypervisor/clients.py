@@ -11,8 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from pydantic import BaseModel
-
 from farpage.attach import qmp
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.messages import AttachRequest
@@ -39,6 +37,7 @@ from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.inject import ProcessNotFound
 from farpage.kernel.process import identify, is_gone
 from farpage.log import get_logger
+from farpage.message import Message
 from farpage.pager.channel import Answer, PeerGone
 from farpage.pager.messages import (
     AddReplica,
@@ -562,12 +561,12 @@ class Clients:
             raise ClientNotAttached(client)
         await self._ask(client, attached, method, order)
 
-    async def _ask(self, client: str, attached: Attached, method: str, order: BaseModel) -> None:
+    async def _ask(self, client: str, attached: Attached, method: str, order: Message) -> None:
         """As `ask`, for requests whose answer is that they were carried out."""
         await self.ask(client, attached, method, order, Nothing)
 
     async def ask(
-        self, client: str, attached: Attached, method: str, order: BaseModel, answer: type[Answer]
+        self, client: str, attached: Attached, method: str, order: Message, answer: type[Answer]
     ) -> Answer:
         """Have a client's worker do something, or the one that takes its place when it ends meanwhile.
 

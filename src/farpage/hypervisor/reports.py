@@ -86,7 +86,14 @@ def _scrub(scrub: ScrubReport, now_seconds: float) -> ScrubInfo:
     ended = now_seconds if scrub.ended_seconds is None else scrub.ended_seconds
     return ScrubInfo(
         seconds=round(max(ended - scrub.started_seconds, 0.0), 3),
-        **scrub.model_dump(exclude={"started_seconds", "ended_seconds"}),
+        state=scrub.state,
+        rate_bytes=scrub.rate_bytes,
+        pages_total=scrub.pages_total,
+        pages_done=scrub.pages_done,
+        compared_pages=scrub.compared_pages,
+        wrong_pages=scrub.wrong_pages,
+        repaired_pages=scrub.repaired_pages,
+        lost_pages=scrub.lost_pages,
     )
 
 

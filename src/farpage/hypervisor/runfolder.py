@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from msgspec import DecodeError
 
 from farpage.attach.memory import ClientKind
 from farpage.attach.retake import MemoryRecord
@@ -24,6 +24,7 @@ from farpage.definition.model import Release
 from farpage.errors import ExitStatus, FarpageError, InvalidInput
 from farpage.kernel.process import ProcessIdentity
 from farpage.log import get_logger
+from farpage.message import Message
 from farpage.pager.launch import workers_folder
 from farpage.pager.messages import Attach
 
@@ -41,14 +42,12 @@ class RunFolderInUse(FarpageError):
     folder: str
 
 
-class AttachmentRecord(BaseModel):
+class AttachmentRecord(Message, frozen=True, kw_only=True):
     """How far a client's attachment has come, and all that is needed to go on with it or to undo it.
 
     Written before the process is touched, again with `memory` and `order` before a worker is told, and
     removed after the last step of the detachment.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     client: str
     kind: ClientKind
@@ -143,6 +142,6 @@ class RunFolder:
 def _read(path: Path) -> AttachmentRecord | None:
     try:
         return AttachmentRecord.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+    except (OSError, DecodeError) as error:
         log.error("attachment_record_unreadable", path=str(path), problem=str(error))
         return None

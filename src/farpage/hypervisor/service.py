@@ -10,8 +10,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from pydantic import BaseModel
-
 from farpage import __version__
 from farpage.definition import rules
 from farpage.definition.copy import DefinitionCopy
@@ -36,6 +34,7 @@ from farpage.hypervisor.stopping import ViosStops
 from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool
 from farpage.log import get_logger
+from farpage.message import Message
 from farpage.pager.launch import LaunchedWorker
 from farpage.pager.messages import (
     AlarmRaised,
@@ -256,7 +255,7 @@ class Hypervisor:
         log.warning("alarm", client=client, kind=kind, message=message)
         self.alarms.raise_alarm(client, kind, message)
 
-    async def _worker_request(self, method: str, parameters: Any, descriptors: list[int]) -> BaseModel:
+    async def _worker_request(self, method: str, parameters: Any, descriptors: list[int]) -> Message:
         """Answer a worker's question."""
         del descriptors
         if method == "record_replicas":

@@ -7,7 +7,6 @@ unix(7)). Both ends are farpage's own, so a message that cannot be read is a bug
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 from collections import deque
@@ -15,25 +14,26 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel
+import msgspec
 
 from farpage.errors import ExitStatus, FarpageError
+from farpage.message import Message, encode
 
 MESSAGE_BYTES = 1 << 17
 DESCRIPTORS = 8
 
-Answer = TypeVar("Answer", bound=BaseModel)
+Answer = TypeVar("Answer", bound=Message)
 
 
 @dataclass(frozen=True)
 class Handing:
     """An answer with descriptors, which stay the answerer's."""
 
-    answer: BaseModel
+    answer: Message
     descriptors: tuple[int, ...]
 
 
-Handler: TypeAlias = Callable[[str, Any, list[int]], Awaitable[BaseModel | Handing]]
+Handler: TypeAlias = Callable[[str, Any, list[int]], Awaitable[Message | Handing]]
 """`await handler(method, parameters, descriptors)`; it owns the descriptors that came."""
 EventHandler: TypeAlias = Callable[[str, Any], None]
 
@@ -109,7 +109,7 @@ class Channel:
     async def call(
         self,
         method: str,
-        parameters: BaseModel,
+        parameters: Message,
         answer: type[Answer],
         descriptors: Sequence[int] = (),
         *,
@@ -128,7 +128,7 @@ class Channel:
     async def take(
         self,
         method: str,
-        parameters: BaseModel,
+        parameters: Message,
         answer: type[Answer],
         *,
         timeout_seconds: float | None = None,
@@ -140,7 +140,7 @@ class Channel:
     async def _ask(
         self,
         method: str,
-        parameters: BaseModel,
+        parameters: Message,
         descriptors: Sequence[int],
         timeout_seconds: float | None,
     ) -> tuple[Any, list[int]]:
@@ -151,7 +151,7 @@ class Channel:
         future: asyncio.Future[Any] = self._loop.create_future()
         self._calls[number] = (method, future)
         own = [os.dup(descriptor) for descriptor in descriptors]
-        self._send({"call": number, "method": method, "parameters": parameters.model_dump()}, own)
+        self._send({"call": number, "method": method, "parameters": parameters}, own)
         try:
             async with asyncio.timeout(timeout_seconds):
                 result: tuple[Any, list[int]] = await future
@@ -162,10 +162,10 @@ class Channel:
         finally:
             self._calls.pop(number, None)
 
-    def tell(self, event: str, parameters: BaseModel) -> None:
+    def tell(self, event: str, parameters: Message) -> None:
         """Send an event, which has no answer."""
         if not self._closed:
-            self._send({"event": event, "parameters": parameters.model_dump()}, ())
+            self._send({"event": event, "parameters": parameters}, ())
 
     def close(self) -> None:
         """End the connection; calls in progress raise PeerGone."""
@@ -184,7 +184,7 @@ class Channel:
             self._on_closed()
 
     def _send(self, document: dict[str, Any], descriptors: Sequence[int]) -> None:
-        self._outgoing.append((json.dumps(document).encode(), descriptors))
+        self._outgoing.append((encode(document), descriptors))
         self._writable()
 
     def _writable(self) -> None:
@@ -215,7 +215,7 @@ class Channel:
         if not content:
             self.close()
             return
-        document = json.loads(content)
+        document = msgspec.json.decode(content)
         if "event" in document:
             _close_all(descriptors)
             if self._on_event:
@@ -246,7 +246,7 @@ class Channel:
             if isinstance(result, Handing):
                 handed = [os.dup(descriptor) for descriptor in result.descriptors]
                 result = result.answer
-            answer["result"] = result.model_dump()
+            answer["result"] = result
         except FarpageError as error:
             answer["error"] = {
                 "remote_code": error.code,

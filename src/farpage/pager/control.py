@@ -16,9 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel
-
 from farpage.log import get_logger
+from farpage.message import Message
 from farpage.pager.channel import Answer, Channel, Handler, PeerGone
 from farpage.pager.launch import SOCKET_SUFFIX
 
@@ -53,7 +52,7 @@ class ControlLink:
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._name = f"{os.getpid()}{SOCKET_SUFFIX}"
         self._connected = asyncio.Event()
-        self._events: deque[tuple[str, BaseModel]] = deque(maxlen=KEPT_EVENTS)
+        self._events: deque[tuple[str, Message]] = deque(maxlen=KEPT_EVENTS)
         self._channel: Channel | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         with suppress(FileNotFoundError):
@@ -68,14 +67,14 @@ class ControlLink:
         """Whether there is no control process."""
         return self._channel is None
 
-    def tell(self, event: str, parameters: BaseModel) -> None:
+    def tell(self, event: str, parameters: Message) -> None:
         """Send an event to the control process, or to the next one."""
         if self._channel is None:
             self._events.append((event, parameters))
         else:
             self._channel.tell(event, parameters)
 
-    async def call(self, method: str, parameters: BaseModel, answer: type[Answer]) -> Answer:
+    async def call(self, method: str, parameters: Message, answer: type[Answer]) -> Answer:
         """Ask the control process, or the next one when it ends before it has answered; may wait long.
 
         :raise PeerError: it answered with an error.

@@ -57,8 +57,6 @@ def launch(folder: Path) -> LaunchedWorker:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                # Looking for plugins of pydantic reads the metadata of every package that is installed.
-                env={**os.environ, "PYDANTIC_DISABLE_PLUGINS": "__all__"},
             )
         except OSError:
             ours.close()

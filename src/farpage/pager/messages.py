@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated
+
+from msgspec import Meta
 
 from farpage.attach.memory import ClientKind
-from farpage.definition.model import ReplicaState
+from farpage.definition.states import ReplicaState
+from farpage.message import Message
 from farpage.pager.progress import ScrubState
 from farpage.volume.state import PathState, ReplicaHealth
 
 
-class Message(BaseModel):
-    """Base of the messages."""
-
-    # Each is built when it is first used: processes that clients wait for load this.
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-
-class EndpointSpec(Message):
+class EndpointSpec(Message, frozen=True, kw_only=True):
     """Where one VIOS serves a replica; `address` as `farpage.address` spells it."""
 
     vios: str
     address: str
 
 
-class ReplicaSpec(Message):
+class ReplicaSpec(Message, frozen=True, kw_only=True):
     """A replica of the client's volume: `device` is the device's identifier, `name` what users call it.
 
     `state` is the one of the definition, `endpoints` the VIOS that serve it, in the order of preference.
@@ -38,7 +34,7 @@ class ReplicaSpec(Message):
     source: str = ""
 
 
-class Attach(Message):
+class Attach(Message, frozen=True, kw_only=True):
     """`attach`, with the descriptors [uffd, memfd, state file, pidfd]: page this memory from now on."""
 
     client: str
@@ -48,12 +44,12 @@ class Attach(Message):
     """Token of the claim that the epoch belongs to."""
     kind: ClientKind
     pid: int
-    pages: int = Field(gt=0)
+    pages: Annotated[int, Meta(gt=0)]
     start_address: int
     memfd_offset_bytes: int
-    limit_pages: int = Field(gt=0)
-    replicas: tuple[ReplicaSpec, ...] = Field(min_length=1)
-    resync_bytes_per_second: int = Field(default=100 << 20, gt=0)
+    limit_pages: Annotated[int, Meta(gt=0)]
+    replicas: Annotated[tuple[ReplicaSpec, ...], Meta(min_length=1)]
+    resync_bytes_per_second: Annotated[int, Meta(gt=0)] = 100 << 20
     recover: bool = False
     """Go on with what a worker that ended has left, instead of beginning with nothing paged out.
 
@@ -65,20 +61,20 @@ class Attach(Message):
     """With `recover`: answer no access until told so, or told to let go."""
     state_path: str
     """Where the state file is; a worker without a control process removes it at the client's end."""
-    path_timeout_seconds: float = Field(gt=0)
-    no_path_timeout_seconds: float | None = Field(default=None, gt=0)
+    path_timeout_seconds: Annotated[float, Meta(gt=0)]
+    no_path_timeout_seconds: Annotated[float, Meta(gt=0)] | None = None
     """Accesses that waited so long without a path are answered with poison; None for never."""
-    open_timeout_seconds: float = Field(gt=0)
+    open_timeout_seconds: Annotated[float, Meta(gt=0)]
 
 
-class Detach(Message):
+class Detach(Message, frozen=True, kw_only=True):
     """`detach`: bring every page back and stop; with `discard` just stop, the memory is going away."""
 
     client: str
     discard: bool = False
 
 
-class PageOut(Message):
+class PageOut(Message, frozen=True, kw_only=True):
     """`page_out`: answer no access of the client any more, and bring every page to its volume.
 
     Answered when all pages are there; the client stays frozen then. A second request changes nothing.
@@ -87,52 +83,52 @@ class PageOut(Message):
     client: str
 
 
-class PagedOut(Message):
+class PagedOut(Message, frozen=True, kw_only=True):
     """The answer: every page is on the volume and written under at most this epoch."""
 
     epoch: int
 
 
-class Thaw(Message):
+class Thaw(Message, frozen=True, kw_only=True):
     """`thaw`: take `page_out` back; the client goes on as before."""
 
     client: str
 
 
-class LetGo(Message):
+class LetGo(Message, frozen=True, kw_only=True):
     """`let_go`: forget a frozen client; its memory stays registered, so accesses wait for good."""
 
     client: str
 
 
-class SetLimit(Message):
+class SetLimit(Message, frozen=True, kw_only=True):
     """`set_limit`."""
 
     client: str
-    limit_pages: int = Field(gt=0)
+    limit_pages: Annotated[int, Meta(gt=0)]
 
 
-class StartScrub(Message):
+class StartScrub(Message, frozen=True, kw_only=True):
     """`start_scrub`: read what every replica holds, at most so much a second from each, and repair it."""
 
     client: str
-    rate_bytes: int = Field(gt=0)
+    rate_bytes: Annotated[int, Meta(gt=0)]
 
 
-class StopScrub(Message):
+class StopScrub(Message, frozen=True, kw_only=True):
     """`stop_scrub`."""
 
     client: str
 
 
-class Leave(Message):
+class Leave(Message, frozen=True, kw_only=True):
     """`leave`: move off a VIOS that is about to stop; answered when nothing of the client is with it."""
 
     client: str
     vios: str
 
 
-class Rejoin(Message):
+class Rejoin(Message, frozen=True, kw_only=True):
     """`rejoin`: use a VIOS again as soon as it answers; `reason` is shown until then."""
 
     client: str
@@ -140,39 +136,39 @@ class Rejoin(Message):
     reason: str
 
 
-class AddReplica(Message):
+class AddReplica(Message, frozen=True, kw_only=True):
     """`add_replica`: a replica that the definition has as stale; everything is copied to it."""
 
     client: str
     replica: ReplicaSpec
 
 
-class RetireReplica(Message):
+class RetireReplica(Message, frozen=True, kw_only=True):
     """`retire_replica`: have a replica recorded retired; answered when nothing is sent to it any more."""
 
     client: str
     device: str
 
 
-class Query(Message):
+class Query(Message, frozen=True, kw_only=True):
     """`query`: answer with a `ClientReport`."""
 
     client: str
 
 
-class WorkerClients(Message):
+class WorkerClients(Message, frozen=True, kw_only=True):
     """The answer to `clients`: those that the worker pages, or is about to."""
 
     clients: tuple[str, ...]
 
 
-class HandOver(Message):
+class HandOver(Message, frozen=True, kw_only=True):
     """`hand_over`: answer with a `HandedOver` and the descriptors [uffd, memfd, state file, pidfd]."""
 
     client: str
 
 
-class HandedOver(Message):
+class HandedOver(Message, frozen=True, kw_only=True):
     """A client as a control process that was started anew has to know it."""
 
     order: Attach
@@ -180,11 +176,11 @@ class HandedOver(Message):
     limit_pages: int
 
 
-class Nothing(Message):
+class Nothing(Message, frozen=True, kw_only=True):
     """The answer of a request that has none, and the parameters of one without."""
 
 
-class PathReport(Message):
+class PathReport(Message, frozen=True, kw_only=True):
     """One path of a client; times are loop seconds (CLOCK_MONOTONIC)."""
 
     vios: str
@@ -198,7 +194,7 @@ class PathReport(Message):
     since_seconds: float
 
 
-class FailoverReport(Message):
+class FailoverReport(Message, frozen=True, kw_only=True):
     """One loss of the active path."""
 
     from_vios: str
@@ -212,7 +208,7 @@ class FailoverReport(Message):
     longest_stall_seconds: float
 
 
-class CounterReport(Message):
+class CounterReport(Message, frozen=True, kw_only=True):
     """`farpage.pager.counters.Counters` as it stands."""
 
     faults: int
@@ -235,7 +231,7 @@ class CounterReport(Message):
     repaired_by_device: dict[str, int]
 
 
-class ScrubReport(Message):
+class ScrubReport(Message, frozen=True, kw_only=True):
     """`farpage.pager.scrub.ScrubProgress` as it stands."""
 
     state: ScrubState
@@ -250,7 +246,7 @@ class ScrubReport(Message):
     ended_seconds: float | None
 
 
-class ReplicaReport(Message):
+class ReplicaReport(Message, frozen=True, kw_only=True):
     """One replica of a client; `since_seconds` is a loop time."""
 
     device: str
@@ -264,7 +260,7 @@ class ReplicaReport(Message):
     since_seconds: float
 
 
-class ClientReport(Message):
+class ClientReport(Message, frozen=True, kw_only=True):
     """A client as its worker sees it: pages by state, waits, paths."""
 
     replicas: tuple[ReplicaReport, ...]
@@ -288,7 +284,7 @@ class ClientReport(Message):
     failovers: tuple[FailoverReport, ...]
 
 
-class RecordReplicas(Message):
+class RecordReplicas(Message, frozen=True, kw_only=True):
     """`record_replicas`, a worker asks: store what the replicas are worth; answered when it is stored."""
 
     client: str
@@ -298,7 +294,7 @@ class RecordReplicas(Message):
     """By the identifier of the device."""
 
 
-class EpochRaised(Message):
+class EpochRaised(Message, frozen=True, kw_only=True):
     """`epoch_raised`: the client's volume was opened under a newer epoch of its owner."""
 
     client: str
@@ -306,7 +302,7 @@ class EpochRaised(Message):
     owner: str
 
 
-class OutageChanged(Message):
+class OutageChanged(Message, frozen=True, kw_only=True):
     """`outage`: the client's volume is without a path or without room, or no longer."""
 
     client: str
@@ -314,13 +310,13 @@ class OutageChanged(Message):
     device_full: bool
 
 
-class ClientLost(Message):
+class ClientLost(Message, frozen=True, kw_only=True):
     """`client_gone`: the client's process has exited; its paging has ended."""
 
     client: str
 
 
-class AlarmRaised(Message):
+class AlarmRaised(Message, frozen=True, kw_only=True):
     """`alarm`: an operator should look."""
 
     client: str

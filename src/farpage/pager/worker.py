@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from farpage.attach.memory import ClientMemory
 from farpage.errors import ExitStatus, FarpageError
 from farpage.kernel.userfaultfd import Userfaultfd
 from farpage.log import get_logger
+from farpage.message import Message
 from farpage.pager import volumes
 from farpage.pager.buffers import BufferPool
 from farpage.pager.channel import Handing
@@ -176,7 +175,7 @@ class Worker:
         if self._control.alone and not self._clients and not self._attaching:
             self.done.set()
 
-    async def _request(self, method: str, parameters: Any, descriptors: list[int]) -> BaseModel | Handing:
+    async def _request(self, method: str, parameters: Any, descriptors: list[int]) -> Message | Handing:
         match method:
             case "attach":
                 return await self._attach(Attach.model_validate(parameters), descriptors)
@@ -199,7 +198,7 @@ class Worker:
                 return self._answer(method, parameters)
         return Nothing()
 
-    def _answer(self, method: str, parameters: Any) -> BaseModel:
+    def _answer(self, method: str, parameters: Any) -> Message:
         """Answer a request that waits for nothing."""
         match method:
             case "ping":

@@ -7,7 +7,7 @@ import errno
 from collections.abc import Callable
 from typing import Protocol
 
-from farpage.definition.model import PAGE_BYTES
+from farpage.definition.states import PAGE_BYTES
 from farpage.volume.ownership import Ownership
 from farpage.volume.replica import Mode, Read, Replica
 from farpage.volume.replicas import Replicas

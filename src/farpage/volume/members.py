@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from farpage.definition.model import ReplicaState
+from farpage.definition.states import ReplicaState
 from farpage.volume.connector import Connector
 from farpage.volume.events import MirrorEvents, ReplicaEvents
 from farpage.volume.failover import FailoverLog

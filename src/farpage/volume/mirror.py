@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farpage.blockio import BlockIO, Done, ReadDone
-from farpage.definition.model import PAGE_BYTES, ReplicaState
+from farpage.definition.states import PAGE_BYTES, ReplicaState
 from farpage.volume.command import Finished
 from farpage.volume.connector import Connector
 from farpage.volume.dirty import DirtyStore

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, TypeAlias
 
-from farpage.definition.model import ReplicaState
+from farpage.definition.states import ReplicaState
 from farpage.errors import FarpageError
 
 FIRST_PAUSE_SECONDS: Final = 0.05

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from farpage.blockio import BlockIO, Done, ReadDone
-from farpage.definition.model import ReplicaState
+from farpage.definition.states import ReplicaState
 from farpage.volume.command import Finished
 from farpage.volume.connector import Endpoint
 from farpage.volume.dirty import DirtyMap

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from farpage.definition.model import PAGE_BYTES
+from farpage.definition.states import PAGE_BYTES
 from farpage.errors import FarpageError
 from farpage.volume.dirty import DirtyMap, DirtyStore, MemoryDirtyStore
 from farpage.volume.replica import Mode, Replica

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Final
 
 from farpage.blockio import Done, ReadDone
-from farpage.definition.model import PAGE_BYTES
+from farpage.definition.states import PAGE_BYTES
 from farpage.volume.dirty import DirtyMap
 from farpage.volume.pace import Pace
 

@@ -462,7 +462,7 @@ class Definitions(RuleBasedStateMachine):
 
 
 TestDefinitions = Definitions.TestCase
-TestDefinitions.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestDefinitions.settings = settings(max_examples=60, stateful_step_count=20)
 
 
 def test_errors_are_for_users() -> None:

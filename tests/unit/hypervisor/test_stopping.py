@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import asdict
 
 from farpage.definition import rules
 from farpage.definition.model import Definition, PagingCommand, Redundancy, ViosRecord
 from farpage.hypervisor.stopping import needing
-from farpage.pager.messages import ClientReport, PathReport
+from farpage.pager.counters import Counters
+from farpage.pager.messages import ClientReport, CounterReport, PathReport
 from farpage.volume.state import PathState
 
 
@@ -27,7 +29,11 @@ def report(**states: PathState) -> ClientReport:
         )
         for vios, state in states.items()
     ]  # fmt: skip
-    return ClientReport.model_construct(client="vm1", paths=tuple(paths))
+    return ClientReport(
+        client="vm1", replicas=(), hedged_reads=0, hedges_won=0, pages_by_state={}, limit_pages=1, epoch=1,
+        fenced="", stalled_faults=0, without_path_seconds=None, device_full=False, scrub=None,
+        counters=CounterReport(**asdict(Counters())), paths=tuple(paths), failovers=(),
+    )  # fmt: skip
 
 
 def test_a_client_with_another_working_path_can_do_without() -> None:

@@ -68,7 +68,7 @@ def _simulated(main: Callable[[], Awaitable[None]]) -> None:
     run_simulated(run)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     pages=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80),
     maps=st.booleans(),
