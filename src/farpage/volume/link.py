@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from farpage.address import Address
 from farpage.blockio import CONNECTION_LOST
 from farpage.errors import FarpageError
 from farpage.volume.command import Command
@@ -92,6 +93,11 @@ class PathLink:
         self._connector = connector
         self._server: ServerProcess | None = None
         self._away: asyncio.TimerHandle | None = None
+
+    @property
+    def place(self) -> tuple[str, Address, str]:
+        """Which server leads to which device: opening it drains whatever has led there before."""
+        return (self.endpoint.vios, self.endpoint.address, self._device)
 
     def status(self) -> PathStatus:
         """Return what users see."""
@@ -199,13 +205,17 @@ class PathLink:
             held.server.close()
 
     async def probe(self, length_bytes: int, timeout_seconds: float) -> None:
-        """Read the first bytes of the volume, through to the device.
+        """Read the first bytes of the volume, through to the device; not of one that is being moved.
 
         :raise OSError: when the server answers with an error or the connection is lost.
         :raise TimeoutError: when no answer comes in time.
         """
         if self.connection is None:
             raise OSError(CONNECTION_LOST, "the connection was lost")
+        if self.endpoint.source:
+            # The page may have to come over an intermediate client, which may be away: commands then wait for
+            # it, while pages that are present are served.
+            return
         answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def done(error: int, _payload: memoryview | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,17 +92,25 @@ class MultipathVolume:
         """Called when no server can any more carry out a write that was given up."""
         self.gives_up: Callable[[int], bool] = lambda _error: False
         """Asked when the device refuses a command: whether that ends with the error instead of waiting."""
-        now = asyncio.get_running_loop().time()
-        self._opened_seconds = now
+        self._connector = connector
+        self._leases = leases
+        self._opened_seconds = asyncio.get_running_loop().time()
         self._owner = _Owner(self, events)
         self._rewrites = RewriteGate()
         self._paths = Paths(
             Place(name, size_bytes, device_name, path_timeout_seconds, probe_interval_seconds),
-            [PathLink(endpoint, ownership, connector, leases, now, device=device) for endpoint in endpoints],
+            self._links(endpoints, device),
             ownership,
             self._owner,
         )
         self._commands = self._paths.commands
+
+    def _links(self, endpoints: Iterable[Endpoint], device: str) -> list[PathLink]:
+        now = asyncio.get_running_loop().time()
+        return [
+            PathLink(endpoint, self.ownership, self._connector, self._leases, now, device=device)
+            for endpoint in endpoints
+        ]
 
     # What it looks like
 
@@ -244,6 +252,29 @@ class MultipathVolume:
         self._commands.stop_watching()
         for command in [*self._take_all(), *self._paths.disconnect()]:
             self._commands.finish(command, errno.ESHUTDOWN, None)
+
+    # Going over to another device
+
+    async def go_over(
+        self, endpoints: Sequence[Endpoint], device: str, device_name: str, fences: str = ""
+    ) -> None:
+        """Use the volume at other endpoints from now on, at which its content is just the same.
+
+        For another device one of them is opened under a raised epoch, which drains the VIOS `fences` of what
+        was in flight there. The paths to the same device go on, beside new ones.
+
+        :raise NoPath: none of the endpoints can be opened; the volume is used as before.
+        """
+        if device == self.device:
+            used = {(link.endpoint.vios, link.endpoint.address): link for link in self._paths.links}
+            for endpoint in endpoints:
+                if link := used.get((endpoint.vios, endpoint.address)):
+                    link.endpoint = endpoint
+            new = [endpoint for endpoint in endpoints if (endpoint.vios, endpoint.address) not in used]
+            self._paths.extend(self._links(new, device))
+            return
+        await self._paths.go_over(self._links(endpoints, device), device_name, fences)
+        self.device, self.device_name = device, device_name
 
     # Leaving a VIOS on purpose
 

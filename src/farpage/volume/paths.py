@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from farpage.errors import FarpageError
@@ -38,6 +38,7 @@ AWAY_SECONDS = 30.0
 """A path that was left is tried again by itself after this, should nobody say that its VIOS has stopped."""
 
 BEING_STOPPED = "being stopped"
+GOING_OVER = "going over to another device"
 
 
 class PathsOwner(Protocol):
@@ -86,30 +87,26 @@ class Paths:
         ownership: Ownership,
         owner: PathsOwner,
     ) -> None:
-        self.links = tuple(links)
+        self.links = links
         """In the order of preference."""
         self.failovers = FailoverLog()
-        self.quarantine = Quarantine(self.links, self._replay, owner.server_fenced)
+        self._known = list(links)
+        """The links, and those of before that have writes held back."""
+        self.quarantine = Quarantine(self._known, self._replay, owner.server_fenced)
         self.commands = Dispatch(
             self, place.path_timeout_seconds, gives_up=owner.gives_up, on_full=owner.full, alarm=owner.alarm
         )
         self._place = place
-        self._opening = Opening(
-            place.volume,
-            place.size_bytes,
-            ownership,
-            place.path_timeout_seconds,
-            lost=self._lost,
-            fenced=self._alarm_fenced,
-        )
         self._ownership = ownership
         self._owner = owner
+        self._opening = self._new_opening()
         self._loop = asyncio.get_running_loop()
         self._was_active = False
         self._written_epoch = 0
         self._stalled = False
         self._tasks: list[asyncio.Task[None]] = []
         self._takeover: asyncio.Task[None] | None = None
+        self._going_over = False
         self._activated = asyncio.Event()
         self._closing = False
         self._forget_fenced = ownership.when_fenced(self._fenced)
@@ -151,10 +148,11 @@ class Paths:
 
     def start(self) -> None:
         """Begin to connect them."""
-        interval = self._place.probe_interval_seconds
-        self._tasks = [
-            self._loop.create_task(Upkeep(path, self, self._ownership, interval).run()) for path in self.links
-        ]
+        self._tasks = [self._keep_up(path) for path in self.links]
+
+    def _keep_up(self, path: PathLink) -> asyncio.Task[None]:
+        upkeep = Upkeep(path, self, self._ownership, self._place.probe_interval_seconds)
+        return self._loop.create_task(upkeep.run())
 
     async def activated(self) -> None:
         """Wait until one is active, or another owner has the volume."""
@@ -181,7 +179,7 @@ class Paths:
     def disconnect(self) -> list[Command]:
         """Let go of them all; returns the commands that were in flight."""
         left: list[Command] = []
-        for path in self.links:
+        for path in self._known:
             left += path.in_flight
             path.in_flight.clear()
             path.disconnect()
@@ -221,6 +219,8 @@ class Paths:
     def fail(self, path: PathLink, reason: str, event: PathEvent = PathEvent.LOST) -> None:
         """Give a path up: replay its reads, hold its writes, let another take over."""
         carried = path.machine.carries
+        if carried and self._going_over:
+            reason = GOING_OVER
         path.machine.apply(event, self._loop.time(), reason)
         commands = list(path.in_flight)
         path.in_flight.clear()
@@ -243,7 +243,7 @@ class Paths:
                 quarantined_bytes=sum(command.length_bytes for command in writes),
             )
         )
-        if event is PathEvent.LOST:
+        if event is PathEvent.LOST and not self._going_over:
             self._owner.alarm("path_failed", f"VIOS {path.endpoint.vios}: {reason}")
         self._choose()
 
@@ -295,6 +295,10 @@ class Paths:
                 self.fail(path, problem or "connection lost while it took over")
             self._choose()
             return
+        self._carries(path)
+
+    def _carries(self, path: PathLink) -> None:
+        """Have a path that is open under the present epoch carry the commands."""
         if self._was_active:
             self._owner.epoch_raised(self.epoch)
         self._was_active = True
@@ -312,7 +316,112 @@ class Paths:
         self.commands.push()
         self._owner.taken_over()
 
+    # Going over to another place
+
+    def extend(self, links: list[PathLink]) -> None:
+        """Use more paths to where the volume is."""
+        self.links = [*self.links, *links]
+        self._known += links
+        self._tasks += [self._keep_up(path) for path in links]
+
+    async def go_over(self, links: list[PathLink], device_name: str, fences: str) -> None:
+        """Carry the commands over other paths from now on, to a device that gets at the same content.
+
+        One of them is opened first, under a raised epoch, while the paths of before go on. That drains the
+        VIOS `fences`: what was in flight there is repeated at once. At others it has `path_timeout` to
+        finish, and writes that do not are held back as those of any path that fails.
+
+        :raise NoPath: none can be opened; the paths of before go on.
+        """
+        await self._settled()
+        switch = self._takeover = self._loop.create_task(self._go_over(links, device_name, fences))
+        await asyncio.wait([switch])
+        if switch.cancelled():
+            raise NoPath(self._place.volume, "it is being closed")
+        switch.result()
+
+    async def _go_over(self, links: list[PathLink], device_name: str, fences: str) -> None:
+        opening, problems = self._new_opening(), []
+        opening.raise_above(self._written_epoch)
+        chosen, self._going_over = None, True
+        try:
+            for path in links:
+                try:
+                    await opening.open(path)
+                except (FarpageError, OSError) as error:
+                    path.disconnect()
+                    problems.append(f"{path.endpoint.vios}: {cause_of(error)}")
+                else:
+                    chosen = path
+                    break
+            active = self.commands.active
+            if chosen is not None and active is not None and active.endpoint.vios != fences:
+                self.commands.hold_off()
+                await self._drained(active)
+            if chosen is not None and chosen.connection is not None:
+                self._opening = opening
+                self._exchange(links, chosen, fences)
+                self._place = replace(self._place, device_name=device_name)
+                return
+        finally:
+            self._takeover, self._going_over = None, False
+        self.commands.carry_over(self.commands.active)
+        self.commands.resume()
+        self._choose()
+        raise NoPath(self._place.volume, "; ".join(problems) or "connection lost")
+
+    def _exchange(self, links: list[PathLink], chosen: PathLink, fences: str) -> None:
+        """Let go of the paths of before, and have a new one carry everything."""
+        now, before, device_name = self._loop.time(), self.commands.active, self._place.device_name
+        for task in self._tasks:
+            task.cancel()
+        held_before = bool(self.quarantine)
+        left = self._left_by(fences)
+        self._known[:] = [*links, *(path for path in self._known if path.held)]
+        self.links = links
+        self.commands.repeat_first(left)
+        if before is not None:
+            self.failovers.records.append(
+                Failover(
+                    from_vios=before.endpoint.vios,
+                    device=device_name,
+                    reason=GOING_OVER,
+                    detected_at_seconds=now,
+                    replayed_commands=len(left),
+                )
+            )
+        self._tasks = [self._keep_up(path) for path in links]
+        chosen.machine.apply(PathEvent.PROBED, now)
+        self._carries(chosen)
+        if held_before and not self.quarantine:
+            self._owner.server_fenced()
+
+    def _left_by(self, fences: str) -> list[Command]:
+        """Disconnect every path; returns the commands that may be repeated at once."""
+        left: list[Command] = []
+        for path in self.links:
+            commands = list(path.in_flight)
+            path.in_flight.clear()
+            if path.endpoint.vios == fences:
+                left += self.quarantine.release_all(path)
+                left += commands
+            else:
+                left += [command for command in commands if not command.mutates]
+                left += self.quarantine.admit(path, [command for command in commands if command.mutates])
+            path.disconnect()
+        return left
+
     # Opening
+
+    def _new_opening(self) -> Opening:
+        return Opening(
+            self._place.volume,
+            self._place.size_bytes,
+            self._ownership,
+            self._place.path_timeout_seconds,
+            lost=self._lost,
+            fenced=self._alarm_fenced,
+        )
 
     async def open(self, path: PathLink) -> None:
         """Open the volume over a path under the present epoch; writes held for its server are replayed then.
@@ -385,12 +494,16 @@ class Paths:
         while self._takeover is not None and not self._closing:
             await asyncio.wait([self._takeover])
 
-    async def _hand_over(self, path: PathLink) -> None:
-        """Let the active path finish what it has, then another one take over; new commands wait meanwhile."""
+    async def _drained(self, path: PathLink) -> None:
+        """Wait until the active path has nothing in flight, for at most the path timeout."""
         patience_ends = self._loop.time() + self._place.path_timeout_seconds
         while path is self.commands.active and path.in_flight and self._loop.time() < patience_ends:  # noqa: ASYNC110
             # Polled: an event would cost every command something.
             await asyncio.sleep(DRAIN_POLL_SECONDS)
+
+    async def _hand_over(self, path: PathLink) -> None:
+        """Let the active path finish what it has, then another one take over; new commands wait meanwhile."""
+        await self._drained(path)
         self._takeover = None
         if self.commands.active is not path:
             self._choose()  # it was lost meanwhile

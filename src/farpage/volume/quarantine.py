@@ -36,9 +36,11 @@ class Quarantine:
 
     def opened(self, path: PathLink) -> None:
         """Replay what a path's server had under an older epoch than the one that it is open under now."""
-        for held in list(path.held):
-            if held.epoch < path.epoch:
-                self._release(path, held)
+        for earlier in self._links:
+            if earlier.place == path.place:
+                for held in list(earlier.held):
+                    if held.epoch < path.epoch:
+                        self._release(earlier, held)
 
     def _release(self, path: PathLink, held: Held) -> None:
         """Replay held writes: the server that had them is fenced."""
@@ -48,6 +50,15 @@ class Quarantine:
             self._replay(held.commands)
             if not self:
                 self._empty()
+
+    def release_all(self, path: PathLink) -> list[Command]:
+        """Return every write of a path that is held, for the caller to repeat: the server is fenced."""
+        left: list[Command] = []
+        for held in list(path.held):
+            path.forget(held)
+            self.bytes -= sum(command.length_bytes for command in held.commands)
+            left += held.commands
+        return left
 
     def commands(self) -> list[Command]:
         """Return the writes that are held."""
