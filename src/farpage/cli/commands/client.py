@@ -100,6 +100,56 @@ def detach(name: ClientName, state: State = None, as_json: AsJson = False) -> No
     print_json(info) if as_json else print_text(detached(info))
 
 
+@app.command("release", epilog="Example: farpage client release web1 --qmp /run/web1.qmp")
+def release(
+    name: ClientName,
+    *,
+    qmp: Annotated[
+        Path | None,
+        typer.Option("--qmp", metavar="SOCKET", help="QMP socket of the VM; it is stopped by it if it runs."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Though its process runs: it waits at its memory from then on.")
+    ] = False,
+    state: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring every page of a stopped client to its devices and let go of it, for another hypervisor to adopt.
+
+    Nothing is read back. End the VM or process afterwards: accesses to its memory wait for good.
+    """
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_hypervisor, named, wanted
+    from farpage.cli.wording.client import released
+    from farpage.hypervisor.model import ClientRelease
+
+    socket = None if qmp is None else str(qmp.expanduser().absolute())
+    document = wanted(ClientRelease, qmp=socket, force=force)
+    info = ask_hypervisor(state, lambda hypervisor: hypervisor.release(named(name), document))
+    print_json(info) if as_json else print_text(released(info))
+
+
+@app.command("adopt", epilog="Example: farpage client adopt web1")
+def adopt(
+    name: ClientName,
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also from a hypervisor that adopted it and has not attached it.")
+    ] = False,
+    state: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a client that a hypervisor has released; attached here, it goes on with all of its pages."""
+    from farpage.cli.output import print_json, print_text
+    from farpage.cli.session import ask_hypervisor, named, wanted
+    from farpage.cli.wording.client import adopted
+    from farpage.hypervisor.model import ClientAdopt
+
+    document = wanted(ClientAdopt, force=force)
+    info = ask_hypervisor(state, lambda hypervisor: hypervisor.adopt(named(name), document))
+    print_json(info) if as_json else print_text(adopted(info))
+
+
 @app.command("scrub", epilog="Example: farpage client scrub web1 --rate 200M")
 def scrub(
     name: ClientName,

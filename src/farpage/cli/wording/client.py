@@ -38,6 +38,22 @@ def detached(info: ClientInfo) -> str:
     return f"client {info.name} detached: all of its memory is resident again"
 
 
+def released(info: ClientInfo) -> str:
+    """Say that the client is nobody's, and what can be done with it."""
+    return (
+        f"client {info.name} released: all of its pages are on its devices; adopt it at another hypervisor "
+        f"with 'farpage client adopt {info.name}', and end its process here"
+    )
+
+
+def adopted(info: ClientInfo) -> str:
+    """Say that the client can be attached here."""
+    return (
+        f"client {info.name} adopted at epoch {info.epoch}: attach {format_size(info.memory_bytes)} of "
+        f"memory with 'farpage client attach {info.name} --pid PID', and it goes on with all of its pages"
+    )
+
+
 def scrubbed(info: ClientInfo) -> str:
     """Say how a scrub stands."""
     if info.scrub is None:
@@ -181,4 +197,6 @@ def _failovers(failovers: Sequence[FailoverInfo]) -> Table:
 
 
 def _attachment(info: ClientInfo) -> str:
+    if info.released:
+        return f"adopted by {info.released.adopter}" if info.released.adopter else "released"
     return str(info.attachment) if info.pid is None else f"{info.attachment} {info.pid}"
