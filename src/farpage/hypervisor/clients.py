@@ -27,7 +27,7 @@ from farpage.hypervisor.errors import (
     DetachByOwner,
     MemoryTooLarge,
 )
-from farpage.hypervisor.handovers import HandoverMismatch, Handovers, lay_out
+from farpage.hypervisor.handovers import HandoverMismatch, Handovers, kept, lay_out, release_of
 from farpage.hypervisor.model import Attachment, ClientAttach, ClientCreate
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
@@ -255,8 +255,8 @@ class Clients:
         if record is None:
             record = _record(client, memory)
         record = record.model_copy(update={"made_for_it": created})
-        if not created:
-            record = record.model_copy(update={"handover": self.records.of(client).released})
+        if not created and (released := self.records.of(client).released):
+            record = record.model_copy(update={"handover": kept(released)})
         self.run.save(record)
         if created:
             await self._create(
@@ -273,7 +273,7 @@ class Clients:
             if created:
                 await self.records.discard(client)
             if record.handover is not None:
-                await self.records.restore(client, record.handover)
+                await self.records.restore(client, release_of(record.handover))
             raise
         if record.handover is not None:
             self.handovers.counts["started"] += 1
@@ -291,7 +291,9 @@ class Clients:
         pages = memory.length_bytes // PAGE_BYTES
         try:
             found = await self._handover(client, record, pages)
-            claimed = await self.records.claim(client, released=record.handover)
+            claimed = await self.records.claim(
+                client, released=release_of(record.handover) if record.handover else None
+            )
             replicas = self.records.replicas(client, turn=len(self.attached))
             worker = self._workers.least_loaded()
             state = StateFile.create(self.run.state_path(client), pages, claimed.epoch)
@@ -352,9 +354,9 @@ class Clients:
         :raise HandoverUnreachable: nobody who answers has it.
         :raise HandoverMismatch: it is of another size.
         """
-        released = record.handover
-        if released is None:
+        if record.handover is None:
             return None
+        released = release_of(record.handover)
         if released.adopter != self.records.hypervisor:
             raise refusal(client, released, self.records.hypervisor)
         found = await self.handovers.fetch(client, self.records.of(client), released)

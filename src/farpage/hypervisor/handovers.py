@@ -13,6 +13,7 @@ from farpage.definition.model import ClientRecord, Release, ReplicaState
 from farpage.errors import ExitStatus, FarpageError
 from farpage.handover import Handover, HandoverDamaged
 from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
+from farpage.hypervisor.runfolder import AdoptedRelease
 from farpage.hypervisor.vioses import Vios
 from farpage.log import get_logger
 from farpage.pager.statefile import StateFile
@@ -67,6 +68,18 @@ def lay_out(found: Handover, state: StateFile) -> None:
     table.checksums[:] = found.checksums
     table.restate(states)
     state.foreign = True
+
+
+def kept(released: Release) -> AdoptedRelease:
+    """Return a release as the run folder has it."""
+    return AdoptedRelease(**released.model_dump())
+
+
+def release_of(adopted: AdoptedRelease) -> Release:
+    """Return a release that the run folder has."""
+    return Release(
+        hypervisor=adopted.hypervisor, epoch=adopted.epoch, digest=adopted.digest, adopter=adopted.adopter
+    )
 
 
 class Handovers:

@@ -24,10 +24,11 @@ from typing import Any
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.process import close_orphan, close_process
 from farpage.attach.retake import MemoryRecord, retake
-from farpage.definition.model import PAGE_BYTES, Release
+from farpage.definition.model import PAGE_BYTES
 from farpage.errors import FarpageError
 from farpage.hypervisor.clients import Attached, Clients
-from farpage.hypervisor.runfolder import AttachmentRecord
+from farpage.hypervisor.handovers import release_of
+from farpage.hypervisor.runfolder import AdoptedRelease, AttachmentRecord
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.process import ProcessIdentity, is_gone, open_identified
 from farpage.kernel.userfaultfd import Userfaultfd
@@ -62,7 +63,7 @@ class Recovery:
         self.counts = RecoveryCounts()
         self._ended_regions: list[str] = []
         self._epochs: list[EpochRaised] = []
-        self._unstarted: dict[str, Release] = {}
+        self._unstarted: dict[str, AdoptedRelease] = {}
         """Attachments to what another hypervisor has released that did not come to be."""
         self._definition_known = False
         self._clients = clients
@@ -313,7 +314,7 @@ class Recovery:
             await self._clients.records.epoch_raised(raised)
         unstarted, self._unstarted = self._unstarted, {}
         for client, released in unstarted.items():
-            await self._clients.records.restore(client, released)
+            await self._clients.records.restore(client, release_of(released))
         ended, self._ended_regions = self._ended_regions, []
         for client in ended:
             if client in self._clients.records and client not in self._clients.attached:

@@ -20,7 +20,6 @@ from msgspec import DecodeError
 
 from farpage.attach.memory import ClientKind
 from farpage.attach.retake import MemoryRecord
-from farpage.definition.model import Release
 from farpage.errors import ExitStatus, FarpageError, InvalidInput
 from farpage.kernel.process import ProcessIdentity
 from farpage.log import get_logger
@@ -40,6 +39,15 @@ class RunFolderInUse(FarpageError):
     remedy = "stop that one, or name another folder with --run-dir"
     exit_status = ExitStatus.CONFLICT
     folder: str
+
+
+class AdoptedRelease(Message, frozen=True, kw_only=True):
+    """`farpage.definition.model.Release`, as it is kept here."""
+
+    hypervisor: str
+    epoch: int
+    digest: str
+    adopter: str
 
 
 class AttachmentRecord(Message, frozen=True, kw_only=True):
@@ -64,7 +72,7 @@ class AttachmentRecord(Message, frozen=True, kw_only=True):
     """QMP socket by which the guest is paused while no path works."""
     guest_paused: bool = False
     """It is paused by that now."""
-    handover: Release | None = None
+    handover: AdoptedRelease | None = None
     """What it begins with, while its worker has not said yet that it pages it."""
     releasing: bool = False
     """It is frozen, and about to be let go of for another hypervisor; the definition says how far that is."""
