@@ -18,6 +18,7 @@ from farpage.vios.leases import Lease
 from farpage.vios.volumes import Volumes
 from farpage.volume.command import Command
 from farpage.volume.link import Held, PathLink
+from farpage.volume.predecessors import Predecessors
 from farpage.volume.recorder import ReplicaRecorder
 from tests.simulation.disk import SimulatedVolume
 
@@ -69,12 +70,18 @@ def _stale_after_ack(stack: ExitStack) -> None:
     _replace(stack, ReplicaRecorder, "is_stale", lambda *_: True)
 
 
+def _predecessors_off(stack: ExitStack) -> None:
+    """Let a new owner, and a pager in the place of a killed one, write before older writes cannot arrive."""
+    _replace(stack, Predecessors, "gone", lambda *_: True)
+
+
 MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "quarantine_off": _quarantine_off,
     "epoch_checks_off": _epoch_checks_off,
     "checksums_off": _checksums_off,
     "leases_off": _leases_off,
     "stale_after_ack": _stale_after_ack,
+    "predecessors_off": _predecessors_off,
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from farpage.address import UnixAddress
 from farpage.definition.model import ReplicaState
 from farpage.pager.table import PAGE_BYTES
+from farpage.vios.leases import DEFAULT_LEASE_SECONDS
 from farpage.volume.connector import Endpoint
 from farpage.volume.dirty import MemoryDirtyStore
 from farpage.volume.errors import ClientFenced, NoPath
@@ -46,7 +47,12 @@ class Place:
     def ways(self, disk: Disk) -> tuple[Endpoint, ...]:
         """Return the ways to a disk."""
         return tuple(
-            Endpoint(vios.name, UnixAddress(f"/{vios.name}"), disk.name)
+            Endpoint(
+                vios.name,
+                UnixAddress(f"/{vios.name}"),
+                disk.name,
+                lease_seconds=DEFAULT_LEASE_SECONDS if self.leases else None,
+            )
             for vios in self.vioses.values()
             if disk in vios.disks
         )
@@ -121,7 +127,6 @@ class Owner:
         process = self.process = self.world.process(f"worker{name}")
         recovers = self.workers > 1
         ownership = self.ownership = Ownership(self.token, max(self.ownership.epoch + 1, epoch))
-        self.user.first_epoch = ownership.epoch
         place = self.place
         connector = Connector(place.network, place.vioses, process, host=self.host, same_host=place.same_host)
         leases = Leases(connector, f"{self._number:02x}{self.workers:06x}") if place.leases else None
@@ -157,6 +162,7 @@ class Owner:
         recovers: bool,
     ) -> PagedVolume:
         place = self.place
+        had_owner = self._number > 1
         ways = {disk.name: place.ways(disk) for disk in place.disks if disk.name in self.devices}
         size_bytes = self.user.pages * PAGE_BYTES
         if not place.mirror:
@@ -170,6 +176,7 @@ class Owner:
                 events=events,
                 device=device,
                 leases=leases,
+                had_owner=had_owner,
             )
         return MirrorVolume(
             "vm1",
@@ -180,6 +187,7 @@ class Owner:
             events=events,
             store=self.dirty,
             recover=recovers,
+            had_owner=had_owner,
             leases=leases,
         )
 

@@ -15,6 +15,7 @@ from tests.simulation.connection import SimulatedServerProcess
 from tests.simulation.faults import FaultSchedule
 from tests.simulation.mutations import mutated
 from tests.simulation.scenario import Scenario
+from tests.simulation.two_owners import TwoOwners
 from tests.simulation.world import Process, World
 
 
@@ -33,7 +34,7 @@ class Runnable(Protocol):
         """Give back what outlives the world."""
 
 
-SCENARIOS: dict[type[Runnable], int] = {Scenario: 70}
+SCENARIOS: dict[type[Runnable], int] = {Scenario: 70, TwoOwners: 10}
 """The scenarios, each drawn with its weight."""
 
 

@@ -11,6 +11,7 @@ FOUND_BY = {
     "checksums_off": 4,
     "leases_off": 102,
     "stale_after_ack": 84,
+    "predecessors_off": 59,
 }
 """A seed that finds each; anew: `python -m tests.simulation --seeds 1-2000 --mutation NAME --first`."""
 

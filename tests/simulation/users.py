@@ -12,7 +12,6 @@ from farpage.pager.client import PagedClient
 from farpage.pager.limit import Limit
 from farpage.pager.table import CLEAN, ENTRY_BYTES, ON_DEVICE, PAGE_BYTES, READING, PageTable
 from farpage.volume.paged import PagedVolume
-from farpage.volume.state import PathState
 from tests.simulation.checker import History
 from tests.simulation.guest import Guest
 from tests.simulation.memory import SimulatedMemory
@@ -30,7 +29,6 @@ class User(Protocol):
     """What a scenario needs of its user."""
 
     pages: int
-    first_epoch: int
     history: History
 
     def start(self, process: Process, volume: PagedVolume) -> None:
@@ -54,8 +52,6 @@ class VolumeUser:
     """Writes and reads pages of a volume as the pager does: never two commands for one page in flight."""
 
     pages = 24
-    first_epoch = 1
-    """What the present worker began with."""
 
     def __init__(self, world: World, history: History, client: int = 1) -> None:
         """`client` tells its contents from those of another user of the same volume."""
@@ -109,11 +105,8 @@ class VolumeUser:
         self._process.loop.call_later(pause, self._step)
 
     def _older_writes_are_gone(self) -> bool:
-        """Tell whether every server has accepted this worker's epoch, so that no older write can come."""
-        return all(
-            path.state in (PathState.ACTIVE, PathState.STANDBY) and path.epoch >= self.first_epoch
-            for path in self._volume.status()
-        )
+        """Tell whether no server can still carry out a write of the worker before."""
+        return self._volume.predecessors_gone
 
     def _write(self, page: int) -> None:
         self._versions[page] += 1
@@ -178,7 +171,6 @@ class PagerUser:
     """A guest over the real pager."""
 
     pages = 40
-    first_epoch = 1
 
     def __init__(self, world: World, history: History, client: int = 1) -> None:
         """`client` tells its contents from those of another user of the same volume."""
@@ -211,7 +203,7 @@ class PagerUser:
         )
         client.space.limit = self._limit
         if self._started:
-            client.recover(self.first_epoch)
+            client.recover()
             return
         self._started = True
         client.start()

@@ -81,6 +81,8 @@ class ViosRecord(Record):
 
     control: str
     data: tuple[str, ...] = Field(min_length=1)
+    lease_seconds: float | None = Field(default=None, gt=0)
+    """How long its leases last; None when it was not asked yet."""
 
 
 class Reach(Record):

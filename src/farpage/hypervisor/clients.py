@@ -314,6 +314,7 @@ class Clients:
             memfd_offset_bytes=memory.memfd_offset_bytes,
             limit_pages=limit // PAGE_BYTES,
             replicas=replicas,
+            had_owner=bool(defined.owner),
             state_path=str(state.path),
             path_timeout_seconds=self._settings.path_timeout_seconds,
             no_path_timeout_seconds=self._settings.no_path_timeout_seconds,

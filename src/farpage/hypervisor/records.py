@@ -410,7 +410,15 @@ class ClientRecords:
             ordered = [*access.paths[first:], *access.paths[:first]]
             if record.redundancy is Redundancy.NONE:
                 ordered = ordered[:1]
-            endpoints = tuple(EndpointSpec(vios=path.vios, address=path.data[0]) for path in ordered)
+            vioses = self._keeper.current.vioses
+            endpoints = tuple(
+                EndpointSpec(
+                    vios=path.vios,
+                    address=path.data[0],
+                    lease_seconds=vioses[path.vios].lease_seconds,
+                )
+                for path in ordered
+            )
             specs.append(
                 ReplicaSpec(
                     device=device, name=self._device_name(device), state=replica.state, endpoints=endpoints

@@ -217,7 +217,11 @@ class Hypervisor:
         def edit(definition: Definition) -> Definition:
             for vios in self.vioses.values():
                 if vios.reachable and vios.health:
-                    record = ViosRecord(control=vios.control, data=vios.health.data)
+                    record = ViosRecord(
+                        control=vios.control,
+                        data=vios.health.data,
+                        lease_seconds=vios.health.lease_seconds,
+                    )
                     found = [
                         rules.FoundDevice(
                             id=device.id,

@@ -95,11 +95,11 @@ class PagedClient:
         self.space.memory.release(0, self.space.table.pages)
         self._loop.add_reader(self.space.memory.fileno(), self.faults.on_events)
 
-    def recover(self, epoch: int) -> None:
+    def recover(self) -> None:
         """Go on where a pager that was killed has left off; see `farpage.pager.recovery`.
 
-        The volume is being opened under `epoch`, which is above every one that the dead pager used. A client
-        that is frozen stays so.
+        The volume is being opened under an epoch above every one that the dead pager used. A client that is
+        frozen stays so.
 
         :raise ClientGone: the client has exited.
         """
@@ -117,7 +117,7 @@ class PagedClient:
             self._loop.add_reader(space.memory.fileno(), self.faults.on_events)
         # The dead pager took events with it: who waits for their answers shall ask again.
         space.memory.wake(0, space.table.pages)
-        self._doubts.begin(decided.doubtful, epoch)
+        self._doubts.begin(decided.doubtful)
         self.eviction.wake()
 
     def set_limit(self, limit_pages: int) -> None:

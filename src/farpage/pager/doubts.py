@@ -17,8 +17,7 @@ LOOK_SECONDS: Final = 0.1
 class Doubts:
     """Keeps such pages in memory until no write of the dead pager can arrive any more.
 
-    That is when every server has accepted a newer epoch than the dead pager's: before, it drains its older
-    commands.
+    See `farpage.volume.predecessors` for when that is.
     """
 
     def __init__(self, space: Space, on_settled: Callable[[], None]) -> None:
@@ -28,22 +27,22 @@ class Doubts:
         self._runs: list[tuple[int, int]] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self, pages: Pages, epoch: int) -> None:
-        """Hold pages, all REWRITTEN, and the page under repair, until every path was opened under `epoch`."""
+    def begin(self, pages: Pages) -> None:
+        """Hold pages, all REWRITTEN, and the page under repair."""
         self._runs = runs_of(pages.tolist())
         self._space.doubtful_pages = len(pages)
         if self._space.repair_mark[0]:
             self._space.unwritable_page = self._space.repair_mark[0] - 1
-        self._look(epoch)
+        self._look()
 
-    def _look(self, epoch: int) -> None:
+    def _look(self) -> None:
         self._timer = None
         if not self._runs and self._space.unwritable_page is None:
             return
-        if all(path.epoch >= epoch for path in self._space.volume.status()):
+        if self._space.volume.predecessors_gone:
             self.settle()
         else:
-            self._timer = self._loop.call_later(LOOK_SECONDS, self._look, epoch)
+            self._timer = self._loop.call_later(LOOK_SECONDS, self._look)
 
     def settle(self) -> None:
         """Let the pages be written again."""

@@ -14,10 +14,14 @@ from farpage.volume.state import PathState, ReplicaHealth
 
 
 class EndpointSpec(Message, frozen=True, kw_only=True):
-    """Where one VIOS serves a replica; `address` as `farpage.address` spells it."""
+    """Where one VIOS serves a replica; `address` as `farpage.address` spells it.
+
+    `lease_seconds` says how long a lease of it lasts; None when that is not known.
+    """
 
     vios: str
     address: str
+    lease_seconds: float | None = None
 
 
 class ReplicaSpec(Message, frozen=True, kw_only=True):
@@ -50,6 +54,8 @@ class Attach(Message, frozen=True, kw_only=True):
     limit_pages: Annotated[int, Meta(gt=0)]
     replicas: Annotated[tuple[ReplicaSpec, ...], Meta(min_length=1)]
     resync_bytes_per_second: Annotated[int, Meta(gt=0)] = 100 << 20
+    had_owner: bool = False
+    """Somebody has used the volume before: what a server was sent then may yet arrive."""
     recover: bool = False
     """Go on with what a worker that ended has left, instead of beginning with nothing paged out.
 

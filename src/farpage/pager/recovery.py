@@ -15,7 +15,7 @@ about each page, or half a step behind. Which of both is seen from whether the p
 
 REWRITTEN means here what it always means: an older content of the page may still be on its way to the
 volume, so the page must not be written again before that can no longer arrive. Whether the dead pager's
-write has, nobody knows until every server has accepted the epoch of the new pager.
+write has, nobody knows for a while (`farpage.volume.predecessors`).
 
 The rules may be applied any number of times: a pager that is killed while it recovers is recovered so too.
 """
@@ -79,7 +79,7 @@ class Recovery:
     in_memory: Pages
     """To be entered into the order of eviction."""
     doubtful: Pages
-    """REWRITTEN until every server has accepted the new epoch, then DIRTY."""
+    """REWRITTEN until nothing of the dead pager can arrive any more, then DIRTY."""
 
 
 def recover(states: npt.NDArray[np.uint8], present: npt.NDArray[np.bool_]) -> Recovery:

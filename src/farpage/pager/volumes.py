@@ -33,6 +33,7 @@ def make(
         device=replica.device,
         device_name=replica.name,
         leases=leases,
+        had_owner=order.had_owner,
         path_timeout_seconds=order.path_timeout_seconds,
     )
 
@@ -56,6 +57,7 @@ def _mirror(
         store=store,
         recover=(order.recover or order.handed_over) and not empty,
         leases=leases,
+        had_owner=order.had_owner and not empty,
         path_timeout_seconds=order.path_timeout_seconds,
         resync_bytes_per_second=order.resync_bytes_per_second,
     )
@@ -97,6 +99,6 @@ def _place(spec: ReplicaSpec) -> ReplicaPlace:
 
 def _endpoints(replica: ReplicaSpec) -> tuple[Endpoint, ...]:
     return tuple(
-        Endpoint(spec.vios, parse_address(spec.address), replica.name, replica.source)
+        Endpoint(spec.vios, parse_address(spec.address), replica.name, replica.source, spec.lease_seconds)
         for spec in replica.endpoints
     )

@@ -346,7 +346,7 @@ class Worker:
                 state.foreign = False
             if order.frozen:
                 paged.freeze.begin()
-            paged.recover(epoch)
+            paged.recover()
         except ClientGone:
             gone()
             raise ClientExited(order.client) from None

@@ -22,6 +22,8 @@ class Endpoint:
     address: Address
     device: str
     source: str = ""
+    lease_seconds: float | None = None
+    """How long a lease of the VIOS lasts; None where that is not known."""
 
 
 class PathConnection(BlockIO, Protocol):

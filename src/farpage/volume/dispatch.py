@@ -60,6 +60,8 @@ class Dispatch:
         self._loop = asyncio.get_running_loop()
         self._full = FullDevice(self._again, on_full)
         self._waiting: deque[Command] = deque()
+        self._early: list[Command] | None = None
+        """Writes that are held until nothing older can arrive; None once they need not be."""
         self._retrying: dict[Command, asyncio.TimerHandle] = {}
         self._watch = AgeWatch(path_timeout_seconds, self._oldest_seconds, self._overdue)
         self._alarmed: set[tuple[str, int]] = set()
@@ -73,7 +75,9 @@ class Dispatch:
         """Carry a command out now, or as soon as a path carries commands."""
         self._unfinished += 1
         self._idle.clear()
-        if self._carrier is None:
+        if self._early is not None and command.mutates:
+            self._early.append(command)
+        elif self._carrier is None:
             self._waiting.append(command)
         else:
             self._start(self._carrier, command)
@@ -127,6 +131,22 @@ class Dispatch:
         """Send what waits over the path that carries commands, if one does."""
         while self._waiting and self._carrier is not None:
             self._start(self._carrier, self._waiting.popleft())
+
+    @property
+    def holds_writes(self) -> bool:
+        """Whether writes are held."""
+        return self._early is not None
+
+    def hold_writes(self) -> None:
+        """Keep writes until `let_writes_go`; reads go."""
+        self._early = []
+
+    def let_writes_go(self) -> None:
+        """Carry out the writes that were held, and all others from now on."""
+        early, self._early = self._early or [], None
+        self._waiting.extend(early)
+        self.resume()
+        self.push()
 
     def repeat_first(self, commands: list[Command]) -> None:
         """Let commands of a failed path wait for the next one, before all others."""
@@ -191,15 +211,17 @@ class Dispatch:
 
     def off_path(self) -> list[Command]:
         """Return the commands that no path has."""
-        return [*self._waiting, *self._retrying, *self._full.waiting]
+        return [*self._waiting, *self._retrying, *self._full.waiting, *(self._early or ())]
 
     def take_off_path(self) -> list[Command]:
         """Take out the commands that no path has, without ending them."""
-        left = [*self._waiting, *self._retrying, *self._full.abandon()]
+        left = [*self._waiting, *self._retrying, *self._full.abandon(), *(self._early or ())]
         self._waiting.clear()
         for timer in self._retrying.values():
             timer.cancel()
         self._retrying.clear()
+        if self._early:
+            self._early.clear()
         return left
 
     async def idle(self) -> None:

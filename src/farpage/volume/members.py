@@ -33,6 +33,7 @@ class Wiring:
     connector: Connector
     events: MirrorEvents
     leases: Leases | None
+    had_owner: bool
     path_timeout_seconds: float
     probe_interval_seconds: float
     resync_bytes_per_second: float
@@ -100,6 +101,7 @@ class Members:
             device=place.device,
             device_name=place.name,
             leases=wiring.leases,
+            had_owner=wiring.had_owner,
             path_timeout_seconds=wiring.path_timeout_seconds,
             probe_interval_seconds=wiring.probe_interval_seconds,
         )

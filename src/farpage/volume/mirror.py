@@ -97,6 +97,7 @@ class MirrorVolume:
         events: MirrorEvents,
         store: DirtyStore | None = None,
         recover: bool = False,
+        had_owner: bool = False,
         leases: Leases | None = None,
         path_timeout_seconds: float = 1.0,
         probe_interval_seconds: float = 1.0,
@@ -104,7 +105,7 @@ class MirrorVolume:
     ) -> None:
         """With `recover` the replicas hold content: one that is recorded stale needs what its dirty map says.
 
-        Without, nothing that was paged out before matters.
+        Without, nothing that was paged out before matters; with `had_owner` it may yet arrive.
         """
         self.name = name
         self.ownership = ownership
@@ -137,7 +138,7 @@ class MirrorVolume:
             self._writes,
             owner,
             announce=self._announce,
-            recovery_epoch=ownership.epoch if recover else 0,
+            had_predecessors=recover or had_owner,
         )
         wiring = Wiring(
             name,
@@ -146,6 +147,7 @@ class MirrorVolume:
             connector,
             events,
             leases,
+            had_owner,
             path_timeout_seconds,
             probe_interval_seconds,
             resync_bytes_per_second,
@@ -223,6 +225,14 @@ class MirrorVolume:
     def epoch(self) -> int:
         """The highest epoch that a replica was opened with."""
         return max(replica.volume.epoch for replica in self._replicas)
+
+    @property
+    def predecessors_gone(self) -> bool:
+        """Whether no server can still carry out what it was sent before this owner, or worker, began.
+
+        A replica that is away gets nothing before that.
+        """
+        return all(r.mode is Mode.AWAY or r.volume.predecessors_gone for r in self._replicas)
 
     @property
     def held_bytes(self) -> int:

@@ -74,9 +74,11 @@ class MultipathVolume:
         device: str = "",
         device_name: str = "",
         leases: Leases | None = None,
+        had_owner: bool = False,
         path_timeout_seconds: float = 1.0,
         probe_interval_seconds: float = 1.0,
     ) -> None:
+        """With `had_owner` nothing is written before no server can carry out anything older any more."""
         self.name = name
         self.device = device
         """Identifier of the device that all paths lead to."""
@@ -102,6 +104,7 @@ class MultipathVolume:
             self._links(endpoints, device),
             ownership,
             self._owner,
+            had_owner=had_owner,
         )
         self._commands = self._paths.commands
 
@@ -145,6 +148,11 @@ class MultipathVolume:
     def ready(self) -> bool:
         """Whether commands are carried out now, and no server can still carry out one that was given up."""
         return self._paths.ready
+
+    @property
+    def predecessors_gone(self) -> bool:
+        """Whether no server can still carry out what it was sent before this owner began."""
+        return self._paths.predecessors_gone
 
     @property
     def answers(self) -> bool:

@@ -74,6 +74,10 @@ class PagedVolume(Protocol):
         """The highest epoch that the volume was opened with."""
 
     @property
+    def predecessors_gone(self) -> bool:
+        """Whether no server can still carry out what it was sent before this owner, or worker, began."""
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of writes that wait until a failed server is fenced."""
 

@@ -29,11 +29,14 @@ from farpage.volume.link import PathLink
 from farpage.volume.opening import Opening
 from farpage.volume.ownership import Ownership
 from farpage.volume.path import PathEvent
+from farpage.volume.predecessors import Predecessors
 from farpage.volume.quarantine import Quarantine
 from farpage.volume.state import PathState
 from farpage.volume.upkeep import Upkeep, cause_of
 
 DRAIN_POLL_SECONDS = 0.001
+LOOK_SECONDS = 0.1
+"""Pause between two looks whether something older may still arrive."""
 AWAY_SECONDS = 30.0
 """A path that was left is tried again by itself after this, should nobody say that its VIOS has stopped."""
 
@@ -86,7 +89,10 @@ class Paths:
         links: list[PathLink],
         ownership: Ownership,
         owner: PathsOwner,
+        *,
+        had_owner: bool = False,
     ) -> None:
+        """With `had_owner` nothing is written before `predecessors_gone`."""
         self.links = links
         """In the order of preference."""
         self.failovers = FailoverLog()
@@ -109,7 +115,11 @@ class Paths:
         self._going_over = False
         self._activated = asyncio.Event()
         self._closing = False
+        self._predecessors = Predecessors(tuple(links), ownership.epoch)
+        self._looking: asyncio.TimerHandle | None = None
         self._forget_fenced = ownership.when_fenced(self._fenced)
+        if had_owner:
+            self.commands.hold_writes()
 
     # What they look like
 
@@ -171,6 +181,8 @@ class Paths:
         """Connect nothing any more."""
         self._closing = True
         self._forget_fenced()
+        if self._looking:
+            self._looking.cancel()
         running = [*self._tasks, *([self._takeover] if self._takeover else [])]
         for task in running:
             task.cancel()
@@ -430,7 +442,26 @@ class Paths:
         :raise OSError: when it gives no lease.
         """
         await self._opening.open(path)
+        self._predecessors.accepted(self._loop.time())
+        self._look_for_predecessors()
         self.quarantine.opened(path)
+
+    @property
+    def predecessors_gone(self) -> bool:
+        """Whether no server can still carry out what it was sent before this owner began."""
+        return self._predecessors.gone(self._loop.time())
+
+    def _look_for_predecessors(self) -> None:
+        """Let writes go as soon as nothing older can arrive any more."""
+        if self._looking:
+            self._looking.cancel()
+            self._looking = None
+        if not self.commands.holds_writes or self._closing:
+            return
+        if self.predecessors_gone:
+            self.commands.let_writes_go()
+        else:
+            self._looking = self._loop.call_later(LOOK_SECONDS, self._look_for_predecessors)
 
     def _alarm_fenced(self, path: PathLink) -> None:
         self._owner.alarm(

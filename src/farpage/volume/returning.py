@@ -23,7 +23,7 @@ from farpage.volume.resync import Resync
 from farpage.volume.writing import Writes
 
 LOOK_SECONDS = 0.1
-"""Pause between two looks whether every server of a replica has heard of a recovery."""
+"""Pause between two looks whether a server may still carry out something older."""
 
 
 class ReturnOwner(Protocol):
@@ -52,18 +52,18 @@ class Returning:
         owner: ReturnOwner,
         *,
         announce: Callable[[Replica], None],
-        recovery_epoch: int,
+        had_predecessors: bool,
     ) -> None:
         """`announce` is told of a replica that counts again.
 
-        What was opened under an epoch below `recovery_epoch` may still carry out a dead worker's writes.
+        With `had_predecessors` a server may still carry out what a dead worker, or an older owner, has sent.
         """
         self._replicas = replicas
         self._losing = losing
         self._writes = writes
         self._owner = owner
         self._announce = announce
-        self._recovery_epoch = recovery_epoch
+        self._had_predecessors = had_predecessors
         self._loop = asyncio.get_running_loop()
         self._timers: dict[Replica, asyncio.TimerHandle] = {}
 
@@ -81,9 +81,8 @@ class Returning:
             return
         if self._replicas.opening or self._replicas.closing or not replica.volume.ready:
             return
-        if any(path.epoch < self._recovery_epoch for path in replica.volume.status()):
-            # A server that has not been opened since the recovery may still carry out what the dead worker
-            # sent, over a copy of the same pages.
+        if self._had_predecessors and not replica.volume.predecessors_gone:
+            # Their writes may yet come over a copy of the same pages.
             self._consider_at(replica, self._loop.time() + LOOK_SECONDS)
         elif self._loop.time() < replica.not_before_seconds:
             self._consider_at(replica, replica.not_before_seconds)

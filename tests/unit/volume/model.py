@@ -291,7 +291,8 @@ class Recorder:
 class Rig:
     """A volume over two VIOS of one common device."""
 
-    def __init__(self, paths: int = 2, *, leases: bool = False) -> None:
+    def __init__(self, paths: int = 2, *, leases: bool = False, had_owner: bool = False) -> None:
+        self.lease_seconds = LEASE_SECONDS if leases else None
         self.disk = Disk()
         self.vioses = {f"vios{n}": ModelVios(f"vios{n}", self.disk) for n in range(1, paths + 1)}
         for vios in self.vioses.values():
@@ -305,6 +306,7 @@ class Rig:
             Ownership(OWNER, 1),
             [self.endpoint(name) for name in self.vioses],
             leases=self.leases,
+            had_owner=had_owner,
             connector=self.connect,
             events=self.events,
             device="disk-1",
@@ -312,10 +314,9 @@ class Rig:
             path_timeout_seconds=1.0,
         )
 
-    @staticmethod
-    def endpoint(vios: str) -> Endpoint:
+    def endpoint(self, vios: str) -> Endpoint:
         """Return where a VIOS serves the volume."""
-        return Endpoint(vios, UnixAddress(f"/{vios}"), "disk")
+        return Endpoint(vios, UnixAddress(f"/{vios}"), "disk", lease_seconds=self.lease_seconds)
 
     async def connect(self, endpoint: Endpoint, export_name: str, timeout_seconds: float) -> PathConnection:
         vios, lease = self.vioses[endpoint.vios], served.parse_lease_name(export_name)
