@@ -1,4 +1,4 @@
-"""What `hypervisor run` and `vios run` do: settings from the command line, then the daemon.
+"""What the `run` commands of daemons do: settings from the command line, then the daemon.
 
 What takes long to load is imported by the functions.
 """
@@ -96,6 +96,34 @@ def run_vios(
         data=[str(parse_address(text, field="--data")) for text in data or [f"unix:{folder / 'data.sock'}"]],
         devices=devices,
         lease_seconds=lease_seconds,
+    )
+    with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
+        runner.run(run(settings))
+
+
+def run_intermediary(
+    *, client: str, vioses: Sequence[str], listen: str, control: Sequence[str], tls: Path | None
+) -> None:
+    """Run an intermediate client until the move is over.
+
+    :raise InvalidInput: naming the option that is wrong.
+    """
+    from farpage.cli.session import wanted
+    from farpage.intermediary.daemon import run
+    from farpage.intermediary.settings import IntermediarySettings
+    from farpage.nbd.eventloop import DataPlaneLoop
+
+    controls = [parse_address(text, field="--control") for text in control]
+    check_addresses(controls, tls, field="--control")
+    named = dict(_named_address(text) for text in vioses)
+    check_addresses([parse_address(text) for text in named.values()], tls, field="--vios")
+    settings = wanted(
+        IntermediarySettings,
+        client=client,
+        vioses=named,
+        listen=str(parse_address(listen, field="--listen")),
+        control=[str(address) for address in controls],
+        tls=tls,
     )
     with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
         runner.run(run(settings))

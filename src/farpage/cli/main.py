@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from farpage import __version__
-from farpage.cli.commands import alarm, client, definition, demo, device, hypervisor, path, pool, up, vios
+from farpage.cli.commands import (
+    alarm,
+    client,
+    definition,
+    demo,
+    device,
+    hypervisor,
+    intermediary,
+    path,
+    pool,
+    up,
+    vios,
+)
 from farpage.cli.options import TLS, TLS_VARIABLE
 from farpage.cli.report import report
 from farpage.embedded.parent import follow_parent
@@ -24,7 +36,7 @@ app = typer.Typer(
 
 app.command("up", epilog=up.EXAMPLE)(up.up)
 app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
-for noun in (client, vios, hypervisor, device, path, definition, pool, alarm):
+for noun in (client, vios, hypervisor, intermediary, device, path, definition, pool, alarm):
     app.add_typer(noun.app)
 
 

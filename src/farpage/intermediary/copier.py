@@ -35,7 +35,7 @@ MAP_BYTES: Final = 1 << 30
 FAILURES_MAX: Final = 8
 """After so many in a row a pass is given up."""
 PASS_SECONDS: Final = 0.02
-"""Between two passes."""
+"""Between the first two passes; it doubles up to `RETRY_SECONDS`."""
 RETRY_SECONDS: Final = 0.5
 """Before the next pass when something has failed in this one; it doubles up to `RETRY_MAX_SECONDS`."""
 RETRY_MAX_SECONDS: Final = 10.0
@@ -103,6 +103,7 @@ class Copier:
         self._pumping = False
         self._timer: asyncio.TimerHandle | None = None
         self._retry_seconds = RETRY_SECONDS
+        self._pass_seconds = PASS_SECONDS
         self._failures = 0
         """Of this pass, one after the other."""
         self._failed = False
@@ -138,9 +139,9 @@ class Copier:
             self.paused = paused
             self._wake()
 
-    def give_way(self) -> None:
-        """Fall back to small requests: the client is at work."""
-        self._window.disturbed(self._loop.time())
+    def give_way(self, seconds: float) -> None:
+        """Make small requests for so long: the client is at work."""
+        self._window.disturbed(self._loop.time() + seconds)
 
     def stop(self) -> None:
         """Begin nothing new, for good; neither callback is called any more."""
@@ -340,8 +341,9 @@ class Copier:
         self.problem = ""
         self._retry_seconds = RETRY_SECONDS
         if self._found:
-            # Not at once, or one would follow the other while the client itself fills what is absent.
-            self._wait(PASS_SECONDS, self._begin_pass)
+            # Not at once, or one would follow the other while the client is busy with what is absent.
+            self._wait(self._pass_seconds, self._begin_pass)
+            self._pass_seconds = min(self._pass_seconds * 2, RETRY_SECONDS)
             return False
         self._flushing = True
         self._target.flush(self._flushed)

@@ -56,7 +56,7 @@ class Window:
             self._changed_at = now_seconds
         return STEPS[self._step]
 
-    def disturbed(self, now_seconds: float) -> None:
-        """Fall back: the client is at work in a way that its commands here do not show."""
+    def disturbed(self, until_seconds: float) -> None:
+        """Fall back until then: the client is at work in a way that its commands here do not show."""
         self._step = 0
-        self._changed_at = now_seconds
+        self._changed_at = until_seconds

@@ -81,9 +81,12 @@ def make_app(service: ViosService, registry: CollectorRegistry) -> FastAPI:
         await service.delete_volume(name, epoch, device or "")
 
     @app.post("/v1/volumes/{name}/open")
-    async def open_volume(name: VolumeName, wanted: VolumeOpen) -> VolumeInfo:
-        """Claim a volume; answered when no command of an older epoch can reach the device any more."""
-        return await service.open_volume(name, wanted.epoch, wanted.owner)
+    async def open_volume(name: VolumeName, wanted: VolumeOpen, device: DeviceId | None = None) -> VolumeInfo:
+        """Claim a volume; answered when no command of an older epoch can reach the device any more.
+
+        `device` says which one, where several devices have a replica.
+        """
+        return await service.open_volume(name, wanted.epoch, wanted.owner, device or "")
 
     @app.put("/v1/volumes/{name}/handover", openapi_extra={"requestBody": {"content": {BINARY: {}}}})
     async def put_handover(

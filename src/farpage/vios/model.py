@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import enum
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.api.model import ErrorAnswer, ErrorBody
 from farpage.definition.model import NUMBER_MAX, PAGE_BYTES, DeviceId, Name, PagingCommand
 
 __all__ = [
+    "CopyOrders",
+    "CopyState",
+    "CopyStatus",
     "DeviceAdd",
     "DeviceInfo",
     "ErrorAnswer",
     "ErrorBody",
     "HandoverInfo",
     "Health",
+    "IntermediaryReport",
     "VolumeCreate",
     "VolumeInfo",
     "VolumeOpen",
@@ -109,3 +115,63 @@ class HandoverInfo(Document):
     pages: int
     on_device_pages: int
     digest: str
+
+
+class CopyState(enum.StrEnum):
+    """What an intermediate client is to do."""
+
+    COPYING = "copying"
+    PAUSED = "paused"
+    """Relay, and copy nothing: as was asked for, or because pages may not be copied yet."""
+    RETIRING = "retiring"
+    """The target has everything and serves alone: delete the volume on the source."""
+    GONE = "gone"
+    """There is no such move any more."""
+
+
+class IntermediaryReport(Document):
+    """`PUT /v1/volumes/{name}/intermediary?device=`: an intermediate client at work, twice a second."""
+
+    principal: str = Field(pattern=r"^[0-9a-f]{16}$")
+    relay: str
+    """Address of its relay."""
+    read_bytes: int = Field(ge=0)
+    """Read at the source to be copied, since this intermediate client started."""
+    written_bytes: int = Field(ge=0)
+    rate_bytes: int = Field(ge=0)
+    """Copied in a second, lately."""
+    problem: str = ""
+    """What keeps it from going on; empty if nothing does."""
+    freed: bool = False
+    """Whether the volume on the source has been deleted, after everything was copied."""
+
+
+class CopyOrders(Document):
+    """The answer to a report."""
+
+    state: CopyState
+    bandwidth_bytes: int | None = None
+    """Most that may be copied in a second; None for as much as the client leaves."""
+    present_bytes: int
+    total_bytes: int
+    client_commands: int = 0
+    """Commands that the client has begun here so far: copying gives way to one that is at work."""
+
+
+class CopyStatus(Document):
+    """`GET /v1/volumes/{name}/copy?device=`: a volume that is copied here while its client uses it."""
+
+    present_pages: int
+    total_pages: int
+    relay_connected: bool
+    intermediary: IntermediaryReport | None
+    """The last one; None if there was none since this VIOS started."""
+    seen_seconds_ago: float | None
+    """Since that report."""
+    waiting_commands: int
+    """Commands of the client that wait for the relay."""
+    relayed_reads: int
+    kept_pages: int
+    """Pages that came over the relay for the client and were kept."""
+    filled_pages: int
+    """Pages that the intermediate client brought."""

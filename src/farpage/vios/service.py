@@ -222,17 +222,17 @@ class ViosService:
         located = await self.volumes.create(wanted.name, wanted.device, wanted.size_bytes)
         return self._volume_info(located)
 
-    async def open_volume(self, name: str, epoch: int, owner: str) -> VolumeInfo:
+    async def open_volume(self, name: str, epoch: int, owner: str, device: str = "") -> VolumeInfo:
         """Make `epoch` the owner; on return no command of an older one can reach the device.
 
         :raise VolumeMissing: there is none.
         :raise VolumeFenced: a newer epoch owns it, or another owner.
         """
-        return await self._on_data(self._open_volume(name, epoch, owner))
+        return await self._on_data(self._open_volume(name, epoch, owner, device))
 
-    async def _open_volume(self, name: str, epoch: int, owner: str) -> VolumeInfo:
-        await self.volumes.claim(name, Claim(epoch, owner))
-        return await self._volume(name)
+    async def _open_volume(self, name: str, epoch: int, owner: str, device: str) -> VolumeInfo:
+        await self.volumes.claim(name, Claim(epoch, owner), device)
+        return self._volume_info(await self.volumes.find(name, device))
 
     async def delete_volume(self, name: str, epoch: int | None, device: str = "") -> None:
         """Delete a volume; see `Volumes.delete`."""

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 import pytest
 
 from farpage.address import UnixAddress
-from farpage.blockio import CONNECTION_LOST
+from farpage.blockio import CONNECTION_LOST, Allocation
 from farpage.intermediary.relay import Relay
 from farpage.nbd import protocol as p
 from farpage.nbd.client import Connection
 from farpage.nbd.errors import ExportRefused, ServerRefused
 from farpage.nbd.export import Export, Peer
+from farpage.vios.names import ExportName
 from farpage.volume.refusal import RefusalKind, refusal_of
 from tests.support.blockio import MemoryIO
-from tests.support.commands import condition, read_bytes, wait_done, write_bytes
+from tests.support.commands import condition, extents_of, read_bytes, wait_done, write_bytes
 from tests.support.nbd import Serving, serving
 
 NAME = "vm1/d2@7:0123456789abcdef+fedcba9876543210"
+PLAIN = "vm1/d2+fedcba9876543210"
 
 
 @dataclass
@@ -41,8 +43,9 @@ class _Relaying:
 @contextlib.asynccontextmanager
 async def _relaying() -> AsyncIterator[_Relaying]:
     volume = MemoryIO(1 << 20)
-    async with serving({NAME: volume}) as upstream:
-        relay = Relay([upstream.address], lambda name: name == NAME)
+    async with serving({NAME: volume, PLAIN: volume}) as upstream:
+        address = upstream.address
+        relay = Relay(lambda: [address], ExportName("vm1", None, device="d2", principal="fedcba9876543210"))
         await relay.server.start([UnixAddress(str(upstream.folder / "relay"))])
         try:
             yield _Relaying(relay, upstream, volume)
@@ -53,16 +56,17 @@ async def _relaying() -> AsyncIterator[_Relaying]:
 async def test_commands_go_through_and_each_connection_has_its_own_upstream() -> None:
     async with _relaying() as relaying:
         first, second = [await Connection.open(relaying.address, NAME) for _ in range(2)]
-        assert relaying.upstream.provider.opened == [NAME, NAME]
+        assert relaying.upstream.provider.opened.count(NAME) == 2
         assert relaying.relay.connections == 2
         assert await write_bytes(first, 4096, b"x" * 8192, fua=True) == 0
         assert await read_bytes(second, 4096, 8192) == b"x" * 8192
         assert await wait_done(lambda d: first.trim(4096, 4096, d)) == 0
         assert await wait_done(first.flush) == 0
         assert relaying.volume.log[0] == ("write", 4096, 8192, True)
+        assert (await extents_of(first, 0, 8192))[0].allocation & Allocation.HOLE
         assert relaying.relay.counters.written_bytes == relaying.relay.counters.read_bytes == 8192
         await first.close()
-        await condition(lambda: relaying.upstream.provider.closed == [NAME])
+        await condition(lambda: relaying.upstream.provider.closed.count(NAME) == 1)
         await second.close()
 
 
@@ -93,10 +97,21 @@ async def test_an_open_that_is_fenced_upstream_is_refused_in_the_same_words(
         assert (refusal.kind, refusal.epoch) == (RefusalKind.ANOTHER_OWNER, 9)
 
 
-async def test_another_name_is_not_passed_on() -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        NAME.replace("vm1", "vm2"),
+        NAME.replace("d2", "d3"),
+        NAME.replace("+f", "+0"),
+        NAME.removesuffix("+fedcba9876543210"),
+        "vm1/d1<d2+fedcba9876543210",
+        "what is this",
+    ],
+)
+async def test_another_name_is_not_passed_on(name: str) -> None:
     async with _relaying() as relaying:
         with pytest.raises(ServerRefused):
-            await Connection.open(relaying.address, NAME.replace("vm1", "vm2"))
+            await Connection.open(relaying.address, name)
         assert relaying.upstream.provider.opened == []
 
 
@@ -121,6 +136,6 @@ async def test_a_server_upstream_that_is_away_is_told_of_as_such_and_found_again
         assert caught.value.reply == p.REP_ERROR_NAMES[p.NBD_REP_ERR_SHUTDOWN]
         assert "cannot be reached" in caught.value.reason
         assert refusal_of(caught.value) is None
-        address = relaying.relay.upstream[0]
+        address = UnixAddress(str(relaying.upstream.folder / "nbd.sock"))
         await relaying.upstream.server.start([address])
         await (await Connection.open(relaying.address, NAME)).close()

@@ -32,5 +32,6 @@ def test_it_stays_small_while_the_client_goes_on() -> None:
 
 def test_it_can_be_told_of_the_client() -> None:
     window = Window()
-    window.disturbed(1.0)
-    assert window.allowance(1.0, 0) == STEPS[0]
+    window.disturbed(2.0)
+    assert window.allowance(1.0, 0) == window.allowance(2.0, 0) == STEPS[0]
+    assert window.allowance(2.0 + QUIET_SECONDS * 1.01, 0) == STEPS[1]
