@@ -1,28 +1,21 @@
 """An NBD export over connections that are made anew when they end.
 
-A command whose connection ends is repeated on another one: to read or write the same bytes in the same
-place once more does no harm. `Reconnecting` alone does not keep a repeated change from passing a later one of
-the same range; the volume over it does (`farpage.device.remote`).
-
-A command waits for a connection for at most `WAIT_SECONDS`, then it finishes with EIO. A server
-that keeps its connection and does not answer is waited for, like a disk that hangs: only an answer says that
-a change cannot come late any more.
+A command whose connection ends is repeated on another one (`farpage.nbd.replaying`). That a repeated change
+does not pass a later one of the same range is seen to by the volume over it (`farpage.device.remote`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-from collections import deque
 from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from farpage.address import Address
-from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.blockio import BlockLimits, Feature
 from farpage.errors import FarpageError
 from farpage.log import get_logger
 from farpage.nbd.client import Connection
+from farpage.nbd.replaying import Link, Replaying
 
 log = get_logger()
 
@@ -37,40 +30,17 @@ LONGEST_PAUSE_SECONDS: Final = 2.0
 TOO_BUSY_PAUSE_SECONDS: Final = 0.1
 """Before a command is repeated that a server has refused because it shuts down."""
 
-Finished: TypeAlias = Callable[[int, Any], None]
-Start: TypeAlias = Callable[[Connection, Finished], None]
 Verify: TypeAlias = Callable[[Connection], Awaitable[str]]
 """Looks at a new connection and says what is wrong with what it leads to; empty if nothing."""
 
 
-class _Command:
-    __slots__ = ("expires", "finished", "start")
-
-    def __init__(self, start: Start, finished: Finished) -> None:
-        self.start = start
-        self.finished = finished
-        self.expires = 0.0
-        """Loop time from which on it waits for no connection any more; 0 while it has not waited."""
-
-
-class _Link:
-    """One connection or the place of one."""
-
-    __slots__ = ("commands", "connection", "lost", "used")
-
-    def __init__(self) -> None:
-        self.connection: Connection | None = None
-        self.commands: dict[_Command, None] = {}
-        self.lost = asyncio.Event()
-        self.used = False
-        """Whether it ever had one."""
-
-
-class Reconnecting:
+class Reconnecting(Replaying):
     """The export; used from one event loop. Offsets are those of the export, ranges must lie within it."""
 
     def __init__(self, address: Address, export: str, first: Connection, *, name: str) -> None:
         """Take over an open connection."""
+        count = CONNECTIONS if Feature.MULTI_CONN in first.features else 1
+        super().__init__(count, WAIT_SECONDS, too_busy_pause_seconds=TOO_BUSY_PAUSE_SECONDS)
         self.name = name
         """For the log."""
         self.address = address
@@ -84,162 +54,22 @@ class Reconnecting:
         """Connections made anew since the start."""
         self.problem = ""
         """Why there is no connection; empty while there is one."""
-        self._loop = asyncio.get_running_loop()
-        count = CONNECTIONS if Feature.MULTI_CONN in first.features else 1
-        self._links = [_Link() for _ in range(count)]
-        self._waiting: deque[_Command] = deque()
-        self._expiry: asyncio.TimerHandle | None = None
-        self._drain_scheduled = False
-        self._closed = False
         self._use(self._links[0], first)
         self._tasks = [self._loop.create_task(self._keep(link)) for link in self._links]
 
-    @property
-    def connections(self) -> int:
-        """Count the connections that are up."""
-        return sum(link.connection is not None for link in self._links)
-
-    # Commands
-
-    def read_now(self, offset: int, into: memoryview) -> bool:
-        """Return False: bytes of a server are never at hand."""
-        del offset, into
-        return False
-
-    def read(self, offset: int, length: int, done: ReadDone) -> None:
-        """Read."""
-        self._submit(_Command(lambda io, end: io.read(offset, length, end), done))
-
-    def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
-        """Write; `data` stays unchanged until `done`, however often it is sent."""
-        self._plain(lambda io, end: io.write(offset, data, end, fua=fua), done)
-
-    def zero(
-        self,
-        offset: int,
-        length: int,
-        done: Done,
-        *,
-        punch: bool = True,
-        fast: bool = False,
-        fua: bool = False,
-    ) -> None:
-        """Zero."""
-        self._plain(lambda io, end: io.zero(offset, length, end, punch=punch, fast=fast, fua=fua), done)
-
-    def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
-        """Discard."""
-        self._plain(lambda io, end: io.trim(offset, length, end, fua=fua), done)
-
-    def cache(self, offset: int, length: int, done: Done) -> None:
-        """Have the server read ahead."""
-        self._plain(lambda io, end: io.cache(offset, length, end), done)
-
-    def flush(self, done: Done) -> None:
-        """Flush; over several connections that is one command, as CAN_MULTI_CONN promises."""
-        self._plain(lambda io, end: io.flush(end), done)
-
-    def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        """Report the allocation."""
-        self._submit(_Command(lambda io, end: io.extents(offset, length, end), done))
-
-    def _plain(self, start: Callable[[Connection, Done], None], done: Done) -> None:
-        self._submit(
-            _Command(
-                lambda io, end: start(io, lambda error: end(error, None)), lambda error, _result: done(error)
-            )
-        )
-
-    # On their way
-
-    def _submit(self, command: _Command) -> None:
-        if self._closed:
-            command.finished(errno.EIO, None)
-            return
-        link = self._least_busy()
-        if link is None or self._waiting:
-            self._wait(command)
-        else:
-            self._start(link, command)
-
-    def _least_busy(self) -> _Link | None:
-        best: _Link | None = None
-        for link in self._links:
-            if link.connection is not None and (best is None or len(link.commands) < len(best.commands)):
-                best = link
-        return best
-
-    def _start(self, link: _Link, command: _Command) -> None:
-        assert link.connection is not None
-        link.commands[command] = None
-        command.start(link.connection, partial(self._ended, link, command))
-
-    def _ended(self, link: _Link, command: _Command, error: int, result: Any) -> None:
-        link.commands.pop(command, None)
-        if error == CONNECTION_LOST:
-            self._wait(command)
-        elif error == errno.ESHUTDOWN:
-            # The server ends; to our clients that number would say that another owner has the volume.
-            if not command.expires:
-                command.expires = self._loop.time() + WAIT_SECONDS
-            self._loop.call_later(TOO_BUSY_PAUSE_SECONDS, self._wait, command)
-        else:
-            command.finished(error, result)
-
-    def _wait(self, command: _Command) -> None:
-        """Put a command among those that wait for a connection, unless it has waited too long."""
-        now = self._loop.time()
-        if not command.expires:
-            command.expires = now + WAIT_SECONDS
-        if self._closed or command.expires <= now:
-            command.finished(errno.EIO, None)
-            return
-        self._waiting.append(command)
-        if self._expiry is None:
-            self._expiry = self._loop.call_at(command.expires, self._expire)
-        # Not from here: the connection that ended is yet to hand back its other commands.
-        self._schedule_drain()
-
-    def _expire(self) -> None:
-        self._expiry = None
-        now = self._loop.time()
-        expired = [command for command in self._waiting if command.expires <= now]
-        if expired:
-            self._waiting = deque(command for command in self._waiting if command.expires > now)
-        if self._waiting:
-            self._expiry = self._loop.call_at(min(command.expires for command in self._waiting), self._expire)
-        for command in expired:
-            command.finished(errno.EIO, None)
-
-    def _schedule_drain(self) -> None:
-        if not self._drain_scheduled:
-            self._drain_scheduled = True
-            self._loop.call_soon(self._drain)
-
-    def _drain(self) -> None:
-        self._drain_scheduled = False
-        while self._waiting and (link := self._least_busy()) is not None:
-            self._start(link, self._waiting.popleft())
-
     # Connections
 
-    def _use(self, link: _Link, connection: Connection) -> None:
-        link.connection, link.used = connection, True
-        link.lost.clear()
-        connection.on_lost = partial(self._lost, link)
+    def _use(self, link: Link, connection: Connection) -> None:
+        self._attach(link, connection)
         self.problem = ""
-        if self._waiting:
-            self._schedule_drain()
 
-    def _lost(self, link: _Link, error: Exception) -> None:
-        link.connection = None
-        link.lost.set()
+    def _detached(self, error: Exception) -> None:
         reason = _cause(error)
         if not self.connections:
             self.problem = reason
         log.warning("remote_connection_lost", device=self.name, problem=reason, left=self.connections)
 
-    async def _keep(self, link: _Link) -> None:
+    async def _keep(self, link: Link) -> None:
         """Have a connection on the link, now and whenever one has ended."""
         pause = FIRST_PAUSE_SECONDS
         reported = ""
@@ -258,7 +88,7 @@ class Reconnecting:
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
-    async def _connect(self, link: _Link) -> str:
+    async def _connect(self, link: Link) -> str:
         """Connect and make sure that this is the same export as ever; returns the problem."""
         try:
             connection = await open_connection(self.address, self.export)
@@ -300,18 +130,7 @@ class Reconnecting:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._expiry is not None:
-            self._expiry.cancel()
-        waiting, self._waiting = self._waiting, deque()
-        for link in self._links:
-            if link.connection is not None:
-                connection, link.connection = link.connection, None
-                if link.commands:
-                    connection.abort()
-                else:
-                    await connection.close()
-        for command in waiting:
-            command.finished(errno.EIO, None)
+        await self._end()
 
 
 async def open_connection(address: Address, export: str) -> Connection:

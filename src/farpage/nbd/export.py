@@ -63,6 +63,10 @@ class Export:
     on_closed: Callable[[], None] = lambda: None
     """Called exactly once, when the connection has ended and none of its commands is left in `io`."""
     counters: Counters = field(default_factory=Counters)
+    on_given_up: Callable[[], None] = lambda: None
+    """Called when nobody waits for the answers to the commands in flight any more, or they are to end now
+    because the connection is fenced. An `io` whose commands may wait for something other than a device
+    finishes them, at once or later. It may be called more than once."""
 
 
 class ExportProvider(Protocol):

@@ -134,6 +134,8 @@ class Transmission:
     def fence(self) -> None:
         """Answer every further command with ESHUTDOWN."""
         self._commands.fence()
+        if self._commands.in_flight:
+            self._export.on_given_up()
 
     async def wait_idle(self) -> None:
         """Return when no command is in flight."""
@@ -175,7 +177,9 @@ class Transmission:
             self._pool.give(self._sink_buffer)
             self._sink_buffer = None
         self._socket.close()
-        if not self._commands.in_flight:
+        if self._commands.in_flight:
+            self._export.on_given_up()
+        else:
             self._loop.call_soon(self._on_ended)
 
     def _on_idle(self) -> None:
