@@ -11,7 +11,7 @@ class ErrorBody(BaseModel):
     `details` holds the error's attributes that are numbers, truth values or text, for programs.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     code: str
     message: str
@@ -22,6 +22,6 @@ class ErrorBody(BaseModel):
 class ErrorAnswer(BaseModel):
     """Body of every answer with a status of 400 or above."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     error: ErrorBody

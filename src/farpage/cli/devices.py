@@ -18,7 +18,7 @@ from farpage.vios.model import DeviceAdd, DeviceInfo
 class ViosDevices(BaseModel):
     """The devices that one VIOS reaches; `problem` is empty when it answered."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     vios: str
     problem: str

@@ -3,41 +3,56 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from farpage import __version__
-from farpage.cli.commands import (
-    alarm,
-    client,
-    definition,
-    demo,
-    device,
-    hypervisor,
-    intermediary,
-    path,
-    pool,
-    up,
-    vios,
-)
 from farpage.cli.options import TLS, TLS_VARIABLE
 from farpage.cli.report import report
 from farpage.embedded.parent import follow_parent
 
+COMMANDS = (
+    "up",
+    "demo",
+    "client",
+    "vios",
+    "hypervisor",
+    "intermediary",
+    "device",
+    "path",
+    "definition",
+    "pool",
+    "alarm",
+)
+"""Modules of `farpage.cli.commands`, each with its `app`, in the order of the help."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """Loads the module of the command that is used alone: a guest may wait for the daemon that is started."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        holder = typer.Typer()
+        holder.add_typer(import_module(f"farpage.cli.commands.{cmd_name}").app)
+        return typer.main.get_group(holder).commands[cmd_name]
+
+
 app = typer.Typer(
     name="farpage",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     epilog="Start with: farpage demo",
 )
-
-app.command("up", epilog=up.EXAMPLE)(up.up)
-app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
-for noun in (client, vios, hypervisor, intermediary, device, path, definition, pool, alarm):
-    app.add_typer(noun.app)
 
 
 def _version(wanted: bool) -> None:

@@ -36,7 +36,7 @@ _LONGEST_RECORD = 3
 class Label(BaseModel):
     """What identifies a device: the same `uuid` seen by two VIOS is the same device."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     format: Literal[1] = 1
     kind: Literal["dir"] = "dir"

@@ -48,7 +48,7 @@ _CHECKED_FROM: Final = 24
 class VolumeEntry(BaseModel):
     """The volume that the device holds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
     id: str = Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
@@ -61,7 +61,7 @@ class DeviceLabel(BaseModel):
     `size_bytes` is the room for the volume.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     format: Literal[1] = 1
     uuid: str = Field(
@@ -76,7 +76,7 @@ class DeviceLabel(BaseModel):
 
 
 class _ClaimList(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     volume: str
     claims: tuple[tuple[int, str], ...]

@@ -184,7 +184,7 @@ class SetControl(_Control):
 class ViosDetails(BaseModel):
     """What one VIOS tells of itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     health: Health
     devices: tuple[DeviceInfo, ...]

@@ -55,7 +55,7 @@ class NoSuchVios(FarpageError):
 
 
 class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class SetVios(_Document):

@@ -12,7 +12,7 @@ from farpage.definition.model import Name
 class ViosStarted(BaseModel):
     """`POST /v1/vioses/{name}/start`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     vios: Name
     pid: int
@@ -32,7 +32,7 @@ class CopyState(enum.StrEnum):
 class CopyInfo(BaseModel):
     """One copy of the definition; `differences` says what changes from it to the newest one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     holder: str
     state: CopyState
@@ -45,7 +45,7 @@ class CopyInfo(BaseModel):
 class DefinitionVerification(BaseModel):
     """What `farpage definition verify` finds; `sound` when there is nothing to be done."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     sound: bool
     revision: int | None

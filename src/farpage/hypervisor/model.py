@@ -17,7 +17,7 @@ PID_MAX = (1 << 22) - 1
 class Document(BaseModel):
     """Base of the API's documents."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Attachment(enum.StrEnum):

@@ -29,7 +29,7 @@ __all__ = [
 class Document(BaseModel):
     """Base of the API's documents."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Health(Document):

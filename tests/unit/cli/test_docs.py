@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from farpage.cli.main import app
+from farpage.cli.main import COMMANDS, app
 
 PAGES = Path(__file__).parents[3] / "docs" / "commands"
 
@@ -16,7 +16,8 @@ PAGES = Path(__file__).parents[3] / "docs" / "commands"
 def commands() -> Iterator[tuple[str, str, object]]:
     """Yield page, command line and command for every command."""
     root = typer.main.get_command(app)
-    for noun, group in root.commands.items():  # type: ignore[attr-defined]
+    for noun in COMMANDS:
+        group = root.get_command(None, noun)  # type: ignore[attr-defined]
         if hasattr(group, "commands"):
             for verb, command in group.commands.items():
                 yield noun, f"farpage {noun} {verb}", command

@@ -9,9 +9,10 @@ import typer
 
 from farpage.cli.options import AsJson, size_option
 
-EXAMPLE = "Example: farpage demo --guest none --json"
+app = typer.Typer()
 
 
+@app.command("demo", epilog="Example: farpage demo --guest none --json")
 def demo(
     *,
     guest: Annotated[

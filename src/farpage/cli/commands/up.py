@@ -9,9 +9,10 @@ import typer
 
 from farpage.cli.options import AsJson, State, duration_option, size_option
 
-EXAMPLE = "Example: farpage up --state /var/lib/farpage --limit 128M"
+app = typer.Typer()
 
 
+@app.command("up", epilog="Example: farpage up --state /var/lib/farpage --limit 128M")
 def up(
     *,
     state: State = None,
