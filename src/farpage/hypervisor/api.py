@@ -17,7 +17,7 @@ from farpage.api.errors import create_app
 from farpage.definition.errors import ClientMissing
 from farpage.definition.model import Definition, Name
 from farpage.errors import FarpageError, InvalidInput
-from farpage.hypervisor.clients import ATTACHMENTS
+from farpage.hypervisor.attached import ATTACHMENTS
 from farpage.hypervisor.metrics import DefinitionFigures, render
 from farpage.hypervisor.model import (
     Alarm,
@@ -86,7 +86,7 @@ class _Operations:
         return await self.client(wanted.name)
 
     async def attach(self, name: str, wanted: ClientAttach) -> ClientInfo:
-        await self._hypervisor.clients.attach_process(name, wanted)
+        await self._hypervisor.attaching.process(name, wanted)
         return await self.client(name)
 
     async def start_scrub(self, name: str, wanted: ScrubStart) -> ClientInfo:
@@ -94,7 +94,7 @@ class _Operations:
         return await self.client(name)
 
     async def detach(self, name: str) -> ClientInfo:
-        await self._hypervisor.clients.detach(name)
+        await self._hypervisor.detaching.detach(name)
         return await self.client(name)
 
     async def release(self, name: str, wanted: ClientRelease) -> ClientInfo:
@@ -128,16 +128,16 @@ class _Operations:
             raise InvalidInput("client", "a client and its limit go together", "give both or neither")
         if wanted.client is None and wanted.size_bytes is None:
             raise InvalidInput("size_bytes", "nothing to change", "give a size, or a client and its limit")
-        pool, clients = self._hypervisor.pool, self._hypervisor.clients
+        pool, client_limits = self._hypervisor.pool, self._hypervisor.limits
         size_before = pool.size_bytes
         limits: dict[str, int] = {}
         if wanted.client is not None and wanted.limit_bytes is not None:
-            limits[wanted.client] = clients.limit_for(wanted.client, wanted.limit_bytes)
+            limits[wanted.client] = client_limits.rounded(wanted.client, wanted.limit_bytes)
         if wanted.size_bytes is not None:
             pool.resize(wanted.size_bytes, limits)
         try:
             for client, limit_bytes in limits.items():
-                await clients.set_limit(client, limit_bytes)
+                await client_limits.set(client, limit_bytes)
         except FarpageError:
             pool.size_bytes = size_before
             raise

@@ -37,13 +37,12 @@ async def run(settings: HypervisorSettings, launched: Sequence[LaunchedWorker] =
     addresses = [parse_address(text, field="control") for text in settings.control]
     check_addresses(addresses, settings.tls, field="control")
     hypervisor = Hypervisor(settings, launched)
-    clients = hypervisor.clients
     control: ControlServer | None = None
     listener = AttachListener(
         _unix_path(settings.attach, "attach"),
-        clients.attach_region,
-        clients.region_closed,
-        clients.close_named,
+        hypervisor.attaching.region,
+        hypervisor.detaching.region_closed,
+        hypervisor.detaching.close_named,
     )
     try:
         await hypervisor.start()
@@ -60,7 +59,7 @@ async def run(settings: HypervisorSettings, launched: Sequence[LaunchedWorker] =
             control=[str(address) for address in control.addresses],
         )
         await told_to_stop.wait()
-        log.info("hypervisor_stopping", clients=len(clients.attached))
+        log.info("hypervisor_stopping", clients=len(hypervisor.clients.attached))
     finally:
         await listener.close()
         await hypervisor.stop()

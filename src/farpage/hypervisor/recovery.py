@@ -26,8 +26,11 @@ from farpage.attach.process import close_orphan, close_process
 from farpage.attach.retake import MemoryRecord, retake
 from farpage.definition.model import PAGE_BYTES
 from farpage.errors import FarpageError
-from farpage.hypervisor.clients import Attached, Clients
+from farpage.hypervisor.attached import Attached
+from farpage.hypervisor.clients import Clients
+from farpage.hypervisor.detaching import Detaching
 from farpage.hypervisor.handovers import release_of
+from farpage.hypervisor.replicas import ClientReplicas
 from farpage.hypervisor.runfolder import AdoptedRelease, AttachmentRecord
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.process import ProcessIdentity, is_gone, open_identified
@@ -59,7 +62,14 @@ class RecoveryCounts:
 class Recovery:
     """Gives clients a new worker; needs no VIOS for that."""
 
-    def __init__(self, clients: Clients, workers: WorkerPool, alarm: Callable[[str, str, str], None]) -> None:
+    def __init__(
+        self,
+        clients: Clients,
+        workers: WorkerPool,
+        replicas: ClientReplicas,
+        detaching: Detaching,
+        alarm: Callable[[str, str, str], None],
+    ) -> None:
         self.counts = RecoveryCounts()
         self._ended_regions: list[str] = []
         self._epochs: list[EpochRaised] = []
@@ -68,11 +78,12 @@ class Recovery:
         self._definition_known = False
         self._clients = clients
         self._workers = workers
+        self._replicas = replicas
+        self._detaching = detaching
         self._alarm = alarm
         self._tasks: set[asyncio.Task[None]] = set()
         self._resuming: set[asyncio.Task[None]] = set()
         self._noticed: dict[str, float] = {}
-        clients.recover = self.recover
         workers.on_lost = self.worker_lost
         workers.on_dead = self.worker_dead
 
@@ -102,7 +113,7 @@ class Recovery:
         pause = RETRY_SECONDS
         while self._clients.attached.get(client) is attached:
             if is_gone(attached.memory.pidfd):
-                await self._clients.client_gone(client)
+                await self._detaching.process_gone(client)
                 return
             try:
                 await self._give(client, attached)
@@ -127,16 +138,16 @@ class Recovery:
                 "recover": True,
                 "frozen": attached.record.releasing,
                 "limit_pages": attached.limit_bytes // PAGE_BYTES,
-                "replicas": self._clients.current_replicas(client, order),
+                "replicas": self._replicas.current(client, order),
             }
         )
-        attached.record = attached.record.model_copy(update={"order": order, "worker": worker.identity})
-        self._clients.run.save(attached.record)
+        record = attached.record.model_copy(update={"order": order, "worker": worker.identity})
+        self._clients.keep(attached, record)
         # While `attaching`, it is seen to here if this worker ends too.
         attached.attaching = True
         worker.clients.add(client)
         try:
-            await worker.channel.call("attach", order, Nothing, self._clients.descriptors(attached))
+            await worker.channel.call("attach", order, Nothing, attached.descriptors())
         finally:
             attached.attaching = False
 
@@ -230,7 +241,7 @@ class Recovery:
         with suppress(ProcessLookupError):
             if order.kind is ClientKind.REGION and not memory.is_registered():
                 # Closed by its process while there was no control process to be told.
-                await self._clients.discard(client, attached)
+                await self._detaching.discard(client, attached)
 
     async def _undo_intent(self, record: AttachmentRecord) -> None:
         """Undo an attachment that had not come to a worker: at most a userfaultfd is left in the process."""

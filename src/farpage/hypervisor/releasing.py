@@ -23,13 +23,16 @@ from farpage.attach import qmp
 from farpage.definition.model import Release
 from farpage.definition.releasing import refusal
 from farpage.errors import FarpageError
-from farpage.hypervisor.clients import QMP_SECONDS, Attached, Clients
+from farpage.hypervisor.attached import Attached
+from farpage.hypervisor.attaching import QMP_SECONDS
+from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
+from farpage.hypervisor.detaching import Detaching
 from farpage.hypervisor.errors import ClientAttached, ClientMoving, ClientNotAttached, ClientRuns
 from farpage.hypervisor.handovers import Handovers, table_of
 from farpage.kernel.process import read_status
 from farpage.log import get_logger
-from farpage.pager.messages import LetGo, Nothing, PagedOut, PageOut, Thaw
+from farpage.pager.messages import LetGo, PagedOut, PageOut, Thaw
 
 log = get_logger()
 
@@ -41,8 +44,11 @@ STOPPED_STATES = "Tt"
 class Releases:
     """Releases and adoptions of one hypervisor."""
 
-    def __init__(self, clients: Clients, keeper: DefinitionKeeper, handovers: Handovers) -> None:
+    def __init__(
+        self, clients: Clients, detaching: Detaching, keeper: DefinitionKeeper, handovers: Handovers
+    ) -> None:
         self._clients = clients
+        self._detaching = detaching
         self._keeper = keeper
         self._handovers = handovers
 
@@ -113,22 +119,21 @@ class Releases:
             return
         self._mark(attached, releasing=False)
         try:
-            await self._clients.ask(client, attached, "thaw", Thaw(client=client), Nothing)
+            await self._clients.command(client, attached, "thaw", Thaw(client=client))
         except FarpageError as error:
             log.warning("client_not_thawed", client=client, problem=error.cause)
-            await self._clients.client_gone(client)
+            await self._detaching.process_gone(client)
 
     async def _let_go(self, client: str, attached: Attached) -> None:
         try:
-            await self._clients.ask(client, attached, "let_go", LetGo(client=client), Nothing)
+            await self._clients.command(client, attached, "let_go", LetGo(client=client))
         except FarpageError as error:
             log.info("client_gone_meanwhile", client=client, problem=error.cause)
         if client in self._clients.attached:
             self._clients.let_go(client)
 
     def _mark(self, attached: Attached, *, releasing: bool) -> None:
-        attached.record = attached.record.model_copy(update={"releasing": releasing})
-        self._clients.run.save(attached.record)
+        self._clients.keep(attached, attached.record.model_copy(update={"releasing": releasing}))
 
     async def take_back_unfinished(self) -> None:
         """Undo releases that were given up, and that some VIOS has stored all the same."""

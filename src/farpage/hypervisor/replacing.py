@@ -18,6 +18,7 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.errors import ClientElsewhere, NotBeingReplaced, ReplacementUnderWay
 from farpage.hypervisor.model import DeviceReplacement, ReplacedClient, ReplaceStage
+from farpage.hypervisor.replicas import ClientReplicas
 from farpage.log import get_logger
 from farpage.volume.state import ReplicaHealth
 
@@ -55,9 +56,14 @@ class DeviceReplacements:
     """The replacements of this hypervisor, the latest one for each device."""
 
     def __init__(
-        self, clients: Clients, keeper: DefinitionKeeper, alarm: Callable[[str, str, str], None]
+        self,
+        clients: Clients,
+        replicas: ClientReplicas,
+        keeper: DefinitionKeeper,
+        alarm: Callable[[str, str, str], None],
     ) -> None:
         self._clients = clients
+        self._replicas = replicas
         self._records = clients.records
         self._keeper = keeper
         self._alarm = alarm
@@ -194,7 +200,7 @@ class DeviceReplacements:
             await records.finish_replacing(client, old, new)
             return False
         if states[new] is not ReplicaState.IN_SYNC:
-            await self._clients.add_replica(client, attached, new)
+            await self._replicas.add(client, attached, new)
         return True
 
     async def _copied(self, client: str, old: str, new: str) -> None:
@@ -202,6 +208,6 @@ class DeviceReplacements:
         attached = self._clients.attached.get(client)
         while attached and self._clients.attached.get(client) is attached:
             if self._records.replica_states(client).get(new) is ReplicaState.IN_SYNC:
-                await self._clients.retire_replica(client, attached, old)
+                await self._replicas.retire(client, attached, old)
                 return
             await asyncio.sleep(POLL_SECONDS)

@@ -17,17 +17,21 @@ from farpage.definition.model import Definition, ViosRecord
 from farpage.definition.verification import FoundVolume
 from farpage.errors import FarpageError
 from farpage.hypervisor.alarms import AlarmLog
+from farpage.hypervisor.attaching import Attaching
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
+from farpage.hypervisor.detaching import Detaching
 from farpage.hypervisor.fullness import FullDevices
 from farpage.hypervisor.guestpause import GuestPauses
 from farpage.hypervisor.handovers import Handovers
+from farpage.hypervisor.limits import ClientLimits
 from farpage.hypervisor.model import DefinitionPromotion, HypervisorInfo, WorkerInfo
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.recovery import Recovery
 from farpage.hypervisor.releasing import Releases
 from farpage.hypervisor.replacing import DeviceReplacements
+from farpage.hypervisor.replicas import ClientReplicas
 from farpage.hypervisor.runfolder import RunFolder
 from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.stopping import ViosStops
@@ -75,13 +79,28 @@ class Hypervisor:
         )
         records = ClientRecords(settings.name, self.keeper, self.vioses)
         handovers = Handovers(self.keeper, self.vioses)
-        self.clients = Clients(settings, records, self.workers, self.pool, handovers)
-        self.releases = Releases(self.clients, self.keeper, handovers)
-        self.recovery = Recovery(self.clients, self.workers, self.alarms.raise_alarm)
+        self.clients = Clients(records, self.pool)
+        self.replicas = ClientReplicas(self.clients)
+        self.limits = ClientLimits(self.clients, self.pool)
+        self.detaching = Detaching(self.clients)
+        self.recovery = Recovery(
+            self.clients, self.workers, self.replicas, self.detaching, self.alarms.raise_alarm
+        )
+        self.attaching = Attaching(
+            settings,
+            self.clients,
+            self.workers,
+            self.pool,
+            handovers=handovers,
+            recover=self.recovery.recover,
+        )
+        self.releases = Releases(self.clients, self.detaching, self.keeper, handovers)
         self._run: RunFolder | None = None
         self._full_devices = FullDevices(self.clients, self.pool)
         self._guest_pauses = GuestPauses(self.clients, self._guest_alarm)
-        self.replacements = DeviceReplacements(self.clients, self.keeper, self.alarms.raise_alarm)
+        self.replacements = DeviceReplacements(
+            self.clients, self.replicas, self.keeper, self.alarms.raise_alarm
+        )
         self.stops = ViosStops(self.vioses, self.keeper, self.clients)
         self._started_seconds = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -118,7 +137,7 @@ class Hypervisor:
         await self.replacements.stop()
         await self.recovery.stop()
         if self._run is not None:
-            await self.clients.detach_all()
+            await self.detaching.all()
             await self._guest_pauses.stop()
             await self.workers.stop()
             self._run.close()
@@ -253,7 +272,7 @@ class Hypervisor:
                 self._full_devices.check()
                 self._guest_pauses.outage(outage.client, outage.without_path)
             case "client_gone":
-                self._start(self.clients.client_gone(ClientLost.model_validate(parameters).client))
+                self._start(self.detaching.process_gone(ClientLost.model_validate(parameters).client))
 
     def _guest_alarm(self, client: str, kind: str, message: str) -> None:
         log.warning("alarm", client=client, kind=kind, message=message)
@@ -263,7 +282,7 @@ class Hypervisor:
         """Answer a worker's question."""
         del descriptors
         if method == "record_replicas":
-            await self.clients.record_replicas(RecordReplicas.model_validate(parameters))
+            await self.replicas.record(RecordReplicas.model_validate(parameters))
             return Nothing()
         raise AssertionError(f"unknown request {method!r}")
 

@@ -11,12 +11,10 @@ from farpage.attach.memory import ClientKind
 from farpage.definition.errors import ClientMissing
 from farpage.definition.model import ReplicaState
 from farpage.hypervisor.clients import Clients
-from farpage.hypervisor.handovers import Handovers
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
+from farpage.hypervisor.replicas import ClientReplicas
 from farpage.hypervisor.runfolder import AttachmentRecord, RunFolder
-from farpage.hypervisor.settings import HypervisorSettings
-from farpage.hypervisor.workers import WorkerPool
 from farpage.kernel.process import ProcessIdentity
 from farpage.pager.messages import Attach, EndpointSpec, RecordReplicas, ReplicaSpec
 
@@ -67,13 +65,7 @@ def order() -> Attach:
 
 
 def clients_with(folder: RunFolder) -> Clients:
-    clients = Clients(
-        cast(HypervisorSettings, None),
-        cast(ClientRecords, Records()),
-        cast(WorkerPool, None),
-        cast(MemoryPool, None),
-        cast(Handovers, None),
-    )
+    clients = Clients(cast(ClientRecords, Records()), cast(MemoryPool, None))
     clients.run = folder
     folder.save(
         AttachmentRecord(
@@ -89,10 +81,11 @@ def clients_with(folder: RunFolder) -> Clients:
 async def wanted_by(clients: Clients, owner: str) -> list[ReplicaState]:
     """Have a worker record one replica as stale, and return what the next control process finds."""
     states = {"one": IN_SYNC, "two": STALE}
-    await clients.record_replicas(RecordReplicas(client="vm", owner=owner, epoch=2, states=states))
+    replicas = ClientReplicas(clients)
+    await replicas.record(RecordReplicas(client="vm", owner=owner, epoch=2, states=states))
     (record,) = clients.run.records()
     assert record.order is not None
-    return [replica.state for replica in clients.current_replicas("vm", record.order)]
+    return [replica.state for replica in replicas.current("vm", record.order)]
 
 
 async def test_a_replica_recorded_as_stale_is_not_taken_for_in_sync(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""What the replicas of attached clients are worth, and replicas that come and go while a client is paged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from farpage.definition.model import ReplicaState
+from farpage.errors import FarpageError
+from farpage.hypervisor.attached import Attached
+from farpage.hypervisor.clients import Clients
+from farpage.pager.messages import AddReplica, Attach, RecordReplicas, ReplicaSpec, RetireReplica
+
+
+class ClientReplicas:
+    """The replicas of the clients of one hypervisor."""
+
+    def __init__(self, clients: Clients) -> None:
+        self._clients = clients
+
+    async def record(self, wanted: RecordReplicas) -> None:
+        """Store what a client's replicas are worth: in the definition, and for a recovery without that.
+
+        :raise FarpageError: it may not be stored.
+        """
+        await self._clients.records.record_replicas(wanted)
+        attached = self._clients.attached.get(wanted.client)
+        # One that is being adopted is in the run folder alone.
+        record = attached.record if attached else self._clients.run.record(wanted.client)
+        if record is None or record.order is None or record.order.owner != wanted.owner:
+            return
+        record = record.model_copy(update={"order": _with_states(record.order, wanted.states)})
+        if attached:
+            self._clients.keep(attached, record)
+        else:
+            self._clients.run.save(record)
+
+    def current(self, client: str, order: Attach) -> tuple[ReplicaSpec, ...]:
+        """Return the replicas as the definition has them now.
+
+        While that is not known their states are those of `order`, which `record_replicas` keeps up to date.
+        """
+        try:
+            current = self._clients.records.replicas(client, turn=0)
+        except FarpageError:
+            current = order.replicas
+        states = {replica.device: replica.state for replica in order.replicas}
+        states |= self._clients.records.replica_states(client)
+        # In the order of preference that the client had.
+        before = {replica.device: replica.endpoints for replica in order.replicas}
+        return tuple(
+            replica.model_copy(
+                update={
+                    "state": states.get(replica.device, replica.state),
+                    "endpoints": before[replica.device]
+                    if set(before.get(replica.device, ())) == set(replica.endpoints)
+                    else replica.endpoints,
+                }
+            )
+            for replica in current
+            if states.get(replica.device) is not ReplicaState.RETIRED
+        )
+
+    async def add(self, client: str, attached: Attached, device: str) -> None:
+        """Have a client's worker copy everything to a replica that the definition has as stale.
+
+        :raise FarpageError: the client has ended, or there is no way to the replica.
+        """
+        replica = next(
+            spec for spec in self._clients.records.replicas(client, turn=0) if spec.device == device
+        )
+        self._store(attached, device, replica)
+        await self._clients.command(
+            client, attached, "add_replica", AddReplica(client=client, replica=replica)
+        )
+
+    async def retire(self, client: str, attached: Attached, device: str) -> None:
+        """Have a client's worker use a replica no more; returns when it does not, or the client has ended."""
+        await self._clients.command(
+            client, attached, "retire_replica", RetireReplica(client=client, device=device)
+        )
+        if self._clients.records.replica_states(client).get(device) is ReplicaState.RETIRED:
+            self._store(attached, device)
+
+    def _store(self, attached: Attached, without: str, *more: ReplicaSpec) -> None:
+        """Keep what a worker that takes over has to know, should no VIOS tell it then."""
+        order = attached.record.order
+        if order is not None and attached.record.client in self._clients.attached:
+            left = tuple(spec for spec in order.replicas if spec.device != without)
+            order = order.model_copy(update={"replicas": (*left, *more)})
+            self._clients.keep(attached, attached.record.model_copy(update={"order": order}))
+
+
+def _with_states(order: Attach, states: Mapping[str, ReplicaState]) -> Attach:
+    replicas = tuple(
+        replica.model_copy(update={"state": states.get(replica.device, replica.state)})
+        for replica in order.replicas
+    )
+    return order.model_copy(update={"replicas": replicas})
