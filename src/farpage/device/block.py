@@ -12,14 +12,13 @@ import errno
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from farpage.blockio import BlockIO, BlockLimits, ExtentsDone, Feature
 from farpage.device.base import BLOCK_BYTES, never
-from farpage.device.buffers import BufferPool
 from farpage.device.directory import default_name
+from farpage.device.engine import Engine
 from farpage.device.errors import DeviceUnusable
 from farpage.device.file import (
     FALLOC_PUNCH_HOLE,
@@ -34,10 +33,7 @@ from farpage.device.file import (
 )
 from farpage.device.layout import DATA_OFFSET_BYTES, HEADER_BYTES, DeviceLabel
 from farpage.device.occupied import refuse_signed, refuse_used
-from farpage.device.reads import RingReader
-from farpage.device.spans import SpanGate
 from farpage.device.spec import BlockSpec
-from farpage.device.threads import IoThreads
 from farpage.device.whole import WholeDevice, prepare_label, unusable
 from farpage.kernel import blockdevice
 from farpage.kernel.memory import AlignedBuffer
@@ -227,10 +223,7 @@ class BlockDevice(WholeDevice):
         super().__init__(storage, label, text=text)
         self.limits = block_limits(storage.block_bytes)
         self._block = storage
-        self._threads = IoThreads(f"io-{label.name}"[:15])
-        self._reader = RingReader.open()
-        self._buffers = BufferPool()
-        self._gates: weakref.WeakValueDictionary[str, SpanGate] = weakref.WeakValueDictionary()
+        self._engine = Engine(label.name, direct=True)
 
     def in_use(self) -> str:
         """Ask the lock of open volumes."""
@@ -238,31 +231,23 @@ class BlockDevice(WholeDevice):
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run it in one of the device's threads."""
-        return await self._threads.run(work, *arguments)
+        return await self._engine.run(work, *arguments)
 
     async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         """Open the device once more, with a lock that keeps the volume from being deleted."""
-        descriptor, size_bytes, volume_id, superseded = await self._threads.run(self._open, name, epoch)
-        gate = self._gates.get(volume_id)
-        if gate is None:
-            gate = self._gates[volume_id] = SpanGate()
+        descriptor, size_bytes, volume_id, superseded = await self._engine.run(self._open, name, epoch)
         return BlockVolume(
             descriptor,
             size_bytes,
-            threads=self._threads,
-            reader=self._reader,
-            buffers=self._buffers,
-            gate=gate,
+            engine=self._engine,
+            gate=self._engine.gate(volume_id),
             superseded=superseded,
             over=over,
         )
 
     async def close(self) -> None:
         """End the threads and close the device."""
-        if self._reader is not None:
-            await self._reader.close()
-        await self._threads.close()
-        self._buffers.close()
+        await self._engine.close()
         self._block.close()
 
     def _open(self, name: str, epoch: int | None) -> tuple[int, int, str, Callable[[], bool] | None]:

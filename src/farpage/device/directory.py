@@ -17,7 +17,6 @@ import os
 import re
 import stat
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,15 +32,12 @@ from farpage.device.base import (
     check_new_volume,
     never,
 )
-from farpage.device.buffers import BufferPool
 from farpage.device.claim import Claim
+from farpage.device.engine import Engine
 from farpage.device.errors import CapacityExceeded, DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
 from farpage.device.file import FEATURES, Access, FileVolume
 from farpage.device.label import Header, Label, read_label, sync_folder, write_label
-from farpage.device.reads import RingReader
-from farpage.device.spans import SpanGate
 from farpage.device.spec import CacheMode, DirectorySpec
-from farpage.device.threads import IoThreads
 
 UNCOUNTED = frozenset({"lost+found"})
 """Not a sign that a directory is in use: every new ext file system has it."""
@@ -78,10 +74,7 @@ class DirectoryDevice(PagingDevice):
                 self._access = Access.DIRECT if _direct_works(self._folder / "volumes") else Access.DROP
         self.access = str(self._access)
         self.features = FEATURES | (Feature.CACHE if self._access is Access.BUFFERED else Feature.NONE)
-        self._threads = IoThreads(f"io-{label.name}"[:15])
-        self._reader = RingReader.open() if self._access is Access.DIRECT else None
-        self._buffers = BufferPool()
-        self._gates: weakref.WeakValueDictionary[str, SpanGate] = weakref.WeakValueDictionary()
+        self._engine = Engine(label.name, direct=self._access is Access.DIRECT)
 
     # Looking
 
@@ -173,32 +166,24 @@ class DirectoryDevice(PagingDevice):
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Run it in one of the device's threads."""
-        return await self._threads.run(work, *arguments)
+        return await self._engine.run(work, *arguments)
 
     async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         """Open the volume's file, with a lock that keeps it from being deleted."""
-        descriptor, size_bytes, superseded = await self._threads.run(self._open_files, name, epoch)
-        gate = self._gates.get(name)
-        if gate is None:
-            gate = self._gates[name] = SpanGate()
+        descriptor, size_bytes, superseded = await self._engine.run(self._open_files, name, epoch)
         return FileVolume(
             descriptor,
             size_bytes,
             access=self._access,
-            threads=self._threads,
-            reader=self._reader,
-            buffers=self._buffers,
-            gate=gate,
+            engine=self._engine,
+            gate=self._engine.gate(name),
             superseded=superseded,
             over=over,
         )
 
     async def close(self) -> None:
         """End the threads."""
-        if self._reader is not None:
-            await self._reader.close()
-        await self._threads.close()
-        self._buffers.close()
+        await self._engine.close()
 
     def _open_files(self, name: str, epoch: int | None) -> tuple[int, int, Callable[[], bool] | None]:
         with self._problems_named():

@@ -16,10 +16,9 @@ from typing import Any, Final
 
 from farpage.blockio import Allocation, BlockLimits, Done, Extent, ExtentsDone, Feature, ReadDone
 from farpage.device.base import BLOCK_BYTES, never
-from farpage.device.buffers import BufferPool
+from farpage.device.engine import Engine
 from farpage.device.reads import RingReader
 from farpage.device.spans import SpanGate
-from farpage.device.threads import IoThreads
 from farpage.kernel.libc import last_error, libc
 from farpage.kernel.memory import AlignedBuffer, address_of
 
@@ -83,9 +82,7 @@ class FileVolume:
         size_bytes: int,
         *,
         access: Access,
-        threads: IoThreads,
-        reader: RingReader | None,
-        buffers: BufferPool,
+        engine: Engine,
         gate: SpanGate,
         superseded: Callable[[], bool] | None,
         origin_bytes: int = 0,
@@ -93,7 +90,7 @@ class FileVolume:
     ) -> None:
         """Take over `descriptor`; `superseded` is None for a read-only volume.
 
-        Without a `reader`, and for what it does not take, threads read.
+        Without a reader of the `engine`, and for what it does not take, threads read.
         """
         self.size_bytes = size_bytes
         self.read_only = superseded is None
@@ -105,9 +102,9 @@ class FileVolume:
         self._direct = access is Access.DIRECT
         self._drop = access is Access.DROP
         self._nowait = access is Access.BUFFERED
-        self._threads = threads
-        self._reader = reader if access is Access.DIRECT else None
-        self._buffers = buffers
+        self._threads = engine.threads
+        self._reader = engine.reader if access is Access.DIRECT else None
+        self._buffers = engine.buffers
         self._gate = gate
         self._in_flight = 0
         self._idle: asyncio.Future[None] | None = None

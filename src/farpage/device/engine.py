@@ -1,0 +1,43 @@
+"""What carries out the I/O of a local device's volumes: threads, a ring for direct reads, aligned buffers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from farpage.device.buffers import BufferPool
+from farpage.device.reads import RingReader
+from farpage.device.spans import SpanGate
+from farpage.device.threads import IoThreads
+
+Result = TypeVar("Result")
+
+
+class Engine:
+    """One device's; made, used and closed in the event loop that uses its volumes."""
+
+    def __init__(self, device_name: str, *, direct: bool) -> None:
+        """Without `direct` I/O the threads read too."""
+        self.threads = IoThreads(f"io-{device_name}"[:15])
+        self.reader = RingReader.open() if direct else None
+        self.buffers = BufferPool()
+        self._gates: weakref.WeakValueDictionary[str, SpanGate] = weakref.WeakValueDictionary()
+
+    async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Run `work(*arguments)` in a thread and return what it returns, or raise what it raises."""
+        return await self.threads.run(work, *arguments)
+
+    def gate(self, volume: str) -> SpanGate:
+        """Return the gate that all who have a volume open go through."""
+        gate = self._gates.get(volume)
+        if gate is None:
+            gate = self._gates[volume] = SpanGate()
+        return gate
+
+    async def close(self) -> None:
+        """Finish what was submitted and end the threads."""
+        if self.reader is not None:
+            await self.reader.close()
+        await self.threads.close()
+        self.buffers.close()
