@@ -6,14 +6,14 @@ which NBD features an export offers, and where each command of a connection goes
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from farpage.blockio import BlockIO, Done, ExtentsDone, Feature, ReadDone
+from farpage.blockio import BlockIO, Feature
 from farpage.definition.model import PagingCommand
 from farpage.nbd import protocol as p
+from farpage.vios.refusing import RefusingCommands
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def offered_features(features: Feature, commands: Iterable[PagingCommand]) -> Fe
     return features & offered
 
 
-class ConvertedVolume:
+class ConvertedVolume(RefusingCommands):
     """A device's volume behind the table: configured commands go straight to it, others finish with ENOTSUP.
 
     The methods of the device are bound to this object at its creation, so that a command on its way
@@ -103,47 +103,6 @@ class ConvertedVolume:
             if conversion.command in configured:
                 for method in conversion.device:
                     setattr(self, method, getattr(volume, method))
-
-    def read_now(self, offset: int, into: memoryview) -> bool:
-        """Nothing is at hand."""
-        return False
-
-    def read(self, offset: int, length: int, done: ReadDone) -> None:
-        """Refuse."""
-        done(errno.ENOTSUP, None)
-
-    def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
-        """Refuse: without page-outs the export is read-only."""
-        done(errno.EPERM)
-
-    def zero(
-        self,
-        offset: int,
-        length: int,
-        done: Done,
-        *,
-        punch: bool = True,
-        fast: bool = False,
-        fua: bool = False,
-    ) -> None:
-        """Refuse."""
-        done(errno.ENOTSUP)
-
-    def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
-        """Refuse."""
-        done(errno.ENOTSUP)
-
-    def cache(self, offset: int, length: int, done: Done) -> None:
-        """Refuse."""
-        done(errno.ENOTSUP)
-
-    def flush(self, done: Done) -> None:
-        """Refuse."""
-        done(errno.ENOTSUP)
-
-    def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        """Refuse."""
-        done(errno.ENOTSUP, None)
 
     async def close(self) -> None:
         """Close the device's volume; that is never refused."""

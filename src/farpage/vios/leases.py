@@ -17,7 +17,8 @@ import struct
 import time
 from collections.abc import Callable
 
-from farpage.blockio import BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.blockio import BlockLimits, Done, Feature, ReadDone
+from farpage.vios.refusing import RefusingCommands
 
 DEFAULT_LEASE_SECONDS = 5.0
 
@@ -105,7 +106,7 @@ class Leases:
         return sum(not lease.over() for lease in tuple(self._leases.values()))
 
 
-class LeaseExport:
+class LeaseExport(RefusingCommands):
     """A lease as a `BlockIO`: read the offer, write the nonce."""
 
     size_bytes = _OFFER.size
@@ -130,34 +131,9 @@ class LeaseExport:
         del fua
         done(0 if offset == 0 and self._lease.renew(bytes(data)) else errno.ESHUTDOWN)
 
-    def zero(
-        self,
-        offset: int,
-        length: int,
-        done: Done,
-        *,
-        punch: bool = True,
-        fast: bool = False,
-        fua: bool = False,
-    ) -> None:
-        """Refuse."""
-        done(errno.ENOTSUP)
-
-    def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
-        """Refuse."""
-        done(errno.ENOTSUP)
-
-    def cache(self, offset: int, length: int, done: Done) -> None:
-        """Refuse."""
-        done(errno.ENOTSUP)
-
     def flush(self, done: Done) -> None:
         """Do nothing."""
         done(0)
-
-    def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        """Refuse."""
-        done(errno.ENOTSUP, None)
 
     async def close(self) -> None:
         """Do nothing: the lease runs out by itself."""
