@@ -27,10 +27,10 @@ from bench._pagers import CLIENT, Farpage, Measured, Work, measure
 from bench._rounds import Spread, ratio, turns
 from bench._toucher import Pattern, Phase, Toucher, build
 from farpage.cli.report import report
-from farpage.cli.sizes import parse_size
 from farpage.definition.model import Redundancy
 from farpage.errors import FarpageError
 from farpage.hypervisor.model import ClientAttach, ClientCreate
+from farpage.terminal.sizes import parse_size
 
 POPULATE: Final = Phase(Pattern.POPULATE, write_percent=100)
 READ: Final = Phase(Pattern.RANDOM, write_percent=0, threads=1)

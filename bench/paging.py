@@ -31,8 +31,8 @@ from bench._paging_report import PagingResult, Rounds, as_text, ratios, results
 from bench._rounds import turns
 from bench._toucher import Pattern, Phase, build
 from farpage.cli.report import report
-from farpage.cli.sizes import parse_size
 from farpage.errors import ExitStatus, FarpageError, InvalidInput, Unsupported
+from farpage.terminal.sizes import parse_size
 
 PHASES = (
     Phase(Pattern.POPULATE, write_percent=100),

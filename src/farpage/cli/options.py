@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from farpage.cli.sizes import parse_duration, parse_size
+from farpage.terminal.sizes import parse_duration, parse_size
 
 State: TypeAlias = Annotated[
     Path | None,

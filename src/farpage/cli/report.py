@@ -1,18 +1,11 @@
-"""Words and exit status for everything that can go wrong with a command."""
+"""Words and exit status for what can go wrong with a command line, beside what can with any program."""
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-
 import typer
 
-from farpage.errors import ExitStatus, FarpageError
-
-DEBUG_VARIABLE = "FARPAGE_DEBUG"
-INTERRUPTED = 130
-"""128 + SIGINT, as shells have it."""
+from farpage.errors import ExitStatus
+from farpage.terminal import problems
 
 # Typer has changed where these come from, but not that its own error is one of them.
 _COMMAND_LINE_ERROR: type[BaseException] = typer.BadParameter.__mro__[2]
@@ -23,30 +16,13 @@ def report(problem: BaseException) -> int:
 
     The traceback comes only with FARPAGE_DEBUG=1.
     """
-    if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
-        traceback.print_exception(problem)
-    if isinstance(problem, KeyboardInterrupt | typer.Abort):
-        return INTERRUPTED
-    if isinstance(problem, FarpageError):
-        _say(problem.cause, problem.advice)
-        return int(problem.exit_status)
-    if isinstance(problem, BrokenPipeError):
-        # The reader of our output has gone; keep the interpreter from failing on it once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(ExitStatus.FAILURE)
+    if isinstance(problem, typer.Abort):
+        problems.trace(problem)
+        return problems.INTERRUPTED
     if isinstance(problem, _COMMAND_LINE_ERROR):
+        problems.trace(problem)
         command = getattr(getattr(problem, "ctx", None), "command_path", "farpage")
         cause = str(getattr(problem, "format_message", lambda: problem)())
-        _say(cause.rstrip("."), f"see '{command} --help'")
+        problems.say(cause.rstrip("."), f"see '{command} --help'")
         return int(ExitStatus.USAGE)
-    _say(
-        f"unexpected {type(problem).__name__}: {problem}",
-        f"this is a bug; run the command again with {DEBUG_VARIABLE}=1 and report the traceback",
-    )
-    return int(ExitStatus.FAILURE)
-
-
-def _say(cause: str, advice: str) -> None:
-    print(f"farpage: {cause}", file=sys.stderr)  # noqa: T201
-    if advice:
-        print(f"  {advice}", file=sys.stderr)  # noqa: T201
+    return problems.report(problem)

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farpage.attach.region import Region
-from farpage.cli.report import report
 from farpage.demo.reports import FillReport, PassReport
 from farpage.demo.stamps import PAGE_BYTES, WORDS_PER_PAGE, Words, is_rewritten, is_stamp, write_stamp
 from farpage.embedded.parent import follow_parent
+from farpage.terminal.problems import report
 
 RUN_PAGES = 64
 """Pages in a row in a pass that is in random order otherwise."""

@@ -15,10 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from farpage.cli.sizes import format_duration, format_size
-from farpage.cli.wording.path import coloured
 from farpage.demo.scenario import Stage
 from farpage.hypervisor.model import ClientInfo
+from farpage.terminal.colours import path_state
+from farpage.terminal.sizes import format_duration, format_size
 
 EVENT_LINES = 14
 REFRESHES_PER_SECOND = 4
@@ -135,7 +135,7 @@ def _state(seen: Snapshot) -> Table:
             grid.add_row(
                 f"path {path.vios}",
                 Text.assemble(
-                    coloured(path.state),
+                    path_state(path.state),
                     f" for {format_duration(path.since_seconds)}, {path.in_flight} in flight",
                     f" ({path.reason})" if path.reason else "",
                 ),

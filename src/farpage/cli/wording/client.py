@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from farpage.cli.output import fields, table
-from farpage.cli.sizes import format_duration, format_size
 from farpage.cli.wording.path import overview as paths_overview
+from farpage.terminal.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

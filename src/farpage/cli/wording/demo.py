@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from farpage.cli.output import fields
-from farpage.cli.sizes import format_size
+from farpage.terminal.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from farpage.cli.output import table
-from farpage.cli.sizes import format_size
 from farpage.definition.model import PAGE_BYTES
+from farpage.terminal.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.table import Table

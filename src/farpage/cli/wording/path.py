@@ -8,20 +8,14 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from farpage.cli.output import table
-from farpage.cli.sizes import format_duration
+from farpage.terminal.colours import path_state
+from farpage.terminal.sizes import format_duration
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from farpage.hypervisor.model import PathInfo
     from farpage.hypervisor.ways import PathExplanation
-
-COLOURS = {"active": "green", "standby": "cyan", "suspect": "yellow", "failed": "red"}
-
-
-def coloured(state: str) -> Text:
-    """Return the state in its colour."""
-    return Text(state, style=COLOURS.get(state, ""))
 
 
 def overview(paths: Sequence[PathInfo]) -> Table:
@@ -32,7 +26,7 @@ def overview(paths: Sequence[PathInfo]) -> Table:
             (
                 path.client,
                 path.vios,
-                coloured(path.state),
+                path_state(path.state),
                 format_duration(path.since_seconds),
                 str(path.epoch),
                 str(path.in_flight),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from farpage.cli.output import fields, table
-from farpage.cli.sizes import format_size
+from farpage.terminal.sizes import format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

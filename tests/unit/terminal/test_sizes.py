@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farpage.cli.sizes import format_duration, format_size, parse_duration, parse_size
 from farpage.errors import ExitStatus, InvalidInput
+from farpage.terminal.sizes import format_duration, format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(

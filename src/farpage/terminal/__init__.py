@@ -1,0 +1,1 @@
+"""What everything that speaks to people on a terminal shares."""
