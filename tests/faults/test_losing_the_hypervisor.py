@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,18 @@ async def kill_all(embedded: EmbeddedSet) -> None:
     await kill_control(embedded)
     for pid in workers_running(embedded):
         await kill_and_wait(pid)
+
+
+@contextmanager
+def vioses_stopped(embedded: EmbeddedSet) -> Iterator[None]:
+    """Have no VIOS answer while the context lasts."""
+    for vios in embedded.vioses:
+        embedded.kill_vios(vios, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for vios in embedded.vioses:
+            embedded.kill_vios(vios, signal.SIGCONT)
 
 
 async def alarms(embedded: EmbeddedSet) -> list[str]:
@@ -227,19 +240,16 @@ async def test_an_attachment_that_was_cut_short_is_undone(
     """The control process dies while the data worker opens the volume, and the worker then too."""
     async with hammering(hammer_program, PAGES) as hammer:
         before = descriptors_of(hammer.pid)
-        for vios in embedded.vioses:
-            embedded.kill_vios(vios, signal.SIGSTOP)
-        attaching = asyncio.get_running_loop().create_task(
-            embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-        )
-        async with asyncio.timeout(30):
-            while not userfaultfds(hammer.pid):
-                await asyncio.sleep(0.005)
-        await kill_all(embedded)
-        with pytest.raises(FarpageError):
-            await attaching
-        for vios in embedded.vioses:
-            embedded.kill_vios(vios, signal.SIGCONT)
+        with vioses_stopped(embedded):
+            attaching = asyncio.get_running_loop().create_task(
+                embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+            )
+            async with asyncio.timeout(30):
+                while not userfaultfds(hammer.pid):
+                    await asyncio.sleep(0.005)
+            await kill_all(embedded)
+            with pytest.raises(FarpageError):
+                await attaching
         await embedded.start_hypervisor()
         assert descriptors_of(hammer.pid) == before
         await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
@@ -275,22 +285,26 @@ async def test_an_attachment_that_its_worker_has_finished_alone_is_adopted(
         assert (await hammer.quit()).wrong == 0
 
 
+async def cut_detachment_short(
+    embedded: EmbeddedSet, pid: int, kill: Callable[[EmbeddedSet], Awaitable[None]]
+) -> None:
+    """Attach a process, page some of it out, and `kill` whoever detaches it before its pages are back."""
+    await embedded.hypervisor.attach("vm", ClientAttach(pid=pid, limit_bytes=MIB))
+    await until_client(embedded.hypervisor, "vm", lambda info: info.on_device_bytes > 0, "paged out")
+    with vioses_stopped(embedded):
+        detaching = asyncio.get_running_loop().create_task(embedded.hypervisor.detach("vm"))
+        await asyncio.sleep(0.05)
+        await kill(embedded)
+        with pytest.raises(FarpageError):
+            await detaching
+
+
 async def test_a_detachment_that_was_cut_short_can_be_repeated(
     embedded: EmbeddedSet, hammer_program: Path
 ) -> None:
     async with hammering(hammer_program, PAGES, threads=2) as hammer:
         before = descriptors_of(hammer.pid)
-        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-        await until_client(embedded.hypervisor, "vm", lambda info: info.on_device_bytes > 0, "paged out")
-        for vios in embedded.vioses:
-            embedded.kill_vios(vios, signal.SIGSTOP)
-        detaching = asyncio.get_running_loop().create_task(embedded.hypervisor.detach("vm"))
-        await asyncio.sleep(0.05)
-        await kill_all(embedded)
-        with pytest.raises(FarpageError):
-            await detaching
-        for vios in embedded.vioses:
-            embedded.kill_vios(vios, signal.SIGCONT)
+        await cut_detachment_short(embedded, hammer.pid, kill_all)
         await embedded.start_hypervisor()
         await until_client(embedded.hypervisor, "vm", lambda info: bool(info.paths), "paged again")
         await embedded.hypervisor.detach("vm")
@@ -303,17 +317,7 @@ async def test_a_detachment_that_its_worker_has_finished_alone_is_completed(
 ) -> None:
     async with hammering(hammer_program, PAGES, threads=2) as hammer:
         before = descriptors_of(hammer.pid)
-        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-        await until_client(embedded.hypervisor, "vm", lambda info: info.on_device_bytes > 0, "paged out")
-        for vios in embedded.vioses:
-            embedded.kill_vios(vios, signal.SIGSTOP)
-        detaching = asyncio.get_running_loop().create_task(embedded.hypervisor.detach("vm"))
-        await asyncio.sleep(0.05)
-        await kill_control(embedded)
-        with pytest.raises(FarpageError):
-            await detaching
-        for vios in embedded.vioses:
-            embedded.kill_vios(vios, signal.SIGCONT)
+        await cut_detachment_short(embedded, hammer.pid, kill_control)
         await until_no_worker(embedded)
         assert userfaultfds(hammer.pid)
         await embedded.start_hypervisor()

@@ -18,7 +18,6 @@ import os
 import signal
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from farpage.attach.memory import ClientKind, ClientMemory
@@ -34,10 +33,10 @@ from farpage.hypervisor.replicas import ClientReplicas
 from farpage.hypervisor.runfolder import AdoptedRelease, AttachmentRecord
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.process import ProcessIdentity, is_gone, open_identified
-from farpage.kernel.userfaultfd import Userfaultfd
 from farpage.log import get_logger
 from farpage.pager.channel import PeerError, PeerGone
 from farpage.pager.messages import Attach, EpochRaised, HandedOver, HandOver, Nothing
+from farpage.pager.received import received
 from farpage.pager.statefile import StateFile, StateFileUnusable
 
 log = get_logger()
@@ -208,26 +207,10 @@ class Recovery:
         handed, descriptors = await worker.channel.take(
             "hand_over", HandOver(client=client), HandedOver, timeout_seconds=HAND_OVER_SECONDS
         )
-        uffd, memfd, table, pidfd = descriptors
         order, remembered = handed.order, record.memory
-        memory = ClientMemory(
-            kind=order.kind,
-            pid=order.pid,
-            pidfd=pidfd,
-            uffd=Userfaultfd(uffd),
-            memfd=memfd,
-            start_address=order.start_address,
-            length_bytes=order.pages * PAGE_BYTES,
-            memfd_offset_bytes=order.memfd_offset_bytes,
-            remote_uffd=remembered.remote_uffd if remembered else None,
+        memory, state = received(
+            order, descriptors, remote_uffd=remembered.remote_uffd if remembered else None
         )
-        try:
-            state = StateFile.attach(table, Path(order.state_path))
-        except StateFileUnusable:
-            memory.close_descriptors()
-            raise
-        finally:
-            os.close(table)
         # Written again meanwhile, if the worker had a replica's state to record.
         record = self._clients.run.record(client) or record
         # What the worker goes by may be lifted, while a device is full.

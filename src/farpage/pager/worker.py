@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,7 +17,6 @@ from typing import Any
 
 from farpage.attach.memory import ClientMemory
 from farpage.errors import ExitStatus, FarpageError
-from farpage.kernel.userfaultfd import Userfaultfd
 from farpage.log import get_logger
 from farpage.message import Message
 from farpage.pager import volumes
@@ -58,8 +56,9 @@ from farpage.pager.messages import (
     Thaw,
     WorkerClients,
 )
-from farpage.pager.statefile import StateFile, StateFileUnusable
-from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
+from farpage.pager.received import received
+from farpage.pager.statefile import StateFile
+from farpage.pager.table import STATE_NAMES, PageTable
 from farpage.volume.connector import connect_nbd
 from farpage.volume.errors import ClientFenced
 from farpage.volume.lease import Leases
@@ -279,25 +278,7 @@ class Worker:
             self._look_whether_done()
 
     async def _attach_now(self, order: Attach, descriptors: list[int]) -> Nothing:
-        uffd, memfd, table, pidfd = descriptors
-        client = ClientMemory(
-            kind=order.kind,
-            pid=order.pid,
-            pidfd=pidfd,
-            uffd=Userfaultfd(uffd),
-            memfd=memfd,
-            start_address=order.start_address,
-            length_bytes=order.pages * PAGE_BYTES,
-            memfd_offset_bytes=order.memfd_offset_bytes,
-            remote_uffd=None,
-        )
-        try:
-            state = StateFile.attach(table, Path(order.state_path))
-        except StateFileUnusable:
-            client.close_descriptors()
-            raise
-        finally:
-            os.close(table)
+        client, state = received(order, descriptors)
         epoch = max(order.epoch, state.epoch) + 1 if order.recover else order.epoch
         ownership = _StoredOwnership(order.owner, epoch, state)
         events = _Events(self._control, order.client, order.owner)
@@ -329,7 +310,7 @@ class Worker:
             repair_mark=state.repair_mark,
         )
         attached = self._clients[order.client] = _Attached(paged, client, memory, state, order)
-        self._loop.add_reader(pidfd, gone)
+        self._loop.add_reader(client.pidfd, gone)
         if not order.recover:
             if order.handed_over:
                 paged.start_handed_over()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import random
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,7 +13,7 @@ from farpage.blockio import Allocation, BlockIO, Feature, read_bytes
 from farpage.device.base import PagingDevice
 from farpage.device.claim import Claim
 from farpage.kernel.memory import AlignedBuffer
-from tests.support.volumes import cache, extents, flush, read_error, trim, write, zero
+from tests.support.volumes import cache, carry_out_at_random, extents, flush, read_error, trim, write, zero
 
 SIZE = 1 << 20
 
@@ -34,22 +33,7 @@ async def test_a_new_volume_reads_as_zeros_and_is_one_hole(volume: BlockIO) -> N
 
 
 async def test_random_commands_leave_what_a_plain_buffer_would_hold(volume: BlockIO) -> None:
-    chance = random.Random(1)
-    model = bytearray(SIZE)
-    for _ in range(250):
-        unit = chance.choice([1, 512, 4096])
-        offset = chance.randrange(0, SIZE, unit)
-        length = min(chance.choice([1, 3, 16]) * unit, SIZE - offset)
-        match chance.randrange(4):
-            case 0 | 1:
-                data = chance.randbytes(length)
-                assert await write(volume, offset, data, fua=chance.random() < 0.1) == 0
-                model[offset : offset + length] = data
-            case 2:
-                assert await zero(volume, offset, length, punch=chance.random() < 0.5) == 0
-                model[offset : offset + length] = bytes(length)
-            case 3:
-                assert await read_bytes(volume, offset, length) == model[offset : offset + length]
+    model = await carry_out_at_random(volume, SIZE, units=[1, 512, 4096], counts=[1, 3, 16])
     assert await flush(volume) == 0
     assert await read_bytes(volume, 0, SIZE) == model
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from farpage.device.open import open_device
 from tests.support.loopdevice import loop_device
 from tests.support.nbd import short_folder
 from tests.support.nbdkit import Nbdkit
-from tests.support.volumes import flush, trim, write, zero
+from tests.support.volumes import carry_out_at_random, flush, trim, write, zero
 
 SIZE = 4 << 20
 STORAGE = SIZE + DATA_OFFSET_BYTES
@@ -152,23 +151,9 @@ async def test_an_open_volume_is_not_deleted_without_force(device: PagingDevice)
 
 async def test_random_commands_leave_what_a_plain_buffer_would_hold(device: PagingDevice) -> None:
     await device.run(device.create_volume, "vm1", SIZE)
-    chance = random.Random(1)
-    model = bytearray(SIZE)
     async with volume_of(device) as volume:
-        for _ in range(250):
-            unit = chance.choice([max(512, volume.limits.minimum), 4096])
-            offset = chance.randrange(0, SIZE, unit)
-            length = min(chance.choice([1, 3, 16, 600]) * unit, SIZE - offset)
-            match chance.randrange(4):
-                case 0 | 1:
-                    data = chance.randbytes(length)
-                    assert await write(volume, offset, data, fua=chance.random() < 0.1) == 0
-                    model[offset : offset + length] = data
-                case 2:
-                    assert await zero(volume, offset, length, punch=chance.random() < 0.5) == 0
-                    model[offset : offset + length] = bytes(length)
-                case 3:
-                    assert await read_bytes(volume, offset, length) == model[offset : offset + length]
+        units = [max(512, volume.limits.minimum), 4096]
+        model = await carry_out_at_random(volume, SIZE, units=units, counts=[1, 3, 16, 600])
         assert await trim(volume, 0, 64 << 10) == 0
         assert await flush(volume) == 0
         assert await read_bytes(volume, 64 << 10, SIZE - (64 << 10)) == model[64 << 10 :]

@@ -180,3 +180,8 @@ class MirrorRig:
 
         self.volume.read(page * PAGE, PAGE, done)
         return result
+
+    async def has_read(self, page: int, fill: int) -> None:
+        """Read a page in, which holds `fill`."""
+        read = self.read(page)
+        await self.until(lambda: read == [fill])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from farpage.address import UnixAddress
-from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, Feature, ReadDone
 from farpage.device.base import never
 from farpage.device.claim import Claim, Claims
 from farpage.device.errors import VolumeFenced, VolumeTaken
@@ -17,6 +17,7 @@ from farpage.nbd.errors import ServerRefused
 from farpage.vios import leases as served
 from farpage.vios.errors import LeaseOver
 from farpage.vios.names import ExportName, parse_export_name, refusal_text
+from farpage.vios.refusing import RefusingCommands
 from farpage.volume.connector import Endpoint, PathConnection
 from farpage.volume.lease import Leases
 from farpage.volume.multipath import MultipathVolume
@@ -139,7 +140,7 @@ class ModelVios:
         return connection
 
 
-class ModelConnection:
+class ModelConnection(RefusingCommands):
     """One open export."""
 
     size_bytes = SIZE
@@ -195,9 +196,6 @@ class ModelConnection:
 
         self.vios.do(carry_out)
 
-    def read_now(self, offset: int, into: memoryview) -> bool:
-        return False
-
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         def end(error: int) -> None:
             content = self.vios.disk.content[offset : offset + length]
@@ -218,29 +216,8 @@ class ModelConnection:
 
         self._start(work, done, refusal)
 
-    def zero(
-        self,
-        offset: int,
-        length: int,
-        done: Done,
-        *,
-        punch: bool = True,
-        fast: bool = False,
-        fua: bool = False,
-    ) -> None:
-        done(errno.ENOTSUP)
-
-    def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
-        done(errno.ENOTSUP)
-
-    def cache(self, offset: int, length: int, done: Done) -> None:
-        done(errno.ENOTSUP)
-
     def flush(self, done: Done) -> None:
         self._start(lambda: None, done)
-
-    def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        done(errno.ENOTSUP, None)
 
     async def close(self) -> None:
         self.abort()
