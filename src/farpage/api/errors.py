@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic.warnings import UnsupportedFieldAttributeWarning
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -125,6 +127,9 @@ class _Unexpected:
 
 def create_app(title: str, version: str) -> FastAPI:
     """Make a control API: errors answered as `ErrorAnswer`, bodies bounded, OpenAPI at /openapi.json."""
+    # FastAPI keeps pydantic from warning of its own annotations while it makes a route; documents that are
+    # built when they are used first bring the same warning later.
+    warnings.filterwarnings("ignore", category=UnsupportedFieldAttributeWarning)
     app = FastAPI(
         title=title,
         version=version,
