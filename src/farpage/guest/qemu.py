@@ -47,6 +47,8 @@ class GuestOptions:
     """How often it verifies; 0 is without end."""
     commands: tuple[str, ...] = ()
     """Shell commands to run, one after another, instead of verifying."""
+    incoming: bool = False
+    """It does not boot, but waits for another one of the same options to be migrated into it."""
 
 
 def qemu_command(image: GuestImage, options: GuestOptions, initramfs: Path, qmp_socket: str) -> list[str]:
@@ -68,6 +70,7 @@ def qemu_command(image: GuestImage, options: GuestOptions, initramfs: Path, qmp_
         *("-nodefaults", "-no-reboot", "-display", "none"),
         *("-serial", "stdio"),
         *("-qmp", f"unix:{qmp_socket},server=on,wait=off"),
+        *(("-incoming", "defer") if options.incoming else ()),
     ]
 
 
