@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from farpage.embedded.control import HypervisorControl
-from farpage.embedded.layout import StateLayout
+from farpage.embedded.layout import SetDocument, StateLayout
 from farpage.embedded.set import EmbeddedSet
 from farpage.errors import FarpageError
 from tests.support.paged_set import DEADLINE_SECONDS
@@ -23,6 +23,7 @@ class Other:
 
     state: Path
     control: HypervisorControl
+    document: SetDocument
 
 
 @asynccontextmanager
@@ -45,7 +46,7 @@ async def second_hypervisor(embedded: EmbeddedSet) -> AsyncIterator[Other]:
             while not await answers(control):
                 assert process.poll() is None, "it ended"
                 await asyncio.sleep(0.02)
-        yield Other(layout.root, control)
+        yield Other(layout.root, control, document)
     finally:
         await control.close()
         process.terminate()

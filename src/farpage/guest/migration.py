@@ -1,9 +1,9 @@
 """QEMU's live migration of a guest, with and without its memory in the stream.
 
-Stock QEMU copies guest RAM page by page through its stream (pre-copy), reading pages that are paged out back in
-for it. With the capability `x-ignore-shared` it leaves out RAM that is shared - which RAM that farpage pages
-always is - and the stream has the state of the devices alone; the RAM has to be there at the other end by other
-means. See qapi/migration.json and migration/ram.c (`ramblock_is_ignored`) of QEMU.
+Stock QEMU copies guest RAM page by page through its stream (pre-copy), reading pages that are paged out back
+in for it. With the capability `x-ignore-shared` it leaves out RAM that is shared - which RAM that farpage
+pages always is - and the stream has the state of the devices alone; the RAM has to be there at the other end
+by other means. See qapi/migration.json and migration/ram.c (`ramblock_is_ignored`) of QEMU.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ async def capabilities(guest: QemuGuest, *names: str) -> None:
     await guest.qmp("migrate-set-capabilities", capabilities=wanted)
 
 
-async def pre_copy(source: QemuGuest, destination: QemuGuest, socket: str, timeout_seconds: float) -> Migrated:
+async def pre_copy(
+    source: QemuGuest, destination: QemuGuest, socket: str, timeout_seconds: float
+) -> Migrated:
     """Migrate a running guest with all of its memory; it runs at the destination then.
 
     :raise MigrationFailed: it was given up, or has not converged in time.

@@ -158,6 +158,7 @@ class _Operations:
                 hypervisor.keeper.repairs,
             ),
             recovery=hypervisor.recovery.counts,
+            handovers=hypervisor.handovers.counts,
         )
 
 

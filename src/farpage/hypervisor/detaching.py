@@ -86,6 +86,8 @@ class Detaching:
     async def all(self) -> None:
         """Give every client its memory back whole, before the hypervisor stops."""
         for client, attached in list(self._clients.attached.items()):
+            if attached.record.releasing:
+                continue  # the next control process asks the definition whose it is
             order = Detach(client=client)
             try:
                 await self._clients.command(client, attached, "detach", order)

@@ -42,6 +42,9 @@ BY_DEVICE = {
 }
 
 
+HANDOVER_STEPS = ("released", "adopted", "started")
+
+
 @dataclass(frozen=True)
 class DefinitionFigures:
     """What a scrape tells of the definition."""
@@ -61,8 +64,10 @@ class _Collector(Collector):
         *,
         definition: DefinitionFigures,
         recovery: RecoveryCounts,
+        handovers: Mapping[str, int],
     ) -> None:
         self._recovery = recovery
+        self._handovers = handovers
         self._reports = reports
         self._vioses = vioses
         self._alarms = alarms
@@ -87,6 +92,14 @@ class _Collector(Collector):
         yield from self._definitions()
         yield GaugeMetricFamily("farpage_pool_bytes", "Size of the memory pool", value=self._pool_bytes)
         yield from self._recoveries()
+        handovers = CounterMetricFamily(
+            "farpage_handovers",
+            "Clients released, adopted, and started from what another hypervisor released",
+            labels=["step"],
+        )
+        for step in HANDOVER_STEPS:
+            handovers.add_metric([step], self._handovers.get(step, 0))
+        yield handovers
 
     def _recoveries(self) -> Iterator[Metric]:
         counts = self._recovery
@@ -258,10 +271,19 @@ def render(
     *,
     definition: DefinitionFigures,
     recovery: RecoveryCounts,
+    handovers: Mapping[str, int],
 ) -> bytes:
     """Return the text of one scrape."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(
-        _Collector(reports, vioses, alarms, pool_bytes, definition=definition, recovery=recovery)
+        _Collector(
+            reports,
+            vioses,
+            alarms,
+            pool_bytes,
+            definition=definition,
+            recovery=recovery,
+            handovers=handovers,
+        )
     )
     return generate_latest(registry)

@@ -144,12 +144,24 @@ class ClientRecords:
             raise releasing.refusal(client, released, self.hypervisor)
         by_device = _by_device(rules.paths(self._keeper.current, client))
         # Under an epoch of its own, so that nobody who had the volume open still writes.
-        epoch = (await self.claim(client, take_over=False)).epoch
+        claimed = await self.claim(client, take_over=False)
         for paths in by_device.values():
-            await self._delete_volume(paths[0].volume, paths[0].device, [path.vios for path in paths], epoch)
+            if released:
+                await self._delete_handovers(paths, claimed)
+            vioses = [path.vios for path in paths]
+            await self._delete_volume(paths[0].volume, paths[0].device, vioses, claimed.epoch)
         await self._keeper.change(lambda now: rules.remove_client(now, client))
         # A record that comes up again, from a VIOS that hung meanwhile, is older than that claim.
         self._claimed.pop(client, None)
+
+    async def _delete_handovers(self, paths: Iterable[VolumePath], claimed: ClientRecord) -> None:
+        """Delete what every VIOS keeps of a released client: the volume is deleted by one of them alone."""
+        for path in paths:
+            if path.vios in self._vioses:
+                with suppress(FarpageError):
+                    await self._vioses[path.vios].delete_handover(
+                        path.volume, path.device, claimed.epoch, claimed.owner
+                    )
 
     async def _delete_volume(self, name: str, device: str, vioses: list[str], epoch: int) -> None:
         """Delete the volume on a device, if it is there.

@@ -37,6 +37,9 @@ from farpage.pager.messages import LetGo, PagedOut, PageOut, Thaw
 log = get_logger()
 
 SETTLE_SECONDS = 0.5
+STOP_TRIES = 10
+STOP_PAUSE_SECONDS = 0.02
+"""A signal to stop takes effect some time after kill(2) has returned."""
 STOPPED_STATES = "Tt"
 """proc_pid_stat(5): stopped by a signal, or by a tracer."""
 
@@ -200,8 +203,12 @@ async def _stop(client: str, attached: Attached, socket: str | None, *, force: b
         if status["running"]:
             await qmp.execute(socket, "stop", timeout_seconds=QMP_SECONDS)
         return bool(status["running"])
-    if not force and not await asyncio.to_thread(_is_stopped, attached.memory.pid):
-        raise ClientRuns(client, attached.memory.pid)
+    tries = 0 if force else STOP_TRIES
+    while tries and not await asyncio.to_thread(_is_stopped, attached.memory.pid):
+        tries -= 1
+        if not tries:
+            raise ClientRuns(client, attached.memory.pid)
+        await asyncio.sleep(STOP_PAUSE_SECONDS)
     return False
 
 

@@ -78,7 +78,7 @@ class Hypervisor:
             settings.default_limit_bytes,
         )
         records = ClientRecords(settings.name, self.keeper, self.vioses)
-        handovers = Handovers(self.keeper, self.vioses)
+        handovers = self.handovers = Handovers(self.keeper, self.vioses)
         self.clients = Clients(records, self.pool)
         self.replicas = ClientReplicas(self.clients)
         self.limits = ClientLimits(self.clients, self.pool)

@@ -83,15 +83,13 @@ class Freeze:
         self._eviction.drain(on=True)
         before, since_seconds = self._left, self._loop.time()
         while left := self._left:
-            if self._space.closed:
-                return False
             if left != before:
                 before, since_seconds = left, self._loop.time()
             if problem := self._problem(client, left, self._loop.time() - since_seconds):
                 raise problem
             self._eviction.wake()
             await asyncio.sleep(LOOK_SECONDS)
-        return True
+        return not self._space.closed  # its table is empty then
 
     @property
     def _left(self) -> int:

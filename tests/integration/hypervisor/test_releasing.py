@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import shutil
+import signal
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from farpage.api.remote import RemoteError
+from farpage.attach.region import Region, RegionRefused
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet
-from farpage.hypervisor.model import ClientAdopt, ClientInfo, ClientRelease
-from tests.support.paged_set import RegionProcess, running_set
+from farpage.hypervisor.model import ClientAdopt, ClientAttach, ClientInfo, ClientRelease
+from tests.support.paged_set import RegionProcess, running_set, until_client
+from tests.support.scrape import Scrape
 from tests.support.second_hypervisor import Other, second_hypervisor
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -59,6 +67,12 @@ async def refused(request: object) -> RemoteError:
     return caught.value
 
 
+async def refused_region(state: Path, name: str, pages: int) -> str:
+    with pytest.raises(RegionRefused) as caught:
+        await asyncio.to_thread(Region, pages * PAGE_BYTES, name=name, state=state)
+    return str(caught.value.error_code)
+
+
 def released_by(info: ClientInfo) -> tuple[str, str] | None:
     return (info.released.hypervisor, info.released.adopter) if info.released else None
 
@@ -78,6 +92,10 @@ async def test_a_region_goes_to_another_hypervisor_without_one_page_read_back(tw
         assert (info.on_device_bytes, info.resident_bytes, before) == (PAGES * PAGE_BYTES, 0, before)
         assert info.counters.page_in_pages == 0
         assert info.released is None
+        for state, steps in ((two.embedded.document, (1, 0, 0)), (two.other.document, (0, 1, 1))):
+            scrape = await Scrape.of(state.hypervisor.control)
+            for step, count in zip(("released", "adopted", "started"), steps, strict=True):
+                assert scrape.value("farpage_handovers_total", step=step) == count
         assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
         assert await second.do(f"write 0 {PAGES}") == "done"
         assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
@@ -88,3 +106,93 @@ async def test_a_region_goes_to_another_hypervisor_without_one_page_read_back(tw
         await second.do("close")
         await first.stop()
     await two.second.delete_client("moving")
+
+
+async def test_a_client_that_is_released_is_nobody_s_until_it_is_adopted(two: Two) -> None:
+    process = await two.region("idle")
+    running = await refused(two.first.release("idle", ClientRelease()))
+    assert (running.code, "kill -STOP" in running.advice) == ("client_runs", True)
+    assert (await refused(two.second.adopt("idle", ClientAdopt()))).code == "client_not_released"
+    process.process.send_signal(signal.SIGSTOP)
+    await two.first.release("idle", ClientRelease())
+    await process.stop()
+    await until_client(two.second, "idle", lambda info: info.released is not None, "known as released")
+    for hypervisor in (two.first, two.second):
+        for request in (
+            hypervisor.release("idle", FORCE),
+            hypervisor.delete_client("idle"),
+            hypervisor.attach("idle", ClientAttach(pid=os.getpid())),
+        ):
+            error = await refused(request)
+            assert (error.code, "farpage client adopt idle" in error.advice) in (
+                ("client_released", True),
+                ("no_shared_memory", False),
+            )
+        assert (await refused(hypervisor.detach("idle"))).code == "client_not_attached"
+    assert await refused_region(two.embedded.layout.root, "idle", PAGES) == "client_released"
+    # Of two that want it at the same moment one gets it, and by force the other one does.
+    claims = await asyncio.gather(
+        two.first.adopt("idle", ClientAdopt()),
+        two.second.adopt("idle", ClientAdopt()),
+        return_exceptions=True,
+    )
+    assert [getattr(claim, "code", "taken") for claim in claims].count("taken") == 1
+    await two.second.adopt("idle", ClientAdopt(force=True))
+    assert released_by(await two.second.client("idle")) == ("hypervisor", "other")
+    assert (await refused(two.first.delete_client("idle"))).code in ("client_released", "client_elsewhere")
+    assert "adopted by other" in await farpage(two.other.state, "client", "list")
+    await two.second.delete_client("idle")
+    assert await stored_handovers(two.embedded) == 0
+
+
+async def test_memory_of_another_size_leaves_an_adopted_client_to_the_next_one(two: Two) -> None:
+    first = await two.region("sized")
+    await first.do(f"write 0 {PAGES}")
+    await two.first.release("sized", FORCE)
+    await first.stop()
+    await two.second.adopt("sized", ClientAdopt())
+    assert await stored_handovers(two.embedded) == 2
+    assert await refused_region(two.other.state, "sized", PAGES // 2) == "handover_mismatch"
+    assert released_by(await two.second.client("sized")) == ("hypervisor", "other")
+    second = await two.second_region("sized", version=1)
+    assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
+    assert await stored_handovers(two.embedded) == 0
+    assert await second.do("close") == "done"
+    await two.second.delete_client("sized")
+
+
+async def test_a_release_whose_page_table_nobody_can_store_leaves_the_client_at_work(two: Two) -> None:
+    process = await two.region("staying")
+    await process.do(f"write 0 {PAGES}")
+    folders = handover_folders(two.embedded)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.write_bytes(b"no folder")
+    try:
+        error = await refused(two.first.release("staying", FORCE))
+        assert (error.code, "cannot be stored" in error.cause) == ("no_vios", True)
+        info = await two.first.client("staying")
+        assert (info.attachment, info.released) == ("region", None)
+        assert await process.do(f"verify 0 {PAGES}") == "wrong 0"
+        assert await process.do(f"write 0 {PAGES}") == "done"
+    finally:
+        for folder in folders:
+            folder.unlink()
+    assert await process.do("close") == "done"
+
+
+def handover_folders(embedded: EmbeddedSet) -> list[Path]:
+    return [embedded.layout.vios_dir(vios) / "handovers" for vios in embedded.vioses]
+
+
+async def stored_handovers(embedded: EmbeddedSet) -> int:
+    return sum(len(list(folder.iterdir())) for folder in handover_folders(embedded) if folder.exists())
+
+
+async def farpage(state: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "farpage", *arguments, "--state", str(state)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    found = (await process.stdout.read()).decode()
+    assert await process.wait() == 0
+    return found
