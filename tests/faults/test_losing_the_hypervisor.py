@@ -6,30 +6,16 @@ A wait at most; every byte is compared.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-from farpage.api.remote import RemoteError
-from farpage.attach.process import userfaultfds
-from farpage.embedded.set import EmbeddedSet
-from farpage.errors import FarpageError
 from farpage.hypervisor.model import ClientAttach
-from farpage.kernel.inject import call_in_process
-from farpage.kernel.libc import syscall_numbers
-from farpage.kernel.userfaultfd import CREATE_FLAGS
 from tests.support.hammer import hammering
-from tests.support.paged_set import PagedSet, RegionProcess, running_set, until_client
+from tests.support.losses import alarms, kill_all, kill_control, until_client_is_gone
+from tests.support.paged_set import PagedSet, running_set
 from tests.support.processes import (
-    descriptors_of,
-    kill_and_wait,
-    until_no_injector,
     until_no_worker,
     worker_pid,
     workers_running,
@@ -38,42 +24,6 @@ from tests.support.scrape import Scrape
 
 MIB = 1 << 20
 PAGES = 2048
-
-
-@pytest.fixture
-async def embedded() -> AsyncIterator[EmbeddedSet]:
-    async with running_set(workers=1) as started:
-        yield started
-
-
-async def kill_control(embedded: EmbeddedSet) -> None:
-    """Kill the control process alone; it stays dead until it is started."""
-    embedded.supervise_hypervisor(supervised=False)
-    embedded.kill_hypervisor(signal.SIGKILL)
-    await embedded.hypervisor_exited()
-
-
-async def kill_all(embedded: EmbeddedSet) -> None:
-    """Kill the control process and then its workers, which it so cannot replace."""
-    await kill_control(embedded)
-    for pid in workers_running(embedded):
-        await kill_and_wait(pid)
-
-
-@contextmanager
-def vioses_stopped(embedded: EmbeddedSet) -> Iterator[None]:
-    """Have no VIOS answer while the context lasts."""
-    for vios in embedded.vioses:
-        embedded.kill_vios(vios, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for vios in embedded.vioses:
-            embedded.kill_vios(vios, signal.SIGCONT)
-
-
-async def alarms(embedded: EmbeddedSet) -> list[str]:
-    return [alarm.kind for alarm in await embedded.hypervisor.alarms()]
 
 
 async def test_clients_go_on_without_a_control_process_and_are_adopted(paged: PagedSet) -> None:
@@ -91,12 +41,6 @@ async def test_clients_go_on_without_a_control_process_and_are_adopted(paged: Pa
     assert (await Scrape.of(embedded.document.hypervisor.control)).value("farpage_clients_adopted_total") == 1
     assert await paged.client.do("close") == "done"
     await until_client_is_gone(embedded, "client")
-
-
-async def until_client_is_gone(embedded: EmbeddedSet, name: str) -> None:
-    async with asyncio.timeout(30):
-        while name in [client.name for client in await embedded.hypervisor.clients()]:
-            await asyncio.sleep(0.02)
 
 
 async def test_a_killed_control_process_and_its_workers_are_recovered(
@@ -234,128 +178,6 @@ async def test_a_second_control_process_is_kept_out_of_the_run_folder(
     await paged.verify_all()
 
 
-async def test_an_attachment_that_was_cut_short_is_undone(
-    embedded: EmbeddedSet, hammer_program: Path
-) -> None:
-    """The control process dies while the data worker opens the volume, and the worker then too."""
-    async with hammering(hammer_program, PAGES) as hammer:
-        before = descriptors_of(hammer.pid)
-        with vioses_stopped(embedded):
-            attaching = asyncio.get_running_loop().create_task(
-                embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-            )
-            async with asyncio.timeout(30):
-                while not userfaultfds(hammer.pid):
-                    await asyncio.sleep(0.005)
-            await kill_all(embedded)
-            with pytest.raises(FarpageError):
-                await attaching
-        await embedded.start_hypervisor()
-        assert descriptors_of(hammer.pid) == before
-        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-        await embedded.hypervisor.detach("vm")
-        assert (await hammer.quit()).wrong == 0
-
-
-async def test_an_attachment_that_its_worker_has_finished_alone_is_adopted(
-    embedded: EmbeddedSet, hammer_program: Path
-) -> None:
-    async with hammering(hammer_program, PAGES) as hammer:
-        (worker,) = [worker.pid for worker in (await embedded.hypervisor.info()).workers]
-        os.kill(worker, signal.SIGSTOP)
-        attaching = asyncio.get_running_loop().create_task(
-            embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-        )
-        record = embedded.layout.hypervisor_dir / "run" / "clients" / "vm.json"
-        async with asyncio.timeout(30):
-            while b'"order":{' not in (record.read_bytes() if record.exists() else b""):
-                await asyncio.sleep(0.005)
-        await asyncio.sleep(0.05)
-        await kill_control(embedded)
-        os.kill(worker, signal.SIGCONT)
-        with pytest.raises(FarpageError):
-            await attaching
-        await embedded.start_hypervisor()
-        info = await until_client(
-            embedded.hypervisor, "vm", lambda info: info.attachment in ("process", "none"), "settled"
-        )
-        if info.attachment == "process":
-            assert await worker_pid(embedded, "vm") == worker
-            await embedded.hypervisor.detach("vm")
-        assert (await hammer.quit()).wrong == 0
-
-
-async def cut_detachment_short(
-    embedded: EmbeddedSet, pid: int, kill: Callable[[EmbeddedSet], Awaitable[None]]
-) -> None:
-    """Attach a process, page some of it out, and `kill` whoever detaches it before its pages are back."""
-    await embedded.hypervisor.attach("vm", ClientAttach(pid=pid, limit_bytes=MIB))
-    await until_client(embedded.hypervisor, "vm", lambda info: info.on_device_bytes > 0, "paged out")
-    with vioses_stopped(embedded):
-        detaching = asyncio.get_running_loop().create_task(embedded.hypervisor.detach("vm"))
-        await asyncio.sleep(0.05)
-        await kill(embedded)
-        with pytest.raises(FarpageError):
-            await detaching
-
-
-async def test_a_detachment_that_was_cut_short_can_be_repeated(
-    embedded: EmbeddedSet, hammer_program: Path
-) -> None:
-    async with hammering(hammer_program, PAGES, threads=2) as hammer:
-        before = descriptors_of(hammer.pid)
-        await cut_detachment_short(embedded, hammer.pid, kill_all)
-        await embedded.start_hypervisor()
-        await until_client(embedded.hypervisor, "vm", lambda info: bool(info.paths), "paged again")
-        await embedded.hypervisor.detach("vm")
-        assert descriptors_of(hammer.pid) == before
-        assert (await hammer.quit()).wrong == 0
-
-
-async def test_a_detachment_that_its_worker_has_finished_alone_is_completed(
-    embedded: EmbeddedSet, hammer_program: Path
-) -> None:
-    async with hammering(hammer_program, PAGES, threads=2) as hammer:
-        before = descriptors_of(hammer.pid)
-        await cut_detachment_short(embedded, hammer.pid, kill_control)
-        await until_no_worker(embedded)
-        assert userfaultfds(hammer.pid)
-        await embedded.start_hypervisor()
-        assert (await embedded.hypervisor.client("vm")).attachment == "none"
-        assert descriptors_of(hammer.pid) == before
-        assert (await hammer.quit()).wrong == 0
-
-
-async def test_a_userfaultfd_that_nobody_knew_of_is_closed(
-    embedded: EmbeddedSet, hammer_program: Path
-) -> None:
-    """The control process dies right after one was made in the process, before it stored which."""
-    async with hammering(hammer_program, PAGES) as hammer:
-        before = descriptors_of(hammer.pid)
-        (worker,) = [worker.pid for worker in (await embedded.hypervisor.info()).workers]
-        os.kill(worker, signal.SIGSTOP)
-        attaching = asyncio.get_running_loop().create_task(
-            embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-        )
-        record = embedded.layout.hypervisor_dir / "run" / "clients" / "vm.json"
-        async with asyncio.timeout(30):
-            while not record.exists():
-                await asyncio.sleep(0.001)
-        intent = record.read_text()
-        await kill_all(embedded)
-        with pytest.raises(FarpageError):
-            await attaching
-        await until_no_injector(hammer.pid)
-        if not userfaultfds(hammer.pid):
-            outcome = call_in_process(hammer.pid, syscall_numbers().userfaultfd, CREATE_FLAGS)
-            assert outcome.result >= 0
-        record.write_text(intent)
-        await embedded.start_hypervisor()
-        assert descriptors_of(hammer.pid) == before
-        assert not record.exists()
-        assert (await hammer.quit()).wrong == 0
-
-
 async def test_a_set_that_is_killed_whole_leaves_no_process_once_its_clients_are_gone(
     hammer_program: Path,
 ) -> None:
@@ -371,52 +193,3 @@ async def test_a_set_that_is_killed_whole_leaves_no_process_once_its_clients_are
         hammer.process.kill()
         await until_no_worker(embedded)
         assert list((embedded.layout.hypervisor_dir / "run" / "workers").iterdir()) == []
-
-
-async def test_descriptors_do_not_pile_up_over_restarts(embedded: EmbeddedSet, hammer_program: Path) -> None:
-    region = await RegionProcess.start(embedded.layout.root, PAGES, MIB, "region")
-    try:
-        async with hammering(hammer_program, PAGES) as hammer:
-            await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-            processes = (hammer.pid, region.process.pid)
-            before = [descriptors_of(pid) for pid in processes]
-            counted: list[int] = []
-            for _ in range(3):
-                await kill_control(embedded)
-                await embedded.start_hypervisor()
-                assert (await hammer.check()).wrong == 0
-                assert await region.do(f"write 0 {PAGES}") == "done"
-                assert [descriptors_of(pid) for pid in processes] == before
-                counted.append(len(descriptors_of(await worker_pid(embedded, "vm"))))
-            assert max(counted) - min(counted) <= 2
-            with pytest.raises(RemoteError):
-                await embedded.hypervisor.detach("region")
-            await embedded.hypervisor.detach("vm")
-            assert (await hammer.quit()).wrong == 0
-        assert await region.do("close") == "done"
-    finally:
-        await region.stop()
-    await until_client_is_gone(embedded, "region")
-
-
-async def test_a_client_whose_state_file_is_lost_waits_until_its_process_ends(
-    embedded: EmbeddedSet, hammer_program: Path
-) -> None:
-    async with hammering(hammer_program, PAGES) as hammer:
-        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-        await until_client(embedded.hypervisor, "vm", lambda info: info.on_device_bytes > 0, "paged out")
-        await kill_all(embedded)
-        (embedded.layout.hypervisor_dir / "run" / "clients" / "vm.state").unlink()
-        await embedded.start_hypervisor()
-        assert "not_recovered" in await alarms(embedded)
-        # Its memory reads zeros to nobody, and nobody takes it for another client's.
-        with pytest.raises(RemoteError):
-            await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-        hammer.process.kill()
-        async with asyncio.timeout(30):
-            while list((embedded.layout.hypervisor_dir / "run" / "clients").iterdir()):
-                await asyncio.sleep(0.02)
-    async with hammering(hammer_program, PAGES) as hammer:
-        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-        await embedded.hypervisor.detach("vm")
-        assert (await hammer.quit()).wrong == 0

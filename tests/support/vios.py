@@ -52,6 +52,10 @@ class ViosProcess:
     def start(self) -> None:
         """Start it and wait until it is ready."""
         self.launch()
+        self.until_ready()
+
+    def until_ready(self) -> None:
+        """Wait until it is ready."""
         deadline = time.monotonic() + START_SECONDS
         while not self._accepts():
             assert self._process is not None
@@ -148,7 +152,9 @@ def vios_processes(folder: Path, *names: str, devices: Sequence[str]) -> Iterato
     processes = tuple(ViosProcess(folder, name, devices) for name in names)
     try:
         for process in processes:
-            process.start()
+            process.launch()
+        for process in processes:
+            process.until_ready()
         yield processes
     finally:
         for process in processes:

@@ -1,0 +1,216 @@
+"""Attachments and detachments that the hypervisor's processes do not live to finish: completed or undone.
+
+The tests share one set, which each leaves as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from farpage.api.remote import RemoteError
+from farpage.attach.process import userfaultfds
+from farpage.embedded.set import EmbeddedSet
+from farpage.errors import FarpageError
+from farpage.hypervisor.model import ClientAttach
+from farpage.kernel.inject import call_in_process
+from farpage.kernel.libc import syscall_numbers
+from farpage.kernel.userfaultfd import CREATE_FLAGS
+from tests.support.hammer import hammering
+from tests.support.losses import alarms, heal, kill_all, kill_control, until_client_is_gone, vioses_stopped
+from tests.support.paged_set import RegionProcess, running_set, until_client
+from tests.support.processes import descriptors_of, until_no_injector, until_no_worker, worker_pid
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MIB = 1 << 20
+PAGES = 2048
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_set() -> AsyncIterator[EmbeddedSet]:
+    async with running_set(workers=1) as started:
+        yield started
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def embedded(shared_set: EmbeddedSet) -> EmbeddedSet:
+    await heal(shared_set)
+    return shared_set
+
+
+async def test_an_attachment_that_was_cut_short_is_undone(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    """The control process dies while the data worker opens the volume, and the worker then too."""
+    async with hammering(hammer_program, PAGES) as hammer:
+        before = descriptors_of(hammer.pid)
+        with vioses_stopped(embedded):
+            attaching = asyncio.get_running_loop().create_task(
+                embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+            )
+            async with asyncio.timeout(30):
+                while not userfaultfds(hammer.pid):
+                    await asyncio.sleep(0.005)
+            await kill_all(embedded)
+            with pytest.raises(FarpageError):
+                await attaching
+        await embedded.start_hypervisor()
+        assert descriptors_of(hammer.pid) == before
+        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        await embedded.hypervisor.detach("vm")
+        assert (await hammer.quit()).wrong == 0
+
+
+async def test_an_attachment_that_its_worker_has_finished_alone_is_adopted(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    async with hammering(hammer_program, PAGES) as hammer:
+        (worker,) = [worker.pid for worker in (await embedded.hypervisor.info()).workers]
+        os.kill(worker, signal.SIGSTOP)
+        attaching = asyncio.get_running_loop().create_task(
+            embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        )
+        record = embedded.layout.hypervisor_dir / "run" / "clients" / "vm.json"
+        async with asyncio.timeout(30):
+            while b'"order":{' not in (record.read_bytes() if record.exists() else b""):
+                await asyncio.sleep(0.005)
+        await asyncio.sleep(0.05)
+        await kill_control(embedded)
+        os.kill(worker, signal.SIGCONT)
+        with pytest.raises(FarpageError):
+            await attaching
+        await embedded.start_hypervisor()
+        info = await until_client(
+            embedded.hypervisor, "vm", lambda info: info.attachment in ("process", "none"), "settled"
+        )
+        if info.attachment == "process":
+            assert await worker_pid(embedded, "vm") == worker
+            await embedded.hypervisor.detach("vm")
+        assert (await hammer.quit()).wrong == 0
+
+
+async def cut_detachment_short(
+    embedded: EmbeddedSet, pid: int, kill: Callable[[EmbeddedSet], Awaitable[None]]
+) -> None:
+    """Attach a process, page some of it out, and `kill` whoever detaches it before its pages are back."""
+    await embedded.hypervisor.attach("vm", ClientAttach(pid=pid, limit_bytes=MIB))
+    await until_client(embedded.hypervisor, "vm", lambda info: info.on_device_bytes > 0, "paged out")
+    with vioses_stopped(embedded):
+        detaching = asyncio.get_running_loop().create_task(embedded.hypervisor.detach("vm"))
+        await asyncio.sleep(0.05)
+        await kill(embedded)
+        with pytest.raises(FarpageError):
+            await detaching
+
+
+async def test_a_detachment_that_was_cut_short_can_be_repeated(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    async with hammering(hammer_program, PAGES, threads=2) as hammer:
+        before = descriptors_of(hammer.pid)
+        await cut_detachment_short(embedded, hammer.pid, kill_all)
+        await embedded.start_hypervisor()
+        await until_client(embedded.hypervisor, "vm", lambda info: bool(info.paths), "paged again")
+        await embedded.hypervisor.detach("vm")
+        assert descriptors_of(hammer.pid) == before
+        assert (await hammer.quit()).wrong == 0
+
+
+async def test_a_detachment_that_its_worker_has_finished_alone_is_completed(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    async with hammering(hammer_program, PAGES, threads=2) as hammer:
+        before = descriptors_of(hammer.pid)
+        await cut_detachment_short(embedded, hammer.pid, kill_control)
+        await until_no_worker(embedded)
+        assert userfaultfds(hammer.pid)
+        await embedded.start_hypervisor()
+        assert (await embedded.hypervisor.client("vm")).attachment == "none"
+        assert descriptors_of(hammer.pid) == before
+        assert (await hammer.quit()).wrong == 0
+
+
+async def test_a_userfaultfd_that_nobody_knew_of_is_closed(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    """The control process dies right after one was made in the process, before it stored which."""
+    async with hammering(hammer_program, PAGES) as hammer:
+        before = descriptors_of(hammer.pid)
+        (worker,) = [worker.pid for worker in (await embedded.hypervisor.info()).workers]
+        os.kill(worker, signal.SIGSTOP)
+        attaching = asyncio.get_running_loop().create_task(
+            embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        )
+        record = embedded.layout.hypervisor_dir / "run" / "clients" / "vm.json"
+        async with asyncio.timeout(30):
+            while not record.exists():
+                await asyncio.sleep(0.001)
+        intent = record.read_text()
+        await kill_all(embedded)
+        with pytest.raises(FarpageError):
+            await attaching
+        await until_no_injector(hammer.pid)
+        if not userfaultfds(hammer.pid):
+            outcome = call_in_process(hammer.pid, syscall_numbers().userfaultfd, CREATE_FLAGS)
+            assert outcome.result >= 0
+        record.write_text(intent)
+        await embedded.start_hypervisor()
+        assert descriptors_of(hammer.pid) == before
+        assert not record.exists()
+        assert (await hammer.quit()).wrong == 0
+
+
+async def test_descriptors_do_not_pile_up_over_restarts(embedded: EmbeddedSet, hammer_program: Path) -> None:
+    region = await RegionProcess.start(embedded.layout.root, PAGES, MIB, "region")
+    try:
+        async with hammering(hammer_program, PAGES) as hammer:
+            await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+            processes = (hammer.pid, region.process.pid)
+            before = [descriptors_of(pid) for pid in processes]
+            counted: list[int] = []
+            for _ in range(3):
+                await kill_control(embedded)
+                await embedded.start_hypervisor()
+                assert (await hammer.check()).wrong == 0
+                assert await region.do(f"write 0 {PAGES}") == "done"
+                assert [descriptors_of(pid) for pid in processes] == before
+                counted.append(len(descriptors_of(await worker_pid(embedded, "vm"))))
+            assert max(counted) - min(counted) <= 2
+            with pytest.raises(RemoteError):
+                await embedded.hypervisor.detach("region")
+            await embedded.hypervisor.detach("vm")
+            assert (await hammer.quit()).wrong == 0
+        assert await region.do("close") == "done"
+    finally:
+        await region.stop()
+    await until_client_is_gone(embedded, "region")
+
+
+async def test_a_client_whose_state_file_is_lost_waits_until_its_process_ends(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    async with hammering(hammer_program, PAGES) as hammer:
+        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        await until_client(embedded.hypervisor, "vm", lambda info: info.on_device_bytes > 0, "paged out")
+        await kill_all(embedded)
+        (embedded.layout.hypervisor_dir / "run" / "clients" / "vm.state").unlink()
+        await embedded.start_hypervisor()
+        assert "not_recovered" in await alarms(embedded)
+        # Its memory reads zeros to nobody, and nobody takes it for another client's.
+        with pytest.raises(RemoteError):
+            await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        hammer.process.kill()
+        async with asyncio.timeout(30):
+            while list((embedded.layout.hypervisor_dir / "run" / "clients").iterdir()):
+                await asyncio.sleep(0.02)
+    async with hammering(hammer_program, PAGES) as hammer:
+        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        await embedded.hypervisor.detach("vm")
+        assert (await hammer.quit()).wrong == 0
