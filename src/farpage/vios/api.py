@@ -14,10 +14,13 @@ from farpage.api.limit import body_of
 from farpage.definition.document import canonical_json
 from farpage.definition.model import NUMBER_MAX, Definition, DeviceId, Name
 from farpage.vios.model import (
+    CopyOrders,
+    CopyStatus,
     DeviceAdd,
     DeviceInfo,
     HandoverInfo,
     Health,
+    IntermediaryReport,
     VolumeCreate,
     VolumeInfo,
     VolumeOpen,
@@ -113,6 +116,19 @@ def make_app(service: ViosService, registry: CollectorRegistry) -> FastAPI:
     ) -> None:
         """Forget a stored page table: the client is attached, and it is true no more."""
         await service.delete_handover(name, device or "", epoch, owner)
+
+    @app.put("/v1/volumes/{name}/intermediary")
+    async def put_intermediary(name: VolumeName, report: IntermediaryReport, device: DeviceId) -> CopyOrders:
+        """Take an intermediate client's report, and tell it what to do.
+
+        `device` is the one that the volume is copied to. The relay's address in it is used from now on.
+        """
+        return await service.intermediary(name, device, report)
+
+    @app.get("/v1/volumes/{name}/copy")
+    async def get_copy(name: VolumeName, device: DeviceId) -> CopyStatus:
+        """Say how far the copying of a volume to a device is."""
+        return await service.copy_status(name, device)
 
     @app.get("/v1/definition", response_model=Definition)
     async def get_definition() -> Response:

@@ -21,6 +21,7 @@ from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.errors import InvalidInput
 from farpage.log import configure_logging, get_logger
 from farpage.vios.api import make_app
+from farpage.vios.copying.copies import Copies
 from farpage.vios.errors import StateInUse
 from farpage.vios.exports import VolumeExports
 from farpage.vios.handovers import Handovers
@@ -91,12 +92,18 @@ async def _start(
     definitions = DefinitionStore(database)
     volumes = Volumes(settings.name, definitions, EpochStore(database))
     handovers = Handovers(settings.state_dir)
-    volumes.on_deleted = handovers.remove
+    copies = Copies(settings.name, volumes, definitions, settings.state_dir)
+
+    def deleted(volume_id: str) -> None:
+        handovers.remove(volume_id)
+        copies.forget(volume_id)
+
+    volumes.on_deleted = deleted
     service = ViosService(
         name=settings.name,
         loop=asyncio.get_running_loop(),
         volumes=volumes,
-        exports=VolumeExports(volumes, Leases(settings.lease_seconds)),
+        exports=VolumeExports(volumes, Leases(settings.lease_seconds), copies),
         definitions=definitions,
         remembered=RememberedDevices(database),
         handovers=handovers,
@@ -105,6 +112,7 @@ async def _start(
     await stack.enter_async_context(_draining(service))
     await _open_devices(settings, service)
     service.begin_claims(claims(definitions.current()))
+    service.exports.follow_definition()
     await service.exports.server.start(data)
     return service
 

@@ -58,17 +58,6 @@ class LeaseOver(FarpageError):
 
 
 @dataclass(eq=False)
-class NotServed(FarpageError):
-    """The export's name asks for part in a move that this VIOS has none in."""
-
-    code = "not_served"
-    template = "volume {volume!r}: no move of it goes over this VIOS"
-    remedy = "see the moves with 'farpage definition show'"
-    exit_status = ExitStatus.CONFLICT
-    volume: str
-
-
-@dataclass(eq=False)
 class StateInUse(FarpageError):
     """Another VIOS runs on the same folder."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from farpage.blockio import BlockIO
+from farpage.definition.model import Move
 from farpage.device.base import never
 from farpage.device.claim import Claim
 from farpage.device.errors import DeviceUnusable, VolumeMissing
@@ -16,8 +17,13 @@ from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import Counters, Export, ExportInfo, Peer
 from farpage.nbd.protocol import NBD_REP_ERR_PLATFORM, NBD_REP_ERR_UNKNOWN
 from farpage.nbd.server import Server
-from farpage.vios.commands import offered_features
-from farpage.vios.errors import LeaseOver, NotServed
+from farpage.vios.commands import ConvertedVolume, offered_features
+from farpage.vios.copying.copies import Copies, Copying
+from farpage.vios.copying.errors import NotCopied, NotGranted
+from farpage.vios.copying.fill import FillVolume
+from farpage.vios.copying.volume import COPYING_FEATURES, CopyingVolume, page_limits
+from farpage.vios.errors import LeaseOver
+from farpage.vios.grants import authorize
 from farpage.vios.leases import LeaseExport, Leases, parse_lease_name
 from farpage.vios.names import ExportName, parse_export_name, refusal_text
 from farpage.vios.volumes import Located, Volumes
@@ -31,13 +37,18 @@ class VolumeExport(Export):
 
     volume_id: str = ""
     epoch: int | None = None
+    wanted: ExportName | None = None
+    copying: Copying | None = None
+    """What is copied to the volume, and is shared by all who have it open."""
 
 
 class VolumeExports:
     """The NBD server's `ExportProvider`, and the volumes' `Holders`."""
 
-    def __init__(self, volumes: Volumes, leases: Leases | None = None) -> None:
+    def __init__(self, volumes: Volumes, leases: Leases | None = None, copies: Copies | None = None) -> None:
+        """Without `copies` nothing is copied to volumes of this VIOS."""
         self._volumes = volumes
+        self.copies = copies
         self.leases = leases or Leases()
         self._holds: set[VolumeExport] = set()
         self._closing: dict[asyncio.Task[None], str] = {}
@@ -49,6 +60,10 @@ class VolumeExports:
         """Connections that a newer owner has cut off."""
         self.server = Server(self)
         volumes.holders = self
+        if copies is not None:
+            copies.cut_off = self._cut_off
+            copies.client_in_flight = lambda volume: self._counters(volume).in_flight
+            copies.client_commands = lambda volume: _begun(self._counters(volume))
 
     # ExportProvider
 
@@ -61,25 +76,120 @@ class VolumeExports:
         if lease_id is not None:
             return self._open_lease(name, lease_id)
         try:
-            wanted = _plain(parse_export_name(name))
-            over = self._leave_to_write(wanted)
-            located, volume = await self._volumes.open(wanted.volume, _claim(wanted), over, wanted.device)
+            wanted = parse_export_name(name)
+            authorize(self._volumes.definition, wanted)
+            export = await self._open(name, wanted)
         except FarpageError as error:
             self.refused += 1
             raise _refusal(name, error) from error
-        counters = self.counters.setdefault(wanted.volume, Counters())
-        export = VolumeExport(
+        # From here to the return nothing is waited for: a fence must not miss it.
+        export.on_closed = lambda: self._closed(export)
+        self._holds.add(export)
+        log.info("opened", volume=wanted.volume, epoch=wanted.epoch, export=name, pid=peer.pid)
+        return export
+
+    async def _open(self, name: str, wanted: ExportName) -> VolumeExport:
+        move = self._copied(wanted)
+        if move is not None and self.copies is not None:
+            copying = await self.copies.of(move)
+            if wanted.principal:
+                return self._open_to_fill(name, wanted, copying)
+            return await self._open_copying(name, wanted, copying)
+        await self._refuse_incomplete(wanted)
+        claim, over = _claim(wanted), self._leave_to_write(wanted)
+        if wanted.principal and claim is not None:
+            await self._replace_relay(wanted, claim)
+        located, volume = await self._volumes.open(wanted.volume, claim, over, wanted.device)
+        return self._export(name, wanted, located, volume, self._counters(wanted.volume))
+
+    async def _refuse_incomplete(self, wanted: ExportName) -> None:
+        """Refuse a replica that lacks pages, which would read as zeros.
+
+        :raise ReplicaIncomplete:
+        """
+        if self.copies is not None and self.copies.lacks_pages(wanted.volume):
+            located = await self._volumes.find(wanted.volume, wanted.device)
+            self.copies.refuse_plain(wanted.volume, located.device.id)
+
+    def _copied(self, wanted: ExportName) -> Move | None:
+        """Return the move that a name asks for part in; None if it asks for a volume that is whole.
+
+        :raise NotCopied: there is no such move here.
+        """
+        if not wanted.source:
+            return None
+        if self.copies is None:
+            raise NotCopied(wanted.volume, wanted.device, wanted.source, "")
+        move = self.copies.copied(wanted)
+        if move is None and wanted.principal:
+            raise NotCopied(wanted.volume, wanted.device, wanted.source, "")
+        if wanted.epoch is None and not wanted.principal:
+            raise InvalidInput(
+                "export", "a volume that is copied has no read-only view", "open it under the owner's epoch"
+            )
+        return move
+
+    async def _open_copying(self, name: str, wanted: ExportName, copying: Copying) -> VolumeExport:
+        assert self.copies is not None
+        claim = _claim(wanted) or Claim()
+        copying.refuse(claim)
+        views: list[CopyingVolume] = []
+
+        def layer(target: BlockIO) -> BlockIO:
+            assert self.copies is not None
+            views.append(self.copies.owners_view(copying, claim, target))
+            return views[0]
+
+        over = self._leave_to_write(wanted)
+        located, volume = await self._volumes.open(wanted.volume, claim, over, wanted.device, layer)
+        export = self._export(name, wanted, located, volume, self._counters(wanted.volume))
+        export.copying, export.on_given_up = copying, views[0].give_up
+        return export
+
+    def _open_to_fill(self, name: str, wanted: ExportName, copying: Copying) -> VolumeExport:
+        assert self.copies is not None
+        located = copying.located
+        fill = self.copies.fillers_view(copying)
+        volume = ConvertedVolume(fill, self._volumes.commands(located.device))
+        # Its commands are not the client's, which copying gives way to.
+        export = self._export(name, wanted, located, volume, Counters())
+        export.copying = copying
+        return export
+
+    async def _replace_relay(self, wanted: ExportName, claim: Claim) -> None:
+        """Cut the relay's connection off that is there already, and wait for what it has under way.
+
+        What it was sent may have been repeated over the new one, and must not come after what is sent later.
+        """
+        located = await self._volumes.find(wanted.volume, wanted.device)
+        self._volumes.refuse(located, claim)
+        older = [
+            hold
+            for hold in self._holds
+            if hold.volume_id == located.stat.id
+            and hold.epoch is not None
+            and hold.wanted is not None
+            and hold.wanted.principal == wanted.principal
+        ]
+        if older:
+            log.info("relay_replaced", exports=sorted({hold.name for hold in older}))
+            await self.server.fence(lambda export: export in older)
+
+    def _export(
+        self, name: str, wanted: ExportName, located: Located, volume: BlockIO, counters: Counters
+    ) -> VolumeExport:
+        return VolumeExport(
             name=name,
             io=volume,
             description=_description(located, wanted),
             counters=counters,
             volume_id=located.stat.id,
             epoch=wanted.epoch,
+            wanted=wanted,
         )
-        export.on_closed = lambda: self._closed(export)
-        self._holds.add(export)
-        log.info("opened", volume=wanted.volume, epoch=wanted.epoch, device=located.device.name, pid=peer.pid)
-        return export
+
+    def _counters(self, volume: str) -> Counters:
+        return self.counters.setdefault(volume, Counters())
 
     def _leave_to_write(self, wanted: ExportName) -> Callable[[], bool]:
         """Return what tells when the owner's leave to write is over.
@@ -113,19 +223,25 @@ class VolumeExports:
         if parse_lease_name(name) is not None:
             return ExportInfo(LeaseExport.size_bytes, description="a lease")
         try:
-            wanted = _plain(parse_export_name(name))
+            wanted = parse_export_name(name)
+            authorize(self._volumes.definition, wanted)
+            copied = self._copied(wanted) is not None
+            if not copied:
+                await self._refuse_incomplete(wanted)
             located = await self._volumes.find(wanted.volume, wanted.device)
             claim = _claim(wanted)
             if claim is not None:
                 self._volumes.refuse(located, claim)
         except FarpageError as error:
             raise _refusal(name, error) from error
-        device = located.device
+        device, features = located.device, located.device.features
+        if copied:
+            features = features & COPYING_FEATURES if claim else FillVolume.features
         return ExportInfo(
             size_bytes=located.stat.size_bytes,
-            read_only=wanted.epoch is None,
-            limits=device.limits,
-            features=offered_features(device.features, self._volumes.commands(device)),
+            read_only=claim is None and not copied,
+            limits=page_limits(device.limits) if copied else device.limits,
+            features=offered_features(features, self._volumes.commands(device)),
             description=_description(located, wanted),
         )
 
@@ -150,11 +266,44 @@ class VolumeExports:
             and (epoch is None or (hold.epoch is not None and hold.epoch < epoch))
         ]
         if not older:
+            if epoch is None and self.copies is not None:
+                await self.copies.discard(volume_id)
             return
         self.fenced += len(older)
         log.warning("fencing", exports=sorted({hold.name for hold in older}), newer_epoch=epoch)
         await self.server.fence(lambda export: export in older)
         log.info("fenced", exports=sorted({hold.name for hold in older}), newer_epoch=epoch)
+        if epoch is None and self.copies is not None:
+            await self.copies.discard(volume_id)
+
+    async def _cut_off(self, copying: Copying, claim: Claim | None) -> None:
+        """Cut off those who have a volume open that is copied: its owner under `claim`, or everybody."""
+
+        def matches(export: Export) -> bool:
+            if not isinstance(export, VolumeExport) or export.copying is not copying:
+                return False
+            return claim is None or (export.wanted is not None and _claim(export.wanted) == claim)
+
+        if any(map(matches, self._holds)):
+            log.warning("copying_cut_off", volume=copying.move.volume, epoch=claim.epoch if claim else None)
+            await self.server.fence(matches)
+
+    def follow_definition(self) -> None:
+        """Do what a new definition asks for: end moves, and cut principals off whose grants are gone."""
+        if self.copies is not None:
+            self.copies.follow()
+        definition, revoked = self._volumes.definition, set()
+        for hold in self._holds:
+            try:
+                if hold.wanted is not None:
+                    authorize(definition, hold.wanted)
+            except NotGranted as error:
+                log.warning("grant_revoked", export=hold.name, principal=error.principal)
+                revoked.add(hold)
+        if revoked:
+            task = asyncio.get_running_loop().create_task(self.server.fence(lambda export: export in revoked))
+            self._closing[task] = ""
+            task.add_done_callback(self._closing.pop)
 
     async def settle(self, volume_id: str) -> int:
         """Wait for the holds that are about to end, and count the others."""
@@ -177,6 +326,8 @@ class VolumeExports:
         await self.server.close()
         if self._closing:
             await asyncio.wait(tuple(self._closing))
+        if self.copies is not None:
+            await self.copies.close()
 
     def _closed(self, export: VolumeExport) -> None:
         self._holds.discard(export)
@@ -193,14 +344,8 @@ async def _close(volume: BlockIO) -> None:
         log.exception("close_failed")
 
 
-def _plain(wanted: ExportName) -> ExportName:
-    """Return a name that asks for a volume as it is.
-
-    :raise NotServed: it asks for part in a move.
-    """
-    if wanted.source or wanted.principal:
-        raise NotServed(wanted.volume)
-    return wanted
+def _begun(counters: Counters) -> int:
+    return counters.reads + counters.writes + counters.others + counters.errors + counters.in_flight
 
 
 def _claim(wanted: ExportName) -> Claim | None:
@@ -210,6 +355,8 @@ def _claim(wanted: ExportName) -> Claim | None:
 
 def _description(located: Located, wanted: ExportName) -> str:
     view = "read-only view" if wanted.epoch is None else f"epoch {wanted.epoch}"
+    if wanted.source:
+        view += f", copied from device {wanted.source}"
     return f"{wanted.volume} on device {located.device.name}, {view}"
 
 

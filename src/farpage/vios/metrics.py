@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from farpage.definition.model import PAGE_BYTES
 from farpage.definition.store import DefinitionStore
 from farpage.device.errors import DeviceUnusable
+from farpage.vios.copying.copies import Copying
 from farpage.vios.exports import VolumeExports
 from farpage.vios.volumes import Volumes
 
@@ -36,6 +38,7 @@ class ViosCollector(Collector):
         """Yield the metric families."""
         yield from self._devices()
         yield from self._commands()
+        yield from self._copies()
         yield GaugeMetricFamily(
             "farpage_vios_definition_revision",
             "Revision of the definition that is stored",
@@ -94,6 +97,32 @@ class ViosCollector(Collector):
         for volume, counters in counted:
             in_flight.add_metric([volume], counters.in_flight)
         yield in_flight
+
+    def _copies(self) -> Iterator[Metric]:
+        """Yield what there is to say of the volumes that are copied to devices of this VIOS."""
+        copies = self.exports.copies
+        copied = [] if copies is None else [(found.move.volume, found) for found in copies.all]
+        gauges: dict[str, tuple[str, Callable[[Copying], float]]] = {
+            "present_bytes": ("Bytes that the new device has", lambda c: c.copy.presence.count * PAGE_BYTES),
+            "total_bytes": ("Size of the volume", lambda c: c.copy.presence.pages * PAGE_BYTES),
+            "relay_connected": ("1 while there is a way to the old device", lambda c: c.relay_connected),
+            "waiting_commands": ("Client's commands that wait for that way", lambda c: c.waiting_commands),
+        }
+        counters: dict[str, tuple[str, Callable[[Copying], float]]] = {
+            "relayed_reads": ("Reads answered by the old device", lambda c: c.copy.counters.relayed_reads),
+            "kept_pages": ("Relayed pages that were kept", lambda c: c.copy.counters.kept_pages),
+            "filled_pages": ("Pages that were copied", lambda c: c.copy.counters.filled_pages),
+        }
+        for name, (help_text, value) in gauges.items():
+            gauge = GaugeMetricFamily(f"farpage_copying_{name}", help_text, labels=["volume"])
+            for volume, copying in copied:
+                gauge.add_metric([volume], value(copying))
+            yield gauge
+        for name, (help_text, value) in counters.items():
+            counter = CounterMetricFamily(f"farpage_copying_{name}", help_text, labels=["volume"])
+            for volume, copying in copied:
+                counter.add_metric([volume], value(copying))
+            yield counter
 
 
 def registry_of(volumes: Volumes, exports: VolumeExports, definitions: DefinitionStore) -> CollectorRegistry:

@@ -23,9 +23,20 @@ from farpage.device.spec import parse_spec
 from farpage.errors import FarpageError
 from farpage.handover import most_bytes
 from farpage.log import get_logger
+from farpage.vios.copying.copies import Copies
 from farpage.vios.exports import VolumeExports
 from farpage.vios.handovers import HandoverMissing, Handovers
-from farpage.vios.model import DeviceAdd, DeviceInfo, HandoverInfo, Health, VolumeCreate, VolumeInfo
+from farpage.vios.model import (
+    CopyOrders,
+    CopyStatus,
+    DeviceAdd,
+    DeviceInfo,
+    HandoverInfo,
+    Health,
+    IntermediaryReport,
+    VolumeCreate,
+    VolumeInfo,
+)
 from farpage.vios.remembered import RememberedDevice, RememberedDevices
 from farpage.vios.volumes import Located, Volumes, if_it_answers
 
@@ -310,6 +321,28 @@ class ViosService:
         self.volumes.refuse(located, claim)
         await located.device.run(self.handovers.remove, located.stat.id)
 
+    # Moves
+
+    async def intermediary(self, name: str, device: str, report: IntermediaryReport) -> CopyOrders:
+        """Take note of what an intermediate client says, and tell it what to do.
+
+        :raise InvalidInput: the address of its relay cannot be read.
+        :raise IntermediaryDisplaced: another one has taken over.
+        """
+        return await self._on_data(self._copies.report(name, device, report))
+
+    async def copy_status(self, name: str, device: str) -> CopyStatus:
+        """Say how far the copying of a volume is.
+
+        :raise NotCopied: it is not copied to that device here.
+        """
+        return await self._on_data(self._copies.status(name, device))
+
+    @property
+    def _copies(self) -> Copies:
+        assert self.exports.copies is not None
+        return self.exports.copies
+
     # Definition
 
     async def put_definition(self, expected_revision: int, definition: Definition) -> Definition:
@@ -320,11 +353,15 @@ class ViosService:
 
         :raise RevisionConflict: another one is stored than expected.
         :raise InvalidDefinition: it contradicts itself.
+        :raise CopyIncomplete: it ends a move whose pages are not all here.
         """
         before = self.definitions.current()
+        if self.exports.copies is not None and before.moves:
+            await self._on_data(self.exports.copies.refuse_early_end(definition))
         stored = await asyncio.to_thread(self.definitions.compare_and_swap, expected_revision, definition)
         if before.revision != stored.revision:
             log.info("definition_stored", revision=stored.revision, changes=diff(before, stored))
+            self.loop.call_soon_threadsafe(self.exports.follow_definition)
         known = claims(before)
         raised = {volume: claim for volume, claim in claims(stored).items() if known.get(volume) != claim}
         if raised:

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from farpage.blockio import BlockIO
 from farpage.definition.errors import StoreFailed
-from farpage.definition.model import Definition, PagingCommand
+from farpage.definition.model import Definition, PagingCommand, ReplicaState
 from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.device.base import PagingDevice, VolumeStat, never
@@ -23,6 +23,7 @@ from farpage.device.errors import (
     VolumeMissing,
     VolumeTaken,
 )
+from farpage.errors import FarpageError
 from farpage.log import get_logger
 from farpage.vios.commands import ConvertedVolume, commands_of
 from farpage.vios.errors import CommandRefused, DeviceMissing, VolumeOwned
@@ -83,6 +84,11 @@ class Volumes:
         self.holders: Holders = Nobody()
         self.on_deleted: Callable[[str], None] = lambda volume_id: None
         """Called in a thread with the identifier of a volume that was deleted."""
+
+    @property
+    def definition(self) -> Definition:
+        """The definition that is stored now. Safe to call from any thread."""
+        return self._definitions.current()
 
     # Devices
 
@@ -277,11 +283,17 @@ class Volumes:
         return located
 
     async def open(
-        self, name: str, claim: Claim | None, over: Callable[[], bool] = never, device_id: str = ""
+        self,
+        name: str,
+        claim: Claim | None,
+        over: Callable[[], bool] = never,
+        device_id: str = "",
+        layer: Callable[[BlockIO], BlockIO] = lambda volume: volume,
     ) -> tuple[Located, BlockIO]:
         """Open a volume for its owner, or read-only; the caller registers it before it waits for anything.
 
-        When `over` says True the volume is not changed any more.
+        When `over` says True the volume is not changed any more. `layer` puts something over the device's
+        volume, at once before the return.
 
         :raise VolumeMissing: there is none.
         :raise VolumeFenced: a newer epoch owns it.
@@ -298,10 +310,10 @@ class Volumes:
             if claim is not None:
                 # A newer owner may have come while the file was opened, and found nobody to cut off.
                 self._refuse_seen(name, located.stat.id, claim)
-        except VolumeFenced:
+            return located, ConvertedVolume(layer(volume), commands)
+        except FarpageError:
             await volume.close()
             raise
-        return located, ConvertedVolume(volume, commands)
 
     def _store_epoch(self, volume_id: str, claim: Claim) -> None:
         try:
@@ -339,13 +351,16 @@ class _CountedLock:
 
 
 def _devices_of(definition: Definition, volume: str) -> tuple[str, ...]:
-    return tuple(
-        replica.device
+    """Return the devices with replicas, those that lack pages last."""
+    replicas = [
+        replica
         for client in definition.clients.values()
         for record in client.volumes
         if record.name == volume
         for replica in record.replicas
-    )
+    ]
+    replicas.sort(key=lambda replica: replica.state is ReplicaState.COPYING)
+    return tuple(replica.device for replica in replicas)
 
 
 async def if_it_answers(device: PagingDevice, question: Callable[[], Answer]) -> Answer | None:

@@ -17,11 +17,9 @@ from typing import Final, TypeAlias
 
 from farpage.address import Address
 from farpage.blockio import (
-    Allocation,
     BlockIO,
     BlockLimits,
     Done,
-    Extent,
     ExtentsDone,
     Feature,
     ReadDone,
@@ -75,6 +73,8 @@ class Relay(Replaying):
         self.size_bytes = size_bytes
         self.address: Address | None = None
         """Where the intermediate client listens; None until it has said so."""
+        self.on_ended: Callable[[], None] = lambda: None
+        """Called once, when nobody uses it any more."""
         self._on_refused = on_refused
         self._dial = dial
         self._announced = asyncio.Event()
@@ -85,6 +85,11 @@ class Relay(Replaying):
     def connected(self) -> bool:
         """Whether there is a connection."""
         return self._links[0].connection is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it serves nobody any more."""
+        return self._closed
 
     @property
     def waiting(self) -> int:
@@ -134,6 +139,7 @@ class Relay(Replaying):
         self._ports -= 1
         if not self._ports:
             self._finish_all(errno.ESHUTDOWN)
+            self.on_ended()
 
     def _finish_all(self, error: int) -> None:
         self._closed, self._closed_error = True, error
@@ -220,7 +226,7 @@ class RelayPort:
 
     read_only = False
     limits = BlockLimits()
-    features = Feature.FLUSH | Feature.FUA | Feature.TRIM | Feature.ZERO | Feature.EXTENTS
+    features = Feature.FLUSH | Feature.FUA | Feature.TRIM | Feature.ZERO
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
@@ -291,15 +297,9 @@ class RelayPort:
         )
 
     def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        """Report the allocation; all of it is data where the other side cannot tell."""
-
-        def start(io: Losable, end: Finished) -> None:
-            if Feature.EXTENTS in io.features:
-                io.extents(offset, length, end)
-            else:
-                end(0, [Extent(length, Allocation.DATA)])
-
-        self._submit(start, done)
+        """Refuse."""
+        del offset, length
+        done(errno.ENOTSUP, None)
 
     def _plain(self, start: Callable[[BlockIO, bool, Done], None], fua: bool, done: Done) -> None:
         def begin(io: Losable, end: Finished) -> None:
