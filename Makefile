@@ -1,6 +1,7 @@
 # farpage: set-up, demo, tests and benchmarks.
 #   make setup   Debian packages of apt.txt and the virtual environment .venv
 #   make demo    page a real guest through two I/O servers and lose both of them in turn
+#   make claims  the first claim of the patent, clause by clause: a table of what shows each
 #   make test    lint, types and the whole test suite
 #   make bench   beside nbdkit, qemu-nbd and host swap, and mirrors beside none, printed as ratios
 
@@ -11,7 +12,7 @@ READY  := $(VENV)/.ready
 
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
-.PHONY: setup packages demo test lint bench clean
+.PHONY: setup packages demo claims test lint bench clean
 
 setup: $(READY)
 
@@ -30,6 +31,9 @@ $(READY): pyproject.toml apt.txt Makefile | packages
 
 demo: setup
 	@$(BIN)/farpage demo $(ARGS)
+
+claims: setup
+	@$(BIN)/python -m tests.claims
 
 lint: setup
 	$(BIN)/ruff check .

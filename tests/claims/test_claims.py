@@ -1,7 +1,9 @@
 """The first claim and the abstract of US 8,099,522 B2, clause by clause, on real processes.
 
-One set runs for all: two VIOS that reach a common device, of which one reaches a device of its own too,
-a hypervisor, and a client whose memory is paged to a quarter of its size.
+The steps are one story and run in this order. Its hosts are those of `tests.claims.scene`. Two clients run
+beside hypervisor "a": `pair`, whose volume is on the common device, shows what needs two VIOS in front of one
+device; `client` has its volume on the second device. It is released there, and its hypervisor from then on is
+"h", which reaches the first VIOS alone.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ import asyncio
 import errno
 import json
 import os
+import signal
+import socket
 import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +24,6 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from farpage.address import parse_address
-from farpage.api.client import ControlClient
 from farpage.blockio import Feature, read_bytes
 from farpage.definition import rules
 from farpage.definition.document import canonical_json
@@ -36,83 +39,50 @@ from farpage.definition.model import (
 )
 from farpage.definition.placement import NEEDED_COMMANDS
 from farpage.device.label import read_label
-from farpage.hypervisor.model import ClientCreate
-from farpage.nbd.client import Connection
+from farpage.hypervisor.model import Attachment, ClientCreate, ClientRelease
+from farpage.hypervisor.ways import Way
 from farpage.nbd.errors import ServerRefused
-from farpage.vios.model import DeviceAdd, VolumeCreate, VolumeInfo
-from farpage.volume.resolve import Direct, Indirect, Unreachable, Viewpoint, resolve
-from tests.support.paged_set import PagedSet, paged_region, running_set
+from farpage.volume.resolve import Direct, Indirect, Place, Unreachable, Viewpoint, resolve
+from tests.claims.conftest import Evidence
+from tests.claims.scene import CONTROL_PORT, DATA_PORT, RELAY_PORT, Paged, Scene, scene
 from tests.support.region_client import expected_words
-from tests.support.scrape import Scrape
 from tests.support.volumes import extents, flush, trim, write, zero
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-PAGES = 2048
+PAIR_PAGES = 2048
+PAIR_LIMIT_BYTES = PAIR_PAGES * PAGE_BYTES // 4
+PAGES = 8192
 LIMIT_BYTES = PAGES * PAGE_BYTES // 4
-OWN_BYTES = 64 << 20
+REACHED_BY_H = "vios1 alone"
 
 
 @dataclass
-class Claims:
-    """The set, its client, and the folders of its two devices."""
+class Claim:
+    """The scene and its clients."""
 
-    paged: PagedSet
-    common: Path
-    own: Path
-
-    def control(self, vios: str) -> ControlClient:
-        return ControlClient(self.paged.embedded.document.vioses[vios].control)
+    scene: Scene
+    pair: Paged
+    client: Paged
+    version: int = 0
+    """Of every page of the client."""
 
     async def definition(self) -> Definition:
-        return await self.paged.embedded.vioses["vios1"].definition()
-
-    async def device(self, folder: Path) -> str:
-        """Return a device's identifier in the definition, by how its VIOS reach it."""
-        for identifier, record in (await self.definition()).devices.items():
-            if str(folder) in record.reached_by[0].spec:
-                return identifier
-        raise AssertionError(f"{folder} is no device of the definition")
-
-    async def store(self, definition: Definition) -> None:
-        """Store a definition in every VIOS, as a hypervisor does."""
-        for name in self.paged.embedded.vioses:
-            async with self.control(name) as vios:
-                current = await vios.get("/v1/definition", Definition)
-                params = {"expected_revision": current.revision}
-                await vios.put("/v1/definition", definition, Definition, params=params)
-
-    async def create_volume(self, vios: str, name: str, device: str, size_bytes: int) -> VolumeInfo:
-        async with self.control(vios) as client:
-            wanted = VolumeCreate(name=name, device=device, size_bytes=size_bytes)
-            return await client.post("/v1/volumes", wanted, VolumeInfo)
-
-    async def delete_volume(self, vios: str, name: str) -> None:
-        async with self.control(vios) as client:
-            await client.delete(f"/v1/volumes/{name}")
-
-    async def connect(self, vios: str, export: str) -> Connection:
-        data = self.paged.embedded.document.vioses[vios].data[0]
-        return await Connection.open(parse_address(data), export)
-
-    async def scrape(self, vios: str) -> Scrape:
-        return await Scrape.of(self.paged.embedded.document.vioses[vios].control)
-
-    async def paged_out(self) -> None:
-        """Give every page a new version and wait until the client is within its limit."""
-        await self.paged.write_all()
-        await self.paged.until(lambda info: info.resident_bytes <= LIMIT_BYTES, "within the limit")
+        return await self.scene.definition()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def claims() -> AsyncIterator[Claims]:
-    async with running_set(workers=1) as embedded:
-        own = embedded.layout.root / "own"
-        spec = f"dir:{own}?size={OWN_BYTES}"
-        await embedded.vioses["vios1"].add_device(DeviceAdd(spec=spec))
-        await embedded.hypervisor.refresh_devices()
-        async with paged_region(embedded, PAGES, LIMIT_BYTES) as paged:
-            yield Claims(paged, embedded.layout.common_device, own)
+async def claim() -> AsyncIterator[Claim]:
+    async with scene() as made:
+        pair = await made.region("a", "v2", "pair", PAIR_PAGES, limit_bytes=PAIR_LIMIT_BYTES)
+        client = await made.region("a", "v2", "client", PAGES, limit_bytes=LIMIT_BYTES)
+        await client.write_all()
+        claim = Claim(made, pair, client, version=1)
+        try:
+            yield claim
+        finally:
+            for paged in (claim.pair, claim.client):
+                await paged.process.stop()
 
 
 def with_commands(definition: Definition, device: str, commands: tuple[PagingCommand, ...]) -> Definition:
@@ -121,183 +91,193 @@ def with_commands(definition: Definition, device: str, commands: tuple[PagingCom
     return rules.next_revision(definition, devices={**definition.devices, device: record})
 
 
-async def test_c1_identify(claims: Claims) -> None:
+def with_replicas(definition: Definition, client: str, *replicas: Replica) -> Definition:
+    """Say where a client's volume is."""
+    record = definition.clients[client]
+    volumes = (record.volumes[0].model_copy(update={"replicas": replicas}),)
+    clients = {**definition.clients, client: record.model_copy(update={"volumes": volumes})}
+    return rules.next_revision(definition, clients=clients)
+
+
+def words_of(file: Path, pages: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+    """Read a volume from the device's file, past every process: a row of words for each page."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        return np.frombuffer(os.pread(descriptor, pages * PAGE_BYTES, 0), np.uint64).reshape(pages, -1)
+    finally:
+        os.close(descriptor)
+
+
+async def hand_over(claim: Claim) -> None:
+    """Release the client at "a", end "a" and its link to the first VIOS, and adopt the client at "h"."""
+    scene, hypervisor = claim.scene, claim.scene.hypervisors["a"]
+    assert await claim.pair.process.do("close") == "done"
+    await claim.pair.process.stop()
+    claim.client.process.process.send_signal(signal.SIGSTOP)
+    released = await hypervisor.release("client", ClientRelease())
+    assert released.attachment is Attachment.NONE
+    await claim.client.process.stop()
+    content = words_of(scene.file("second", "client"), PAGES)
+    assert (content == expected_words(0, np.full(PAGES, claim.version, np.uint64))).all()
+    await scene.until_stored(await hypervisor.definition())
+    await scene.stop_hypervisor("a")
+    scene.hosts.unlink("v1", "v2")
+    await scene.start_hypervisor("h", "h", ("vios1",))
+
+
+def assert_h_reaches_the_first_vios_alone(scene: Scene) -> None:
+    """Connect from host to host: the client's host to the first VIOS, and nowhere else."""
+    h, v1, i, v2 = (scene.hosts[name] for name in ("h", "v1", "i", "v2"))
+    with i.entered(), socket.create_server((i.address, RELAY_PORT)):
+        for port in (CONTROL_PORT, DATA_PORT):
+            assert h.connect(v1, port) == ""
+            assert h.connect(v2, port) == "ENETUNREACH"
+            assert v1.connect(v2, port) == "ENETUNREACH"
+            assert (i.connect(v1, port), i.connect(v2, port)) == ("", "")
+        assert h.connect(i, RELAY_PORT) == "ENETUNREACH"
+        assert v1.connect(i, RELAY_PORT) == ""
+
+
+async def test_c1_identify(claim: Claim, evidence: Evidence) -> None:
     """Two devices are identified for the client; each can hold its volume and is within its reach."""
-    definition = await claims.definition()
-    client = rules.client_of(definition, "client")
-    reached = {vios.name for vios in await claims.paged.embedded.hypervisor.vioses() if vios.reachable}
+    scene, definition = claim.scene, await claim.definition()
+    reached = {vios.name for vios in await scene.hypervisors["a"].vioses() if vios.reachable}
     assert len(definition.devices) >= 2
-    for identifier, device in definition.devices.items():
-        assert set(device.commands) >= NEEDED_COMMANDS
-        for reach in device.reached_by:
-            assert reach.vios in reached
-            made = await claims.create_volume(reach.vios, "held", identifier, client.memory_bytes)
-            assert (made.device, made.size_bytes) == (identifier, client.memory_bytes)
-            await claims.delete_volume(reach.vios, "held")
-    common, own = [definition.devices[await claims.device(path)] for path in (claims.common, claims.own)]
-    assert (common.is_common, own.is_common) == (True, False)
+    holding: dict[str, set[str]] = {"pair": set(), "client": set()}
+    for client, held in holding.items():
+        record = rules.client_of(definition, client)
+        own = {replica.device for replica in record.volumes[0].replicas}
+        for identifier, device in definition.devices.items():
+            assert set(device.commands) >= NEEDED_COMMANDS
+            assert {reach.vios for reach in device.reached_by} <= reached
+            if device.size_bytes < record.memory_bytes:
+                continue
+            for reach in device.reached_by:
+                if identifier in own:
+                    found = await scene.volume(reach.vios, client)
+                else:
+                    found = await scene.create_volume(reach.vios, "held", identifier, record.memory_bytes)
+                    await scene.delete_volume(reach.vios, "held")
+                assert (found.device, found.size_bytes) == (identifier, record.memory_bytes)
+            held.add(device.name)
+    assert holding == {"pair": {"first", "second", "common"}, "client": {"first", "second"}}
+    devices = [definition.devices[await scene.device(name)] for name in ("common", "first", "second")]
+    assert [device.is_common for device in devices] == [True, False, False]
+    evidence(f"devices {', '.join(sorted(device.name for device in devices))}, reached by {sorted(reached)}")
+    evidence(f"each of {sorted(holding['client'])} holds a volume of the client's {PAGES} pages")
 
 
-async def test_c2_define(claims: Claims) -> None:
+async def test_c2_define(claim: Claim, evidence: Evidence) -> None:
     """The definition made of the devices and the client lies in both VIOS, the same byte for byte."""
-    definition = await claims.definition()
-    await claims.paged.until_stored(definition)
+    scene, definition = claim.scene, await claim.definition()
+    await scene.until_stored(definition)
     answered: set[bytes] = set()
     stored: set[str] = set()
-    for name in claims.paged.embedded.vioses:
-        async with claims.control(name) as vios:
+    for name in scene.vioses:
+        async with scene.control(name) as vios:
             answered.add(await vios.request("GET", "/v1/definition"))
-        database = claims.paged.embedded.layout.vios_dir(name) / "vios.db"
-        with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        with closing(sqlite3.connect(f"file:{scene.root}/{name}/vios.db?mode=ro", uri=True)) as database:
             query = "SELECT document FROM definitions ORDER BY number DESC LIMIT 1"
-            stored.add(connection.execute(query).fetchone()[0])
-        connection.close()
-    assert len(claims.paged.embedded.vioses) >= 2
+            stored.add(database.execute(query).fetchone()[0])
+    assert len(scene.vioses) >= 2
     assert stored == {canonical_json(definition)}
     assert answered == {canonical_json(definition).encode()}
     document = json.loads(stored.pop())
-    assert set(document["devices"]) == {await claims.device(claims.common), await claims.device(claims.own)}
-    assert document["clients"]["client"]["volumes"][0]["replicas"][0]["device"] in document["devices"]
+    assert set(document["devices"]) == {await scene.device(name) for name in ("common", "first", "second")}
+    for client, device in (("pair", "common"), ("client", "second")):
+        (replica,) = document["clients"][client]["volumes"][0]["replicas"]
+        assert (replica["device"], replica["state"]) == (await scene.device(device), "in_sync")
+    evidence(f"revision {definition.revision} in the databases of {sorted(scene.vioses)}: the same bytes")
 
 
-async def test_c3_command(claims: Claims) -> None:
+async def test_a1_identifier(claim: Claim, evidence: Evidence) -> None:
+    """Each device has an identifier, the same on its label, and the commands that its VIOS accept."""
+    scene, definition = claim.scene, await claim.definition()
+    for name in ("common", "first", "second"):
+        label = read_label(scene.folder(name))
+        assert label is not None
+        device = definition.devices[label.uuid]
+        assert device.name == name
+        for reach in device.reached_by:
+            (described,) = [
+                info for info in await scene.vioses[reach.vios].devices() if info.id == label.uuid
+            ]
+            assert described.commands == device.commands
+    first = await scene.device("first")
+    assert first != await scene.device("common")
+    fewer = tuple(
+        command for command in definition.devices[first].commands if command != PagingCommand.DISCARD
+    )
+    await scene.store(configured := with_commands(definition, first, fewer))
+    (described,) = [info for info in await scene.vioses["vios1"].devices() if info.id == first]
+    assert described.commands == fewer
+    await scene.store(with_commands(configured, first, definition.devices[first].commands))
+    evidence(f"first is {first}, on its label too")
+    evidence("its VIOS accepts the commands that the definition lists, without discard when that goes")
+
+
+async def test_c3_command(claim: Claim, evidence: Evidence) -> None:
     """Commands go through the first VIOS, and those that the definition does not name are refused."""
-    first = await claims.paged.active()
-    (second,) = set(claims.paged.embedded.vioses) - {first}
+    scene, pair = claim.scene, claim.pair
+    through = await pair.active()
+    (beside,) = set(scene.vioses) - {through}
     loop = asyncio.get_running_loop()
     began = loop.time()
-    before = [await claims.scrape(vios) for vios in (first, second)]
-    await claims.paged_out()
-    await claims.paged.verify_all()
-    after = [await claims.scrape(vios) for vios in (first, second)]
+    before = [await scene.scrape(vios) for vios in (through, beside)]
+    await pair.write_all()
+    await pair.until(lambda info: info.resident_bytes <= PAIR_LIMIT_BYTES, "within the limit")
+    await pair.verify_all()
+    after = [await scene.scrape(vios) for vios in (through, beside)]
     # The standby path is probed with a read, once a second.
     probes = 1 + int(loop.time() - began)
-    for metric, most in (("farpage_volume_reads_total", probes), ("farpage_volume_writes_total", 0)):
-        through_first, through_second = (
-            now.value(metric, volume="client") - then.value(metric, volume="client")
-            for then, now in zip(before, after, strict=True)
+    for commands, page_bytes, most in (
+        ("farpage_volume_reads_total", "farpage_volume_read_bytes_total", probes),
+        ("farpage_volume_writes_total", "farpage_volume_written_bytes_total", 0),
+    ):
+        (by_first, by_second), (first_bytes, second_bytes) = (
+            [
+                now.value(metric, volume="pair") - then.value(metric, volume="pair")
+                for then, now in zip(before, after, strict=True)
+            ]
+            for metric in (commands, page_bytes)
         )
-        assert through_first > 10 * probes
-        assert through_second <= most
+        assert by_first > most >= by_second
+        assert first_bytes > 10 * probes * PAGE_BYTES
+        assert second_bytes <= most * PAGE_BYTES
+        evidence(f"{commands} at {through}: {by_first:.0f}, at {beside}: {by_second:.0f} (probes)")
 
-    own, definition = await claims.device(claims.own), await claims.definition()
-    allowed = definition.devices[own].commands
+    first, definition = await scene.device("first"), await claim.definition()
+    allowed = definition.devices[first].commands
     fewer = tuple(set(allowed) - {PagingCommand.DISCARD, PagingCommand.ZERO, PagingCommand.FLUSH})
-    await claims.create_volume("vios1", "restricted", own, 1 << 20)
-    await claims.store(restricted := with_commands(definition, own, fewer))
-    connection = await claims.connect("vios1", "restricted@1")
+    await scene.create_volume("vios1", "restricted", first, 1 << 20)
+    await scene.store(restricted := with_commands(definition, first, fewer))
+    connection = await scene.connect("vios1", "restricted@1")
     assert not connection.features & (Feature.TRIM | Feature.ZERO | Feature.FLUSH)
     assert await write(connection, 0, b"a" * PAGE_BYTES) == 0
     assert await trim(connection, 0, PAGE_BYTES) == errno.ENOTSUP
     assert await zero(connection, 0, PAGE_BYTES) == errno.ENOTSUP
     assert await read_bytes(connection, 0, PAGE_BYTES) == b"a" * PAGE_BYTES
     await connection.close()
-    await claims.store(shut := with_commands(restricted, own, (PagingCommand.PAGE_IN,)))
+    await scene.store(shut := with_commands(restricted, first, (PagingCommand.PAGE_IN,)))
     with pytest.raises(ServerRefused, match="not configured"):
-        await claims.connect("vios1", "restricted@1")
+        await scene.connect("vios1", "restricted@1")
     with pytest.raises(ServerRefused, match="another owner has it at epoch"):
-        await claims.connect(first, "client@1")
-    await claims.store(with_commands(shut, own, allowed))
-    await claims.delete_volume("vios1", "restricted")
-    await claims.paged.verify_all()
+        await scene.connect(through, "pair@1")
+    await scene.store(with_commands(shut, first, allowed))
+    await scene.delete_volume("vios1", "restricted")
+    await pair.verify_all()
+    evidence("refused: commands that the definition does not list, and owners that it does not name")
 
 
-async def test_c4_move(claims: Claims) -> None:
-    """Pages move from the client to their place on the device, where anyone can read them, and back."""
-    await claims.paged.client.do(f"write 0 {PAGES}")
-    info = await claims.paged.until(
-        lambda info: info.resident_bytes <= LIMIT_BYTES and info.on_device_bytes > 0, "within the limit"
-    )
-    file = claims.common / "volumes" / "client"
-    assert file.stat().st_size == PAGES * PAGE_BYTES
-    descriptor = os.open(file, os.O_RDONLY)
-    content = np.frombuffer(os.pread(descriptor, PAGES * PAGE_BYTES, 0), np.uint64).reshape(PAGES, -1)
-    os.close(descriptor)
-    # The version that the client wrote last: the highest for which any page on the device is right.
-    version = max(
-        number
-        for number in range(1, 100)
-        if (content == expected_words(0, np.full(PAGES, number, np.uint64))).all(axis=1).any()
-    )
-    moved = (content == expected_words(0, np.full(PAGES, version, np.uint64))).all(axis=1)
-    assert int(moved.sum()) >= info.on_device_bytes // PAGE_BYTES >= PAGES - LIMIT_BYTES // PAGE_BYTES
-    before = info.counters.page_in_pages
-    await claims.paged.verify_all()
-    assert (await claims.paged.info()).counters.page_in_pages - before >= info.on_device_bytes // PAGE_BYTES
-
-
-async def test_c5_decide(claims: Claims) -> None:
-    """Whether the client has direct access is read from the definition, and the client's paths are those."""
-    definition, common = await claims.definition(), await claims.device(claims.common)
-    reached = set(claims.paged.embedded.vioses)
-    access = resolve(definition, "client", common, Viewpoint(reached))
-    assert isinstance(access, Direct)
-    assert {path.vios for path in access.paths} == {path.vios for path in (await claims.paged.info()).paths}
-    assert {path.volume for path in access.paths} == {"client"}
-    own = resolve(definition, "client", await claims.device(claims.own), Viewpoint(reached))
-    assert isinstance(own, Direct)
-    assert own.source == common
-    assert not isinstance(resolve(definition, "client", common, Viewpoint({"vios3"})), Direct)
-
-
-async def test_c6_locate(claims: Claims) -> None:
-    """Without direct access the second device is located that holds the volume in sync, and its VIOS."""
-    definition, own = await claims.definition(), await claims.device(claims.own)
-    view = Viewpoint(set(claims.paged.embedded.vioses))
-
-    # A volume behind a VIOS that the hypervisor does not reach.
-    far = "11111111-2222-4333-8444-555555555555"
-    found = rules.FoundDevice(far, "far", "dir", "dir:/far", 1 << 30, tuple(PagingCommand))
-    record = ViosRecord(control="tcp:far:7001", data=("tcp:far:7002",))
-    definition = rules.register_vios(definition, "vios3", record, [found])
-
-    def with_replica(state: ReplicaState) -> Definition:
-        client = definition.clients["client"]
-        volume = client.volumes[0].model_copy(update={"replicas": (Replica(device=far, state=state),)})
-        clients = {**definition.clients, "client": client.model_copy(update={"volumes": (volume,)})}
-        return rules.next_revision(definition, clients=clients)
-
-    access = resolve(with_replica(ReplicaState.IN_SYNC), "client", own, view)
-    assert isinstance(access, Indirect)
-    assert (access.first_device, access.second_device, access.second_vios) == (own, far, "vios3")
-    assert access.first_vios in view.reached_vioses
-    assert access.standing.vioses == (access.first_vios,)
-    assert isinstance(resolve(with_replica(ReplicaState.STALE), "client", own, view), Unreachable)
-
-
-async def test_a1_identifier(claims: Claims) -> None:
-    """Each device has an identifier, the same on its label, and the commands that its VIOS accept."""
-    definition = await claims.definition()
-    for folder in (claims.common, claims.own):
-        label = read_label(folder)
-        assert label is not None
-        device = definition.devices[label.uuid]
-        for reach in device.reached_by:
-            async with claims.control(reach.vios) as vios:
-                (described,) = [
-                    info
-                    for info in json.loads(await vios.request("GET", "/v1/devices"))
-                    if info["id"] == label.uuid
-                ]
-            assert tuple(described["commands"]) == device.commands
-    own = await claims.device(claims.own)
-    assert own != await claims.device(claims.common)
-    fewer = tuple(command for command in definition.devices[own].commands if command != PagingCommand.DISCARD)
-    await claims.store(configured := with_commands(definition, own, fewer))
-    (described,) = [info for info in await claims.paged.embedded.vioses["vios1"].devices() if info.id == own]
-    assert described.commands == fewer
-    await claims.store(with_commands(configured, own, definition.devices[own].commands))
-
-
-async def test_a2_convert(claims: Claims) -> None:
+async def test_a2_convert(claim: Claim, evidence: Evidence) -> None:
     """Each NBD command that the VIOS gets becomes the device's own: here of the volume's file."""
-    own = await claims.device(claims.own)
-    await claims.create_volume("vios1", "converted", own, 1 << 20)
-    file = claims.own / "volumes" / "converted"
-    connection = await claims.connect("vios1", "converted@1")
+    scene = claim.scene
+    await scene.create_volume("vios1", "converted", await scene.device("first"), 1 << 20)
+    file = scene.file("first", "converted")
+    connection = await scene.connect("vios1", "converted@1")
 
     async def counted() -> tuple[float, ...]:
-        scrape = await claims.scrape("vios1")
+        scrape = await scene.scrape("vios1")
         return tuple(
             scrape.value(f"farpage_volume_{what}_total", volume="converted")
             for what in ("writes", "written_bytes", "reads", "read_bytes", "others", "errors")
@@ -329,34 +309,118 @@ async def test_a2_convert(claims: Claims) -> None:
     assert map_of_volume is not None
     assert map_of_volume[0].length == first_data
     await connection.close()
-    await claims.delete_volume("vios1", "converted")
-
-
-async def test_a3_assist(claims: Claims) -> None:
-    """The hypervisor sets up what a client needs: volume, definition, epoch, open exports on both VIOS."""
-    hypervisor = claims.paged.embedded.hypervisor
-    await hypervisor.create_client(
-        ClientCreate(
-            name="small",
-            memory_bytes=1 << 20,
-            redundancy=Redundancy.NONE,
-            vios_redundancy=ViosRedundancy.NONE,
-        )
+    await scene.delete_volume("vios1", "converted")
+    evidence(
+        "NBD write, flush, read, trim, zeroes and block status: pwrite, fdatasync, pread, holes, SEEK_DATA"
     )
-    assert (claims.own / "volumes" / "small").stat().st_size == 1 << 20
-    await hypervisor.delete_client("small")
-    assert not (claims.own / "volumes" / "small").exists()
 
-    await claims.paged.until(
+
+async def test_a3_assist(claim: Claim, evidence: Evidence) -> None:
+    """The hypervisor sets up what a client needs: volume, definition, epoch, open exports on both VIOS."""
+    scene, pair = claim.scene, claim.pair
+    hypervisor = scene.hypervisors["a"]
+    wanted = ClientCreate(
+        name="small",
+        memory_bytes=1 << 20,
+        redundancy=Redundancy.NONE,
+        vios_redundancy=ViosRedundancy.NONE,
+    )
+    await hypervisor.create_client(wanted)
+    assert scene.file("common", "small").stat().st_size == 1 << 20
+    await hypervisor.delete_client("small")
+    assert not scene.file("common", "small").exists()
+
+    await pair.until(
         lambda info: sorted(path.state for path in info.paths) == ["active", "standby"], "two paths"
     )
-    definition = await claims.definition()
-    info = await claims.paged.info()
-    assert info.epoch == definition.clients["client"].epoch
-    for vios in claims.paged.embedded.vioses.values():
-        (volume,) = [volume for volume in await vios.volumes() if volume.name == "client"]
+    definition, info = await claim.definition(), await pair.info()
+    assert info.epoch == definition.clients["pair"].epoch
+    for vios in scene.vioses:
+        volume = await scene.volume(vios, "pair")
         assert volume.epoch == info.epoch
         assert volume.size_bytes == info.memory_bytes
-    first = claims.paged.embedded.vioses[await claims.paged.active()]
-    (volume,) = [volume for volume in await first.volumes() if volume.name == "client"]
+    volume = await scene.volume(await pair.active(), "pair")
     assert volume.open_connections >= 1
+    evidence(f"it made the volume, claimed epoch {info.epoch} at both VIOS and opened both paths")
+
+
+async def test_c4_move(claim: Claim, evidence: Evidence) -> None:
+    """Pages move from the client to their place on the device, where anyone can read them, and back."""
+    scene, pair = claim.scene, claim.pair
+    await pair.process.do(f"write 0 {PAIR_PAGES}")
+    info = await pair.until(
+        lambda info: info.resident_bytes <= PAIR_LIMIT_BYTES and info.on_device_bytes > 0, "within the limit"
+    )
+    file = scene.file("common", "pair")
+    assert file.stat().st_size == PAIR_PAGES * PAGE_BYTES
+    content = words_of(file, PAIR_PAGES)
+    # The version that the client wrote last: the highest for which any page on the device is right.
+    version = max(
+        number
+        for number in range(1, 100)
+        if (content == expected_words(0, np.full(PAIR_PAGES, number, np.uint64))).all(axis=1).any()
+    )
+    moved = (content == expected_words(0, np.full(PAIR_PAGES, version, np.uint64))).all(axis=1)
+    on_device_pages = info.on_device_bytes // PAGE_BYTES
+    assert int(moved.sum()) >= on_device_pages >= PAIR_PAGES - PAIR_LIMIT_BYTES // PAGE_BYTES
+    before = info.counters.page_in_pages
+    await pair.verify_all()
+    back = (await pair.info()).counters.page_in_pages - before
+    assert back >= on_device_pages
+    evidence(f"{int(moved.sum())} pages of {PAIR_PAGES} in the device's file at the client's latest version")
+    evidence(f"{back} pages paged in again, all right")
+
+
+async def test_c5_decide(claim: Claim, evidence: Evidence) -> None:
+    """Whether the client has direct access is decided from the definition, and its paths are those."""
+    scene, definition = claim.scene, await claim.definition()
+    common, first, second = [await scene.device(name) for name in ("common", "first", "second")]
+    both = Viewpoint(set(scene.vioses))
+    access = resolve(definition, "pair", common, both)
+    assert isinstance(access, Direct)
+    assert {path.vios for path in access.paths} == {path.vios for path in (await claim.pair.info()).paths}
+    assert {path.volume for path in access.paths} == {"pair"}
+    away = resolve(definition, "pair", first, both)
+    assert isinstance(away, Direct)
+    assert away.source == common
+    assert not isinstance(resolve(definition, "pair", common, Viewpoint({"vios3"})), Direct)
+    at_a = await scene.hypervisors["a"].explain_path("client")
+    assert (at_a.way, at_a.first_device, at_a.first_vioses) == (Way.DIRECT, "second", ("vios2",))
+
+    await hand_over(claim)
+    assert_h_reaches_the_first_vios_alone(scene)
+    explained = await scene.hypervisors["h"].explain_path("client")
+    assert explained.way is Way.INDIRECT
+    assert [edge.taken for edge in explained.edges if edge.device == "common"] == [False, False]
+    definition = await claim.definition()
+    assert not isinstance(resolve(definition, "client", second, Viewpoint({"vios1"})), Direct)
+    evidence(f'"a", beside the second VIOS: {at_a.summary}')
+    evidence(f'"h", which reaches {REACHED_BY_H}: {explained.summary}')
+
+
+async def test_c6_locate(claim: Claim, evidence: Evidence) -> None:
+    """Without direct access the second device is located that holds the volume in sync, and its VIOS."""
+    scene, definition = claim.scene, await claim.definition()
+    first = await scene.device("first")
+    explained = await scene.hypervisors["h"].explain_path("client")
+    assert (explained.first_device, explained.first_vioses) == ("first", ("vios1",))
+    assert (explained.second_device, explained.second_vioses) == ("second", ("vios2",))
+    assert explained.intermediate is not None
+    assert explained.intermediate.place is Place.ANYWHERE
+    evidence("second device: second, through vios2; first device: first, through vios1")
+    evidence(f"an intermediate client can run {explained.intermediate.where}")
+
+    # A volume behind a VIOS that the hypervisor does not reach.
+    far = "11111111-2222-4333-8444-555555555555"
+    found = rules.FoundDevice(far, "far", "dir", "dir:/far", 1 << 30, tuple(PagingCommand))
+    record = ViosRecord(control="unix:/far/control", data=("tcp:far:7002",))
+    definition = rules.register_vios(definition, "vios3", record, [found])
+    view = Viewpoint({"vios1"})
+    in_sync = with_replicas(definition, "client", Replica(device=far, state=ReplicaState.IN_SYNC))
+    access = resolve(in_sync, "client", first, view)
+    assert isinstance(access, Indirect)
+    assert (access.first_device, access.second_device, access.second_vios) == (first, far, "vios3")
+    assert access.first_vios in view.reached_vioses
+    assert access.standing.vioses == (access.second_vios,)
+    stale = with_replicas(definition, "client", Replica(device=far, state=ReplicaState.STALE))
+    assert isinstance(resolve(stale, "client", first, view), Unreachable)

@@ -6,9 +6,9 @@ from tests.simulation.mutations import MUTATIONS
 from tests.simulation.run import run_seed
 
 FOUND_BY = {
-    "quarantine_off": 62,
+    "quarantine_off": 9,
     "epoch_checks_off": 5,
-    "checksums_off": 2,
+    "checksums_off": 4,
     "leases_off": 102,
     "stale_after_ack": 84,
     "predecessors_off": 59,

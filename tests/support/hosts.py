@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import pytest
 
@@ -162,13 +161,13 @@ class FarpageProcess:
         self.name = name
         self.log_path = log
         self.arguments = tuple(arguments)
-        self._log: IO[bytes] = log.open("ab")
-        self._process = subprocess.Popen(
-            [*host.launcher, sys.executable, "-W", "error", "-m", "farpage", *self.arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-        )
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [*host.launcher, sys.executable, "-W", "error", "-m", "farpage", *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
 
     @property
     def pid(self) -> int:
@@ -205,4 +204,3 @@ class FarpageProcess:
         if self.running:
             self._process.kill()
         self._process.wait()
-        self._log.close()

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +30,22 @@ class RegionProcess:
 
     @classmethod
     async def start(
-        cls, state: Path, pages: int, limit_bytes: int, name: str = "client", version: int = 0
+        cls,
+        state: Path,
+        pages: int,
+        limit_bytes: int,
+        name: str = "client",
+        version: int = 0,
+        *,
+        launcher: Sequence[str] = (),
     ) -> RegionProcess:
         """Start the process and wait until its region is attached, as the client of that name.
 
-        With a version it expects what another process has written at that version.
+        With a version it expects what another process has written at that version. A launcher starts it and
+        then becomes it.
         """
         process = await asyncio.create_subprocess_exec(
+            *launcher,
             sys.executable,
             str(CLIENT),
             str(state),

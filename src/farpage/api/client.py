@@ -68,9 +68,7 @@ class ControlClient:
         # Loaded with the first request: a hypervisor has more urgent things to do when it starts.
         import httpx
 
-        # One stays: what a burst of requests opens beside it is closed again, so a daemon's descriptors
-        # do not depend on what has happened to it.
-        limits = httpx.Limits(max_connections=16, max_keepalive_connections=1, keepalive_expiry=60)
+        limits = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=60)
         if isinstance(self.address, UnixAddress):
             # This is no HTTPS; loading the certificates for it would take longer than a whole request.
             transport = httpx.AsyncHTTPTransport(uds=self.address.path, limits=limits, verify=False)

@@ -3,7 +3,8 @@
 Which copy is followed: the hypervisor keeps one of its own, which has every change that it has ever
 acknowledged. With it the newest of all copies is known to be the newest, however few VIOS answer. Without
 it, a VIOS that does not answer may have a newer one than those that do, so nothing is changed until it
-answers or an operator promotes a copy.
+answers or an operator promotes a copy. Only a hypervisor that no client belongs to, by the copies at hand,
+does not wait for VIOS that it was not started with: they may be out of its reach for good.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from farpage.definition.compare import compare, diff, is_newer
 from farpage.definition.copy import DefinitionCopy
@@ -97,9 +99,18 @@ class DefinitionKeeper:
     """Reads the newest definition, changes it by compare-and-swap, and repairs VIOS that lag."""
 
     def __init__(
-        self, vioses: Mapping[str, Vios], own: DefinitionCopy, alarm: Callable[[str, str], None]
+        self,
+        vioses: Mapping[str, Vios],
+        own: DefinitionCopy,
+        alarm: Callable[[str, str], None],
+        *,
+        hypervisor: str,
+        tls: Path | None = None,
     ) -> None:
-        """`own` keeps the hypervisor's copy; `alarm` is called with a kind and a message."""
+        """`own` keeps the copy of the `hypervisor`; `alarm` is called with a kind and a message.
+
+        `tls` is the folder of certificates for VIOS that only copies of the definition name.
+        """
         self.current = Definition()
         self.missing: Mapping[str, str] = {}
         """VIOS that may have a newer copy than `current`, and why it is not known; empty when none may."""
@@ -108,6 +119,8 @@ class DefinitionKeeper:
         self.missed = asyncio.Event()
         """Set when a change was made that some VIOS has not got: it is worth another look at once."""
         self._vioses = vioses
+        self._hypervisor = hypervisor
+        self._tls = tls
         self._copy = own
         self._own: Definition | None = None
         """The newest definition that was agreed on; from the hypervisor's own copy after a start."""
@@ -158,12 +171,12 @@ class DefinitionKeeper:
                 if self._own:
                     self._tell_followed(newest.vios, newest.newest)
                 self.current = newest.newest
-        if self._own is None and known.missing:
+        if missing := self._in_the_way(known):
             if not self.missing:
-                self.missing = known.missing
-                log.error("definition_unproven", revision=self.current.revision, missing=dict(known.missing))
+                self.missing = missing
+                log.error("definition_unproven", revision=self.current.revision, missing=dict(missing))
                 self._alarm("definition_unproven", str(self.unproven))
-            self.missing = known.missing
+            self.missing = missing
             return
         for name, problem in known.missing.items():
             log.warning("definition_not_read", vios=name, problem=problem)
@@ -172,6 +185,18 @@ class DefinitionKeeper:
         for name, definition in known.copies.items():
             if name in self._vioses and definition != self.current:
                 await self._repair(self._vioses[name], definition)
+
+    def _in_the_way(self, known: KnownCopies) -> Mapping[str, str]:
+        """Return the VIOS without whose copies nothing may be changed: they may have what this one has made.
+
+        A hypervisor that is new to the definition has made nothing yet. It need not reach more VIOS than it
+        was started with: what others change beyond its reach is fenced by the epochs of their volumes.
+        """
+        if self._own is not None:
+            return {}
+        records = [record for copy in known.copies.values() for record in copy.clients.values()]
+        is_new = not any(record.hypervisor == self._hypervisor for record in records)
+        return {vios: why for vios, why in known.missing.items() if vios in self._vioses or not is_new}
 
     async def known_copies(self) -> KnownCopies:
         """Ask everybody who keeps a copy: the VIOS, and those that their copies name."""
@@ -192,7 +217,11 @@ class DefinitionKeeper:
             if name not in copies and name not in missing
         }:
             for name, control in others.items():
-                other = Vios(name, control)
+                try:
+                    other = Vios(name, control, self._tls)
+                except FarpageError as error:
+                    missing[name] = error.cause
+                    continue
                 await _read(other, copies, missing)
                 await other.client.close()
         return KnownCopies(copies, missing)

@@ -66,7 +66,13 @@ class Hypervisor:
         self.alarms = AlarmLog()
         self.vioses = {name: Vios(name, control, settings.tls) for name, control in settings.vioses.items()}
         own = DefinitionCopy(settings.state_dir / DEFINITION_NAME)
-        self.keeper = DefinitionKeeper(self.vioses, own, partial(self.alarms.raise_alarm, ""))
+        self.keeper = DefinitionKeeper(
+            self.vioses,
+            own,
+            partial(self.alarms.raise_alarm, ""),
+            hypervisor=settings.name,
+            tls=settings.tls,
+        )
         self.workers = WorkerPool(
             self._worker_event,
             on_request=self._worker_request,

@@ -68,8 +68,6 @@ class Lease:
         assert self._ends_at is not None
         self._timer = self._loop.call_at(self._ends_at, self._look)
         self._renewing = self._loop.create_task(self._keep())
-        # Not only with the next renewal: a server that was started again knows no lease of the one before.
-        self._connection.on_lost = self._connection_lost
 
     def when_over(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back once, when the lease is over; returns what takes that back."""
@@ -95,11 +93,6 @@ class Lease:
             while True:
                 await asyncio.sleep(self._duration / RENEWALS_PER_LEASE)
                 await self._renew()
-        self._lost()
-
-    def _connection_lost(self, _error: Exception) -> None:
-        if self._renewing:
-            self._renewing.cancel()
         self._lost()
 
     def _lost(self) -> None:

@@ -12,7 +12,16 @@ import pytest
 
 from farpage.definition import rules
 from farpage.definition.copy import DefinitionCopy
-from farpage.definition.model import Definition, ViosRecord
+from farpage.definition.model import (
+    PAGE_BYTES,
+    ClientRecord,
+    Definition,
+    PagingCommand,
+    Replica,
+    ReplicaState,
+    ViosRecord,
+    VolumeRecord,
+)
 from farpage.errors import FarpageError
 from farpage.hypervisor.definitions import CopyUnknown, DefinitionKeeper, DefinitionUnproven
 from farpage.hypervisor.vioses import Vios
@@ -42,7 +51,10 @@ class Rig:
         processes = [process for process in (self.one, self.two) if not names or process.name in names]
         vioses = {process.name: Vios(process.name, process.control) for process in processes}
         keeper = DefinitionKeeper(
-            vioses, DefinitionCopy(self.own), lambda kind, message: self.alarms.append((kind, message))
+            vioses,
+            DefinitionCopy(self.own),
+            lambda kind, message: self.alarms.append((kind, message)),
+            hypervisor="host",
         )
         try:
             await asyncio.gather(*(vios.ask() for vios in vioses.values()))
@@ -81,6 +93,18 @@ class Rig:
 def with_vios(definition: Definition, name: str, control: str = "unix:/nowhere") -> Definition:
     """Change a definition: enter a VIOS that does not exist."""
     return rules.register_vios(definition, name, ViosRecord(control=control, data=("unix:/nowhere",)), [])
+
+
+def with_client(definition: Definition, hypervisor: str) -> Definition:
+    """Change a definition: enter a hypervisor's client, and a VIOS with its volume that cannot be reached."""
+    device = "11111111-2222-4333-8444-555555555555"
+    found = rules.FoundDevice(device, "far", "dir", "dir:/far", 1 << 30, tuple(PagingCommand))
+    record = ViosRecord(control="tcp:192.0.2.1:1", data=("tcp:192.0.2.1:2",))
+    definition = rules.register_vios(definition, "far", record, [found])
+    replicas = (Replica(device=device, state=ReplicaState.IN_SYNC),)
+    volume = VolumeRecord(name="vm1", size_bytes=PAGE_BYTES, replicas=replicas)
+    client = ClientRecord(memory_bytes=PAGE_BYTES, hypervisor=hypervisor, volumes=(volume,))
+    return rules.next_revision(definition, clients={"vm1": client})
 
 
 @pytest.fixture
@@ -173,10 +197,22 @@ async def test_a_vios_that_a_copy_names_is_asked_although_the_hypervisor_was_not
     async with rig.hypervisor("vios1") as keeper:
         assert keeper.current == newer
         assert await rig.stored(rig.one) == newer
+    await rig.store(rig.one, with_client(newer, "host"))
     rig.own.unlink()
     rig.two.kill()
     async with rig.hypervisor("vios1") as keeper:
-        assert list(keeper.missing) == ["vios2"]
+        assert sorted(keeper.missing) == ["far", "vios2"]
+
+
+async def test_a_new_hypervisor_need_not_reach_each_vios_that_a_copy_names(rig: Rig) -> None:
+    others = with_client(rig.with_both(Definition()), "other")
+    await rig.store(rig.one, others)
+    rig.two.kill()
+    async with rig.hypervisor("vios1") as keeper:
+        assert keeper.unproven is None
+        changed = await keeper.change(lambda now: with_vios(now, "new"))
+        assert (changed.revision, rig.kinds) == (others.revision + 1, [])
+        assert await rig.stored(rig.one) == changed
 
 
 async def test_a_newer_definition_that_somebody_else_has_made_is_followed(rig: Rig) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from farpage.errors import Unreachable
 from farpage.vios import leases as served
-from farpage.volume.lease import MARGIN, RENEWALS_PER_LEASE, Lease
+from farpage.volume.lease import MARGIN, Lease
 from tests.support.simulated_loop import run_simulated
 from tests.unit.volume.model import LEASE_SECONDS, PAGE, Rig
 
@@ -42,20 +42,6 @@ def test_a_worker_keeps_one_lease_at_each_vios_alive() -> None:
         assert not leases[0].over
         assert await lease_at(rig, "vios1") is leases[0]
         assert [vios.leases.alive for vios in rig.vioses.values() if vios.leases] == [1, 1]
-
-    with_leases(test)
-
-
-def test_a_lease_that_a_server_took_with_it_is_asked_for_anew_as_soon_as_the_server_is_back() -> None:
-    async def test(rig: Rig) -> None:
-        lease, vios = await lease_at(rig, "vios2"), rig.vioses["vios2"]
-        await asyncio.sleep(LEASE_SECONDS / RENEWALS_PER_LEASE * 1.1)
-        vios.kill()
-        await asyncio.sleep(0.001)
-        assert not lease.renewed
-        assert not lease.over, "what the server has given to its kernel may still be under way"
-        vios.up = True
-        assert await lease_at(rig, "vios2") is not lease
 
     with_leases(test)
 
