@@ -6,7 +6,7 @@ import asyncio
 import ctypes
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from farpage.pager.limit import Limit
 from farpage.pager.memory import PagedMemory
 from farpage.pager.space import Space
 from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
+from farpage.volume.connector import Endpoint
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
 from farpage.volume.ownership import Ownership
@@ -228,6 +229,11 @@ class ModelVolume(MemoryIO):
 
     async def open(self, timeout_seconds: float) -> None:
         """Be open."""
+
+    async def go_over(
+        self, endpoints: Sequence[Endpoint], device: str, device_name: str, fences: str = ""
+    ) -> None:
+        """Stay: there is no VIOS."""
 
     async def leave(self, vios: str) -> None:
         """Stay: there is no VIOS."""

@@ -50,10 +50,13 @@ def device_named(definition: Definition, wanted: str) -> str:
     raise DeviceMissing(wanted, ", ".join(sorted(d.name for d in definition.devices.values())) or "none")
 
 
-def plan(definition: Definition, old: str, new: str, asking: Replacing) -> tuple[str, ...]:
+def plan(
+    definition: Definition, old: str, new: str, asking: Replacing, only: str | None = None
+) -> tuple[str, ...]:
     """Return the clients with a replica on `old` that are to get one on `new`; names or identifiers.
 
-    Clients of which that has begun are among them: it is gone on with.
+    `only` is the one client that is, of several. Clients of which that has begun are among them: it is gone
+    on with.
 
     :raise DeviceMissing: there is no such device.
     :raise NotReplaceable: saying everything that is in the way; no client is changed then.
@@ -62,7 +65,7 @@ def plan(definition: Definition, old: str, new: str, asking: Replacing) -> tuple
     clients = [
         name
         for name, client in sorted(definition.clients.items())
-        if _holds(client, old) or _state(client, old) is ReplicaState.RETIRED
+        if only in (None, name) and (_holds(client, old) or _state(client, old) is ReplicaState.RETIRED)
     ]
     problems = list(_problems(definition, old, new, clients, asking))
     if problems:

@@ -49,14 +49,19 @@ class Attaching:
         *,
         handovers: Handovers,
         recover: Callable[[str, Attached], Awaitable[None]],
+        make_reachable: Callable[[str], Awaitable[None]],
     ) -> None:
-        """`recover` finds another worker for a client whose worker has ended."""
+        """`recover` finds another worker for a client whose worker has ended.
+
+        `make_reachable` begins to move a claimed client whose volume is out of this hypervisor's reach.
+        """
         self._settings = settings
         self._clients = clients
         self._workers = workers
         self._pool = pool
         self._handovers = handovers
         self._recover = recover
+        self._make_reachable = make_reachable
         self._regions = 0
 
     async def process(self, client: str, wanted: ClientAttach) -> None:
@@ -161,6 +166,7 @@ class Attaching:
             claimed = await self._clients.records.claim(
                 client, released=release_of(record.handover) if record.handover else None
             )
+            await self._make_reachable(client)
             replicas = self._clients.records.replicas(client, turn=len(self._clients.attached))
             worker = self._workers.least_loaded()
             state = StateFile.create(self._clients.run.state_path(client), pages, claimed.epoch)

@@ -151,3 +151,41 @@ class NotBeingReplaced(FarpageError):
     remedy = "begin with 'farpage device replace {old} NEW', which goes on where it was cut short"
     exit_status = ExitStatus.NOT_FOUND
     old: str
+
+
+@dataclass(eq=False)
+class NotCancellable(FarpageError):
+    """A client that runs would lose its way to the source."""
+
+    code = "not_cancellable"
+    template = (
+        "the move of client {client!r} cannot be cancelled while it runs: this hypervisor does not reach "
+        "VIOS {vios!r}, over which device {device!r} is used"
+    )
+    remedy = "let it go on, or pause it with 'farpage client pause-move {client}'; or detach the client first"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    device: str
+    vios: str
+
+
+@dataclass(eq=False)
+class NotBeingEvacuated(FarpageError):
+    """Nothing was moved off there since the hypervisor was started."""
+
+    code = "not_being_evacuated"
+    template = "{what} has not been evacuated since the hypervisor was started"
+    remedy = "begin with 'farpage {what} evacuate' or see 'farpage definition show' for who is on it"
+    exit_status = ExitStatus.NOT_FOUND
+    what: str
+
+
+@dataclass(eq=False)
+class EvacuationUnderWay(FarpageError):
+    """It is being evacuated just now."""
+
+    code = "evacuation_under_way"
+    template = "{what} is being evacuated already"
+    remedy = "wait until that has ended"
+    exit_status = ExitStatus.CONFLICT
+    what: str

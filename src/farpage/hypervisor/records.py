@@ -98,7 +98,7 @@ class ClientRecords:
         try:
             for device, paths in _by_device(rules.paths(definition, wanted.name)).items():
                 volume = VolumeCreate(name=paths[0].volume, device=device, size_bytes=paths[0].size_bytes)
-                await self._on_any_vios(
+                await self.on_any_vios(
                     [path.vios for path in paths], partial(Vios.create_volume, wanted=volume)
                 )
         except FarpageError:
@@ -111,8 +111,8 @@ class ClientRecords:
             device.id: device.provisioned_bytes for vios in self._vioses.values() for device in vios.devices
         }
 
-    async def _on_any_vios(self, names: list[str], request: Callable[[Vios], Awaitable[None]]) -> None:
-        """Send a request to the first VIOS that answers it.
+    async def on_any_vios(self, names: list[str], request: Callable[[Vios], Awaitable[None]]) -> None:
+        """Send a request to the first VIOS, of those named, that answers it.
 
         :raise FarpageError: the refusal of the first that answers; NoVios when none does.
         """
@@ -149,7 +149,7 @@ class ClientRecords:
             if released:
                 await self._delete_handovers(paths, claimed)
             vioses = [path.vios for path in paths]
-            await self._delete_volume(paths[0].volume, paths[0].device, vioses, claimed.epoch)
+            await self.delete_volume(paths[0].volume, paths[0].device, vioses, claimed.epoch)
         await self._keeper.change(lambda now: rules.remove_client(now, client))
         # A record that comes up again, from a VIOS that hung meanwhile, is older than that claim.
         self._claimed.pop(client, None)
@@ -163,14 +163,14 @@ class ClientRecords:
                         path.volume, path.device, claimed.epoch, claimed.owner
                     )
 
-    async def _delete_volume(self, name: str, device: str, vioses: list[str], epoch: int) -> None:
+    async def delete_volume(self, name: str, device: str, vioses: list[str], epoch: int) -> None:
         """Delete the volume on a device, if it is there.
 
         :raise FarpageError: no VIOS deletes it.
         """
         request = partial(Vios.delete_volume, name=name, device=device, epoch=epoch)
         try:
-            await self._on_any_vios(vioses, request)
+            await self.on_any_vios(vioses, request)
         except FarpageError as error:
             if error.code != "volume_not_found":
                 raise
@@ -222,7 +222,7 @@ class ClientRecords:
         def edit(definition: Definition, owner: str, epoch: int) -> Definition:
             record = rules.client_of(definition, client)
             if not take_over:
-                self._must_be_ours(client, record)
+                self.must_be_ours(client, record)
             elif record.released != released:
                 if record.released is None:
                     raise ClientElsewhere(client, record.hypervisor, record.epoch)
@@ -251,7 +251,11 @@ class ClientRecords:
         """Take note of a claim that an earlier control process of this hypervisor has made."""
         self._claimed[client] = (epoch, owner)
 
-    def _must_be_ours(self, client: str, record: ClientRecord) -> None:
+    def must_be_ours(self, client: str, record: ClientRecord) -> None:
+        """Refuse what only a client's hypervisor may do.
+
+        :raise ClientElsewhere: another one has claimed it.
+        """
         # Also of two hypervisors with one name only the one whose claim stands may delete the client.
         epoch, owner = self._claimed.get(client, (record.epoch, record.owner))
         claimed_since = record.owner not in ("", owner) and record.epoch >= epoch
@@ -334,14 +338,16 @@ class ClientRecords:
 
     # Moved to another device
 
-    def plan_replacement(self, old: str, new: str) -> tuple[str, str, tuple[str, ...]]:
-        """Return the identifiers of two devices and the clients that are to go from one to the other.
+    def plan_replacement(
+        self, old: str, new: str, only: str | None = None
+    ) -> tuple[str, str, tuple[str, ...]]:
+        """Return the identifiers of two devices and the clients, or the only one, that are to go over.
 
         :raise FarpageError: that cannot be; nothing is changed.
         """
         now = self._keeper.current
         asking = replacing.Replacing(self.hypervisor, self._vioses.keys(), self._provisioned())
-        clients = replacing.plan(now, old, new, asking)
+        clients = replacing.plan(now, old, new, asking, only)
         return replacing.device_named(now, old), replacing.device_named(now, new), clients
 
     async def begin_replacing(self, client: str, new: str) -> None:
@@ -362,7 +368,7 @@ class ClientRecords:
         paths = _by_device(rules.paths(definition, client))[new]
         wanted = VolumeCreate(name=paths[0].volume, device=new, size_bytes=paths[0].size_bytes)
         try:
-            await self._on_any_vios([path.vios for path in paths], partial(Vios.create_volume, wanted=wanted))
+            await self.on_any_vios([path.vios for path in paths], partial(Vios.create_volume, wanted=wanted))
         except FarpageError as error:
             if error.code == "volume_exists":
                 return  # made before; what it holds counts for nothing while it is stale
@@ -379,6 +385,14 @@ class ClientRecords:
 
         :raise FarpageError: no VIOS deletes it; it stays in the definition as retired.
         """
+        await self.delete_retired(client, device)
+        await self._keeper.change(lambda now: replacing.forget(now, client, device, ReplicaState.RETIRED))
+
+    async def delete_retired(self, client: str, device: str) -> None:
+        """Delete the volume of a retired replica, if it is there.
+
+        :raise FarpageError: no VIOS deletes it.
+        """
         now = self._keeper.current
         record = rules.client_of(now, client)
         name, epoch = record.volumes[0].name, record.epoch
@@ -388,8 +402,7 @@ class ClientRecords:
                 with suppress(FarpageError):
                     volumes = await self._vioses[vios].volumes()
                     epoch = max([epoch, *(v.epoch for v in volumes if v.name == name)])
-        await self._delete_volume(name, device, reaching, epoch)
-        await self._keeper.change(lambda now: replacing.forget(now, client, device, ReplicaState.RETIRED))
+        await self.delete_volume(name, device, reaching, epoch)
 
     def view(self) -> Viewpoint:
         """Return what this hypervisor reaches."""

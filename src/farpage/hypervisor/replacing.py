@@ -7,7 +7,7 @@ was cut short is gone on with by asking for it again: what a worker copies goes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,6 +18,7 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.errors import ClientElsewhere, NotBeingReplaced, ReplacementUnderWay
 from farpage.hypervisor.model import DeviceReplacement, ReplacedClient, ReplaceStage
+from farpage.hypervisor.movement import MoveInfo, MoveKind, MoveStage
 from farpage.hypervisor.replicas import ClientReplicas
 from farpage.log import get_logger
 from farpage.volume.state import ReplicaHealth
@@ -68,6 +69,8 @@ class DeviceReplacements:
         self._keeper = keeper
         self._alarm = alarm
         self._replacements: dict[str, _Replacement] = {}
+        self._singles: dict[str, _Replacement] = {}
+        """Of one client each, by its name."""
 
     async def start(self, old: str, new: str) -> DeviceReplacement:
         """Begin to move every client from one device to another, one after the other, or go on with that.
@@ -79,13 +82,66 @@ class DeviceReplacements:
         running = self._replacements.get(old_id)
         if running and not running.done:
             raise ReplacementUnderWay(running.old_name, running.new_name)
-        devices = self._keeper.current.devices
-        replacement = _Replacement(old_id, new_id, devices[old_id].name, devices[new_id].name)
-        replacement.clients = {client: _Moved() for client in clients}
+        replacement = self._replacement(old_id, new_id, clients)
         self._replacements[old_id] = replacement
         log.info("device_replacing", old=replacement.old_name, new=replacement.new_name, clients=clients)
         replacement.task = asyncio.get_running_loop().create_task(self._run(replacement))
         return await self._described(replacement)
+
+    def _replacement(self, old: str, new: str, clients: Iterable[str]) -> _Replacement:
+        devices = self._keeper.current.devices
+        return _Replacement(
+            old, new, devices[old].name, devices[new].name, {client: _Moved() for client in clients}
+        )
+
+    async def start_one(self, client: str, old: str, new: str) -> None:
+        """Begin to move one client from one device to another, by identifiers, or go on with that.
+
+        :raise ReplacementUnderWay: it is on its way to another device just now.
+        :raise NotReplaceable: it cannot be; nothing is changed.
+        """
+        old_id, new_id, _ = self._records.plan_replacement(old, new, only=client)
+        for running in (self._replacements.get(old_id), self._singles.get(client)):
+            if running and not running.done and client in running.clients:
+                if running.new == new_id:
+                    return
+                raise ReplacementUnderWay(running.old_name, running.new_name)
+        single = self._singles[client] = self._replacement(old_id, new_id, [client])
+        log.info("client_moving", client=client, old=single.old_name, new=single.new_name)
+        single.task = asyncio.get_running_loop().create_task(self._run_one(client, single))
+
+    async def _run_one(self, client: str, single: _Replacement) -> None:
+        await self._run_client(client, single.clients[client], single)
+        if single.clients[client].stage is ReplaceStage.DONE:
+            self._alarm(
+                client,
+                "client_moved",
+                f"it is on device {single.new_name}, and not on {single.old_name} any more",
+            )
+
+    async def progress_of(self, client: str) -> MoveInfo | None:
+        """Tell how far the latest move of one client by its data worker is; None if there was none."""
+        single = self._singles.get(client)
+        if single is None:
+            return None
+        shown = await self._client(client, single.clients[client], single.new)
+        return MoveInfo(
+            client=client,
+            kind=MoveKind.DIRECT,
+            source=single.old_name,
+            target=single.new_name,
+            stage=MoveStage(shown.stage.value),
+            problem=shown.problem,
+            total_pages=shown.copied_pages + shown.missing_pages,
+            present_pages=shown.copied_pages,
+            rate_bytes=shown.rate_bytes,
+            eta_seconds=shown.eta_seconds,
+        )
+
+    def is_busy_with(self, client: str) -> bool:
+        """Tell whether a client is being moved just now."""
+        running = (*self._replacements.values(), *self._singles.values())
+        return any(client in one.clients and not one.done for one in running)
 
     async def progress(self, old: str) -> DeviceReplacement:
         """Tell how far the latest replacement of a device is.
@@ -131,7 +187,8 @@ class DeviceReplacements:
 
     async def stop(self) -> None:
         """Begin nothing more; what has begun is gone on with by another request."""
-        tasks = [r.task for r in self._replacements.values() if r.task]
+        running = (*self._replacements.values(), *self._singles.values())
+        tasks = [replacement.task for replacement in running if replacement.task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -141,24 +198,28 @@ class DeviceReplacements:
     async def _run(self, replacement: _Replacement) -> None:
         old, new = replacement.old_name, replacement.new_name
         for client, moved in replacement.clients.items():
-            try:
-                await self._move(client, moved, replacement)
-            except FarpageError as error:
-                moved.stage, moved.problem = ReplaceStage.FAILED, error.cause
-                log.error("client_not_moved", client=client, old=old, new=new, problem=str(error))
-                self._alarm(
-                    client, "device_not_replaced", f"it is not off device {old} yet: {error.cause}; "
-                    f"'farpage device replace {old} {new}' goes on with it",
-                )  # fmt: skip
-            else:
-                moved.stage, moved.problem = ReplaceStage.DONE, ""
-                log.info("client_moved", client=client, old=old, new=new)
+            await self._run_client(client, moved, replacement)
         if all(moved.stage is ReplaceStage.DONE for moved in replacement.clients.values()):
             count = len(replacement.clients)
             log.info("device_replaced", old=old, new=new, clients=count)
             self._alarm(
                 "", "device_replaced", f"device {new} has taken the place of {old} for {count} clients"
             )
+
+    async def _run_client(self, client: str, moved: _Moved, replacement: _Replacement) -> None:
+        old, new = replacement.old_name, replacement.new_name
+        try:
+            await self._move(client, moved, replacement)
+        except FarpageError as error:
+            moved.stage, moved.problem = ReplaceStage.FAILED, error.cause
+            log.error("client_not_moved", client=client, old=old, new=new, problem=str(error))
+            self._alarm(
+                client, "device_not_replaced", f"it is not off device {old} yet: {error.cause}; "
+                f"'farpage device replace {old} {new}' goes on with it",
+            )  # fmt: skip
+        else:
+            moved.stage, moved.problem = ReplaceStage.DONE, ""
+            log.info("client_moved", client=client, old=old, new=new)
 
     async def _move(self, client: str, moved: _Moved, replacement: _Replacement) -> None:
         """Bring a client from where the definition has it to the end, whatever happens to it meanwhile."""

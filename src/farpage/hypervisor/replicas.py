@@ -8,7 +8,7 @@ from farpage.definition.model import ReplicaState
 from farpage.errors import FarpageError
 from farpage.hypervisor.attached import Attached
 from farpage.hypervisor.clients import Clients
-from farpage.pager.messages import AddReplica, Attach, RecordReplicas, ReplicaSpec, RetireReplica
+from farpage.pager.messages import AddReplica, Attach, GoOver, RecordReplicas, ReplicaSpec, RetireReplica
 
 
 class ClientReplicas:
@@ -81,11 +81,24 @@ class ClientReplicas:
         if self._clients.records.replica_states(client).get(device) is ReplicaState.RETIRED:
             self._store(attached, device)
 
-    def _store(self, attached: Attached, without: str, *more: ReplicaSpec) -> None:
-        """Keep what a worker that takes over has to know, should no VIOS tell it then."""
+    async def go_over(self, client: str, attached: Attached, over: str = "", fences: str = "") -> None:
+        """Have a client's worker use its one replica where the definition has it now; see `GoOver`.
+
+        Whoever takes the worker's place opens it there too, from when this begins.
+
+        :raise FarpageError: it cannot be opened there, or the client has ended.
+        """
+        (replica,) = self._clients.records.replicas(client, turn=0)
+        self._store(attached, None, replica)
+        order = GoOver(client=client, replica=replica, over=over, fences=fences)
+        await self._clients.command(client, attached, "go_over", order)
+
+    def _store(self, attached: Attached, without: str | None, *more: ReplicaSpec) -> None:
+        """Keep what a worker that takes over has to know, should no VIOS tell it then; None: without any."""
         order = attached.record.order
         if order is not None and attached.record.client in self._clients.attached:
-            left = tuple(spec for spec in order.replicas if spec.device != without)
+            kept = () if without is None else order.replicas
+            left = tuple(spec for spec in kept if spec.device != without)
             order = order.model_copy(update={"replicas": (*left, *more)})
             self._clients.keep(attached, attached.record.model_copy(update={"order": order}))
 

@@ -21,11 +21,15 @@ from farpage.hypervisor.attaching import Attaching
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.detaching import Detaching
+from farpage.hypervisor.evacuating import Evacuations
 from farpage.hypervisor.fullness import FullDevices
 from farpage.hypervisor.guestpause import GuestPauses
 from farpage.hypervisor.handovers import Handovers
+from farpage.hypervisor.intermediaries import Intermediaries
 from farpage.hypervisor.limits import ClientLimits
 from farpage.hypervisor.model import DefinitionPromotion, HypervisorInfo, WorkerInfo
+from farpage.hypervisor.moverecords import MoveRecords
+from farpage.hypervisor.moves import Moves
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.recovery import Recovery
@@ -92,6 +96,18 @@ class Hypervisor:
         self.recovery = Recovery(
             self.clients, self.workers, self.replicas, self.detaching, self.alarms.raise_alarm
         )
+        self.replacements = DeviceReplacements(
+            self.clients, self.replicas, self.keeper, self.alarms.raise_alarm
+        )
+        self.moves = Moves(
+            self.clients,
+            self.replicas,
+            self.keeper,
+            MoveRecords(records, self.keeper, self.vioses),
+            intermediaries=Intermediaries(settings.state_dir, settings.vioses, settings.tls),
+            replacements=self.replacements,
+            alarm=self.alarms.raise_alarm,
+        )
         self.attaching = Attaching(
             settings,
             self.clients,
@@ -99,13 +115,14 @@ class Hypervisor:
             self.pool,
             handovers=handovers,
             recover=self.recovery.recover,
+            make_reachable=self.moves.make_reachable,
         )
         self.releases = Releases(self.clients, self.detaching, self.keeper, handovers)
         self._run: RunFolder | None = None
         self._full_devices = FullDevices(self.clients, self.pool)
         self._guest_pauses = GuestPauses(self.clients, self._guest_alarm)
-        self.replacements = DeviceReplacements(
-            self.clients, self.replicas, self.keeper, self.alarms.raise_alarm
+        self.evacuations = Evacuations(
+            self.moves, records, lambda: self.keeper.current, self.alarms.raise_alarm
         )
         self.stops = ViosStops(self.vioses, self.keeper, self.clients)
         self._started_seconds = time.monotonic()
@@ -133,6 +150,7 @@ class Hypervisor:
         self._start(self.releases.settle_all())
         self._guest_pauses.resume()
         self._full_devices.resume()
+        self.moves.drive()
         self._start(self._watch_vioses())
 
     async def stop(self) -> None:
@@ -140,6 +158,8 @@ class Hypervisor:
         self._full_devices.stop()
         for task in list(self._tasks):
             task.cancel()
+        await self.evacuations.stop()
+        await self.moves.stop()
         await self.replacements.stop()
         await self.recovery.stop()
         if self._run is not None:
@@ -182,6 +202,7 @@ class Hypervisor:
             self.keeper.missed.clear()
             await self._look_at_vioses()
             await self.clients.clear_leftovers()
+            self.moves.drive()
             await self.releases.take_back_unfinished()
 
     async def _look_at_vioses(self) -> None:

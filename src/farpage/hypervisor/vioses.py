@@ -9,7 +9,7 @@ from farpage.api.client import ControlClient
 from farpage.definition.model import Definition
 from farpage.errors import FarpageError
 from farpage.hypervisor.model import ViosStatus
-from farpage.vios.model import DeviceInfo, HandoverInfo, Health, VolumeCreate, VolumeInfo
+from farpage.vios.model import CopyStatus, DeviceInfo, HandoverInfo, Health, VolumeCreate, VolumeInfo
 
 TIMEOUT_SECONDS = 2.0
 """A VIOS that takes longer is treated as away; what it missed is repaired when it is back."""
@@ -98,6 +98,10 @@ class Vios:
     async def create_volume(self, wanted: VolumeCreate) -> None:
         """Make a volume."""
         await self.client.post("/v1/volumes", wanted, VolumeInfo)
+
+    async def copy_status(self, name: str, device: str) -> CopyStatus:
+        """Ask how far a volume is that is copied to a device there."""
+        return await self.client.get(f"/v1/volumes/{name}/copy", CopyStatus, params={"device": device})
 
     async def delete_volume(self, name: str, device: str, epoch: int) -> None:
         """Delete the volume on a device under an epoch that is not older than any that it was opened with."""

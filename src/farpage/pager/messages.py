@@ -156,6 +156,18 @@ class RetireReplica(Message, frozen=True, kw_only=True):
     device: str
 
 
+class GoOver(Message, frozen=True, kw_only=True):
+    """`go_over`: use the one replica where it is now; answered when commands go there, and nowhere else.
+
+    `over` is the VIOS that is opened first, which drains the VIOS `fences` of what is in flight there.
+    """
+
+    client: str
+    replica: ReplicaSpec
+    over: str = ""
+    fences: str = ""
+
+
 class Query(Message, frozen=True, kw_only=True):
     """`query`: answer with a `ClientReport`."""
 

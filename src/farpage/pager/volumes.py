@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from farpage.address import parse_address
-from farpage.pager.messages import Attach, ReplicaSpec
+from farpage.pager.messages import Attach, GoOver, ReplicaSpec
 from farpage.pager.table import PAGE_BYTES
 from farpage.volume.connector import Endpoint, connect_nbd
 from farpage.volume.dirty import DirtyStore
@@ -91,6 +91,18 @@ async def retire(volume: PagedVolume, device: str) -> None:
     """Take a replica out; returns when it is recorded retired and nothing is sent to it any more."""
     if isinstance(volume, MirrorVolume):
         await volume.retire(device)
+
+
+async def go_over(volume: PagedVolume, order: GoOver) -> None:
+    """Use the one replica of a volume where it is now, first over one VIOS, then over all.
+
+    :raise NoPath: it cannot be opened there.
+    :raise SeveralReplicas: it is a mirror.
+    """
+    replica, endpoints = order.replica, _endpoints(order.replica)
+    first = [endpoint for endpoint in endpoints if endpoint.vios == order.over] or endpoints
+    await volume.go_over(first, replica.device, replica.name, order.fences)
+    await volume.go_over(endpoints, replica.device, replica.name)
 
 
 def _place(spec: ReplicaSpec) -> ReplicaPlace:

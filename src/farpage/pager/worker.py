@@ -35,6 +35,7 @@ from farpage.pager.messages import (
     Detach,
     EpochRaised,
     FailoverReport,
+    GoOver,
     HandedOver,
     HandOver,
     Leave,
@@ -193,6 +194,8 @@ class Worker:
                 await self._add_replica(AddReplica.model_validate(parameters))
             case "retire_replica":
                 await self._retire_replica(RetireReplica.model_validate(parameters))
+            case "go_over":
+                await self._go_over(GoOver.model_validate(parameters))
             case _:
                 return self._answer(method, parameters)
         return Nothing()
@@ -251,6 +254,12 @@ class Worker:
         await volumes.retire(attached.paged.space.volume, order.device)
         left = tuple(spec for spec in attached.order.replicas if spec.device != order.device)
         attached.order = attached.order.model_copy(update={"replicas": left})
+
+    async def _go_over(self, order: GoOver) -> None:
+        """Use the volume where it is now; what it is used as before stays if that cannot be."""
+        attached = self._attached(order.client)
+        await volumes.go_over(attached.paged.space.volume, order)
+        attached.order = attached.order.model_copy(update={"replicas": (order.replica,)})
 
     def _attached(self, client: str) -> _Attached:
         if client not in self._clients:

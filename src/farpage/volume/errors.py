@@ -29,3 +29,14 @@ class ClientFenced(FarpageError):
     exit_status = ExitStatus.CONFLICT
     volume: str
     reason: str
+
+
+@dataclass(eq=False)
+class SeveralReplicas(FarpageError):
+    """Only a volume of one replica goes over to another device as a whole."""
+
+    code = "several_replicas"
+    template = "volume {volume!r} has several replicas"
+    remedy = "replace the device of one of them with 'farpage device replace'"
+    exit_status = ExitStatus.CONFLICT
+    volume: str

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from farpage.definition.states import ReplicaState
-from farpage.volume.connector import Connector
+from farpage.volume.connector import Connector, Endpoint
+from farpage.volume.errors import SeveralReplicas
 from farpage.volume.events import MirrorEvents, ReplicaEvents
 from farpage.volume.failover import FailoverLog
 from farpage.volume.lease import Leases
@@ -149,6 +150,25 @@ class Members:
         while replica in self._replicas.all and not self._replicas.closing:
             self._replicas.changed.clear()
             await self._replicas.changed.wait()
+
+    # To another device
+
+    async def go_over(
+        self, endpoints: Sequence[Endpoint], device: str, device_name: str, fences: str
+    ) -> None:
+        """Use the one replica at other endpoints, on a device where its content is just the same.
+
+        :raise NoPath: none of the endpoints can be opened; it is used as before.
+        :raise SeveralReplicas: there is more than one.
+        """
+        if len(self._replicas.all) != 1:
+            raise SeveralReplicas(self._wiring.volume)
+        (replica,) = self._replicas.all
+        await replica.volume.go_over(endpoints, device, device_name, fences)
+        if device != replica.device:
+            self._recorder.leave(replica.device)
+            self._recorder.enter(device, ReplicaState.IN_SYNC)
+            replica.device, replica.name = device, device_name
 
     def _remove(self, replica: Replica) -> None:
         """Forget a replica that is recorded retired: what was on its way to it counts without it."""

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from farpage.blockio import BlockIO, Done, ReadDone
 from farpage.definition.states import PAGE_BYTES, ReplicaState
 from farpage.volume.command import Finished
-from farpage.volume.connector import Connector
+from farpage.volume.connector import Connector, Endpoint
 from farpage.volume.dirty import DirtyStore
 from farpage.volume.errors import ClientFenced, NoPath
 from farpage.volume.events import MirrorEvents
@@ -218,6 +218,12 @@ class MirrorVolume:
         that device.
         """
         await self._members.retire(device)
+
+    async def go_over(
+        self, endpoints: Sequence[Endpoint], device: str, device_name: str, fences: str = ""
+    ) -> None:
+        """Use the one replica at other endpoints; see `PagedVolume`."""
+        await self._members.go_over(endpoints, device, device_name, fences)
 
     # What it looks like
 

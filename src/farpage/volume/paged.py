@@ -6,7 +6,7 @@ to compare what each of them holds, and to put one right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farpage.blockio import Done, ReadDone
+from farpage.volume.connector import Endpoint
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
 from farpage.volume.ownership import Ownership
@@ -127,6 +128,18 @@ class PagedVolume(Protocol):
 
         Not to be called while a write of the same pages is in flight; writes that are begun meanwhile wait
         for it. Finishes with ESTALE when the replica is not, or no longer, in sync.
+        """
+
+    async def go_over(
+        self, endpoints: Sequence[Endpoint], device: str, device_name: str, fences: str = ""
+    ) -> None:
+        """Use the one replica at other endpoints from now on, at which its content is just the same.
+
+        For another device one of them is opened under a raised epoch, which drains the VIOS `fences` of what
+        was in flight there. The paths to the same device go on, beside new ones.
+
+        :raise NoPath: none of the endpoints can be opened; the volume is used as before.
+        :raise SeveralReplicas: there is more than one.
         """
 
     async def leave(self, vios: str) -> None:
