@@ -158,6 +158,19 @@ class ControlClient:
         content = await self.request("PUT", path, body=body, params=params, timeout_seconds=timeout_seconds)
         return _parse(answer, content)
 
+    async def patch(
+        self,
+        path: str,
+        body: BaseModel,
+        answer: type[Answer],
+        *,
+        params: Parameters | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Answer:
+        """PATCH `path` with `body`."""
+        content = await self.request("PATCH", path, body=body, params=params, timeout_seconds=timeout_seconds)
+        return _parse(answer, content)
+
     async def delete(
         self, path: str, *, params: Parameters | None = None, timeout_seconds: float | None = None
     ) -> None:

@@ -35,6 +35,7 @@ from farpage.hypervisor.model import (
     ViosStop,
     ViosStopped,
 )
+from farpage.hypervisor.movement import ClientMove, Evacuation, EvacuationStart, MoveAdjust, MoveInfo
 from farpage.hypervisor.ways import PathExplanation
 from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeInfo
 
@@ -164,6 +165,30 @@ class HypervisorControl(_Control):
     async def replacement(self, old: str) -> DeviceReplacement:
         """Ask how far the latest replacement of a device is."""
         return await self._client.get(f"/v1/devices/{quote(old, safe='')}/replace", DeviceReplacement)
+
+    async def move(self, client: str, wanted: ClientMove) -> MoveInfo:
+        """Begin to bring a client's volume to another device, or go on with that."""
+        return await self._client.post(f"/v1/clients/{client}/move", wanted, MoveInfo)
+
+    async def move_progress(self, client: str) -> MoveInfo:
+        """Ask how far a client's latest move is."""
+        return await self._client.get(f"/v1/clients/{client}/move", MoveInfo)
+
+    async def adjust_move(self, client: str, wanted: MoveAdjust) -> MoveInfo:
+        """Pause a move, let it go on, or change its bandwidth."""
+        return await self._client.patch(f"/v1/clients/{client}/move", wanted, MoveInfo)
+
+    async def cancel_move(self, client: str) -> None:
+        """End a move where it began."""
+        await self._client.delete(f"/v1/clients/{client}/move")
+
+    async def evacuate(self, kind: str, name: str, wanted: EvacuationStart) -> Evacuation:
+        """Begin to empty a device or a VIOS; `kind` is `devices` or `vioses`."""
+        return await self._client.post(f"/v1/{kind}/{quote(name, safe='')}/evacuate", wanted, Evacuation)
+
+    async def evacuation(self, kind: str, name: str) -> Evacuation:
+        """Ask how far the latest evacuation of a device or a VIOS is."""
+        return await self._client.get(f"/v1/{kind}/{quote(name, safe='')}/evacuate", Evacuation)
 
     async def alarms(self) -> tuple[Alarm, ...]:
         """List what an operator should look at, newest last."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from farpage.cli.commands import client_moves
 from farpage.cli.options import AsJson, State, size_option
 
 app = typer.Typer(name="client", help="Virtual clients: VMs and processes whose memory is paged.")
@@ -213,3 +214,6 @@ def show(name: ClientName, state: State = None, as_json: AsJson = False) -> None
 
     info = ask_hypervisor(state, lambda hypervisor: hypervisor.client(named(name)))
     print_json(info) if as_json else print_text(*details(info))
+
+
+client_moves.add_to(app)

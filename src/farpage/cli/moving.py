@@ -1,0 +1,109 @@
+"""What the commands about moves do: begin them, and show how far they are until they have ended."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from farpage.cli.session import ask_hypervisor, wanted
+from farpage.definition.model import PAGE_BYTES
+from farpage.hypervisor.movement import ENDED, MoveAdjust
+
+if TYPE_CHECKING:
+    from farpage.embedded.control import HypervisorControl
+    from farpage.hypervisor.movement import ClientMove, Evacuation, EvacuationStart, MoveInfo
+
+POLL_SECONDS = 0.2
+
+
+def run_move(state: Path | None, client: str, order: ClientMove, *, wait: bool) -> MoveInfo:
+    """Begin a move and return it, at its end if that is waited for.
+
+    :raise RemoteError: it cannot be; nothing is changed then.
+    """
+
+    async def run(hypervisor: HypervisorControl) -> MoveInfo:
+        info = await hypervisor.move(client, order)
+        if not wait:
+            return info
+        with _progress() as progress:
+            bar = progress.add_task(client)
+            while info.stage not in ENDED:
+                _show(progress, bar, info)
+                await asyncio.sleep(POLL_SECONDS)
+                info = await hypervisor.move_progress(client)
+        return info
+
+    return ask_hypervisor(state, run)
+
+
+def adjust_move(state: Path | None, client: str, **changes: object) -> MoveInfo:
+    """Pause a move, let it go on, or change its bandwidth."""
+    order = wanted(MoveAdjust, **changes)
+    return ask_hypervisor(state, lambda hypervisor: hypervisor.adjust_move(client, order))
+
+
+def cancel(state: Path | None, client: str) -> MoveInfo:
+    """End a move where it began."""
+
+    async def run(hypervisor: HypervisorControl) -> MoveInfo:
+        await hypervisor.cancel_move(client)
+        return await hypervisor.move_progress(client)
+
+    return ask_hypervisor(state, run)
+
+
+def run_evacuation(
+    state: Path | None, kind: str, name: str, order: EvacuationStart, *, wait: bool
+) -> Evacuation:
+    """Begin to empty a device or a VIOS, `devices` or `vioses`, and return that, at its end if waited for.
+
+    :raise RemoteError: it cannot be; nothing is changed then.
+    """
+
+    async def run(hypervisor: HypervisorControl) -> Evacuation:
+        evacuation = await hypervisor.evacuate(kind, name, order)
+        if not wait:
+            return evacuation
+        with _progress() as progress:
+            bars = {info.client: progress.add_task(info.client) for info in evacuation.clients}
+            while not evacuation.done:
+                for info in evacuation.clients:
+                    _show(progress, bars[info.client], info)
+                await asyncio.sleep(POLL_SECONDS)
+                evacuation = await hypervisor.evacuation(kind, name)
+        return evacuation
+
+    return ask_hypervisor(state, run)
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _show(progress: Progress, bar: TaskID, info: MoveInfo) -> None:
+    progress.update(
+        bar,
+        total=info.total_pages * PAGE_BYTES or None,
+        completed=info.present_pages * PAGE_BYTES,
+        description=f"{info.client}: {info.problem or info.stage.value}",
+    )
