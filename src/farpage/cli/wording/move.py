@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from farpage.cli.output import fields, table
-from farpage.cli.sizes import format_duration, format_size
 from farpage.definition.model import PAGE_BYTES
 from farpage.hypervisor.movement import MoveStage
+from farpage.terminal.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
     from rich.table import Table
