@@ -10,7 +10,14 @@ import pytest
 SLOW = {"pydantic", "fastapi", "starlette", "uvicorn", "httpx", "rich", "typer", "prometheus_client"}
 
 
-@pytest.mark.parametrize(("module", "may_load"), [("farpage.pager.worker", set[str]())])
+@pytest.mark.parametrize(
+    ("module", "may_load"),
+    [
+        ("farpage.pager.worker", set[str]()),
+        ("farpage.hypervisor.daemon", {"pydantic"}),
+        ("farpage.vios.daemon", {"pydantic"}),
+    ],
+)
 def test_what_guests_wait_for_loads_no_library_that_it_does_not_need(module: str, may_load: set[str]) -> None:
     program = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)

@@ -40,7 +40,7 @@ def run_hypervisor(
     controls = _controls(control, folder / "control.sock", tls)
     # First of all: clients of an earlier process may wait for a worker, which loads while this one does.
     launched = launch_missing(workers_folder(run_folder), worker_count(workers))
-    from farpage.cli.session import wanted
+    from farpage.cli.wanted import wanted
     from farpage.hypervisor.daemon import run
     from farpage.hypervisor.settings import HypervisorSettings
 
@@ -81,7 +81,7 @@ def run_vios(
 
     :raise InvalidInput: naming the option that is wrong.
     """
-    from farpage.cli.session import wanted
+    from farpage.cli.wanted import wanted
     from farpage.nbd.eventloop import DataPlaneLoop
     from farpage.vios.daemon import run
     from farpage.vios.settings import ViosSettings
@@ -108,7 +108,7 @@ def run_intermediary(
 
     :raise InvalidInput: naming the option that is wrong.
     """
-    from farpage.cli.session import wanted
+    from farpage.cli.wanted import wanted
     from farpage.intermediary.daemon import run
     from farpage.intermediary.settings import IntermediarySettings
     from farpage.nbd.eventloop import DataPlaneLoop

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from farpage.cli.session import ask_hypervisor, wanted
+from farpage.cli.session import ask_hypervisor
+from farpage.cli.wanted import wanted
 from farpage.hypervisor.model import ScrubStart
 from farpage.pager.progress import ScrubState
 

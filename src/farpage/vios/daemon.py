@@ -7,12 +7,12 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from farpage.address import Address, parse_address
-from farpage.api.serve import ControlServer
 from farpage.api.tls import check_addresses
 from farpage.daemon import prepare_for_paging
 from farpage.definition.database import Database
@@ -20,17 +20,18 @@ from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.errors import InvalidInput
 from farpage.log import configure_logging, get_logger
-from farpage.vios.api import make_app
 from farpage.vios.copying.copies import Copies
 from farpage.vios.errors import StateInUse
 from farpage.vios.exports import VolumeExports
 from farpage.vios.handovers import Handovers
 from farpage.vios.leases import Leases
-from farpage.vios.metrics import registry_of
 from farpage.vios.remembered import RememberedDevice, RememberedDevices
 from farpage.vios.service import ViosService
 from farpage.vios.settings import ViosSettings
 from farpage.vios.volumes import Volumes
+
+if TYPE_CHECKING:
+    from farpage.api.serve import ControlServer
 
 log = get_logger()
 
@@ -67,8 +68,8 @@ async def run(settings: ViosSettings) -> None:
         stack.enter_context(_state_locked(settings.state_dir))
         service = await _start(settings, data, stop, stack)
         prepare_for_paging()
-        registry = registry_of(service.volumes, service.exports, service.definitions)
-        server = ControlServer(make_app(service, registry), control, settings.tls)
+        # Made in a thread, while clients are served: they would wait for what it takes long to load.
+        server = await asyncio.to_thread(_control_server, service, control, settings.tls)
         await server.start()
         stack.push_async_callback(server.stop)
         log.info(
@@ -81,6 +82,15 @@ async def run(settings: ViosSettings) -> None:
         await stop.wait()
         log.info("stopping", open_exports=service.exports.open_exports)
     log.info("stopped")
+
+
+def _control_server(service: ViosService, control: Sequence[Address], tls: Path | None) -> ControlServer:
+    from farpage.api.serve import ControlServer
+    from farpage.vios.api import make_app
+    from farpage.vios.metrics import registry_of
+
+    registry = registry_of(service.volumes, service.exports, service.definitions)
+    return ControlServer(make_app(service, registry), control, tls)
 
 
 async def _start(

@@ -40,7 +40,8 @@ def create(
 ) -> None:
     """Make a client and its volume; its memory is attached later."""
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, wanted
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import wanted
     from farpage.cli.wording.client import created
     from farpage.hypervisor.model import ClientCreate
 
@@ -80,7 +81,8 @@ def attach(
 ) -> None:
     """Page the memory of a running process; makes the client when it does not exist."""
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, named, wanted
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import named, wanted
     from farpage.cli.wording.client import attached
     from farpage.hypervisor.model import ClientAttach
 
@@ -94,7 +96,8 @@ def attach(
 def detach(name: ClientName, state: State = None, as_json: AsJson = False) -> None:
     """Page everything back in and let go of the process, which runs on; waits until that is done."""
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, named
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import named
     from farpage.cli.wording.client import detached
 
     info = ask_hypervisor(state, lambda hypervisor: hypervisor.detach(named(name)))
@@ -120,7 +123,8 @@ def release(
     Nothing is read back. End the VM or process afterwards: accesses to its memory wait for good.
     """
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, named, wanted
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import named, wanted
     from farpage.cli.wording.client import released
     from farpage.hypervisor.model import ClientRelease
 
@@ -142,7 +146,8 @@ def adopt(
 ) -> None:
     """Take a client that a hypervisor has released; attached here, it goes on with all of its pages."""
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, named, wanted
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import named, wanted
     from farpage.cli.wording.client import adopted
     from farpage.hypervisor.model import ClientAdopt
 
@@ -172,7 +177,7 @@ def scrub(
     """
     from farpage.cli.output import print_json, print_text
     from farpage.cli.scrubbing import run_scrub, stop_scrub
-    from farpage.cli.session import named
+    from farpage.cli.wanted import named
     from farpage.cli.wording.client import scrubbed
 
     if stop:
@@ -188,7 +193,8 @@ def scrub(
 def delete(name: ClientName, state: State = None) -> None:
     """Remove a detached client and its volume."""
     from farpage.cli.output import print_text
-    from farpage.cli.session import ask_hypervisor, named
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import named
 
     ask_hypervisor(state, lambda hypervisor: hypervisor.delete_client(named(name)))
     print_text(f"client {name} deleted")
@@ -209,7 +215,8 @@ def list_clients(state: State = None, as_json: AsJson = False) -> None:
 def show(name: ClientName, state: State = None, as_json: AsJson = False) -> None:
     """Show one client: its memory, paths, counters and failovers."""
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, named
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import named
     from farpage.cli.wording.client import details
 
     info = ask_hypervisor(state, lambda hypervisor: hypervisor.client(named(name)))

@@ -68,7 +68,8 @@ def promote(
 ) -> ExitStatus:
     """Make the copy of a VIOS the newest, when one that may be newer is lost for good."""
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, named
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import named
     from farpage.cli.wording.definition import promotion
 
     name = named(vios)

@@ -42,7 +42,7 @@ def add(
     """Have one or more VIOSes serve a device; with two it is common, and paths over it are redundant."""
     from farpage.cli.devices import add_device
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import wanted
+    from farpage.cli.wanted import wanted
     from farpage.cli.wording.device import overview
     from farpage.vios.model import DeviceAdd
 

@@ -47,7 +47,8 @@ def explain(
     Exits with 1 when there is no way.
     """
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, named
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import named
     from farpage.cli.wording.path import explained
     from farpage.hypervisor.ways import Way
 

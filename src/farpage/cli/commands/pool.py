@@ -34,7 +34,8 @@ def set_pool(
 ) -> None:
     """Change the pool's size, or one client's limit."""
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, wanted
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import wanted
     from farpage.cli.wording.pool import details
     from farpage.errors import InvalidInput
     from farpage.hypervisor.model import PoolSet

@@ -70,7 +70,8 @@ def stop(
     Refused, without a change, when it is the only working path of a client.
     """
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, named
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import named
     from farpage.cli.wording.vios import stopped
 
     name = named(name)
@@ -82,7 +83,8 @@ def stop(
 def start(name: ViosName, state: State = None, as_json: AsJson = False) -> None:
     """Start a VIOS of a 'farpage up' again after 'vios stop'; others are started with 'vios run'."""
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_set, named
+    from farpage.cli.session import ask_set
+    from farpage.cli.wanted import named
     from farpage.cli.wording.vios import started
 
     name = named(name)
