@@ -17,7 +17,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from farpage.cli.session import ask_hypervisor, wanted
+from farpage.cli.session import ask_hypervisor
+from farpage.cli.wanted import wanted
 from farpage.definition.model import PAGE_BYTES
 from farpage.hypervisor.movement import ENDED, MoveAdjust
 

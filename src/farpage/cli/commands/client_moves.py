@@ -43,7 +43,7 @@ def move(
     """
     from farpage.cli.moving import run_move
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import named, wanted
+    from farpage.cli.wanted import named, wanted
     from farpage.cli.wording.move import ended_badly, moved
     from farpage.hypervisor.movement import ClientMove
 
@@ -57,7 +57,8 @@ def move(
 def move_status(name: ClientName, state: State = None, as_json: AsJson = False) -> None:
     """Show how far a client's latest move is, and whether an intermediate client is at work."""
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import ask_hypervisor, named
+    from farpage.cli.session import ask_hypervisor
+    from farpage.cli.wanted import named
     from farpage.cli.wording.move import details
 
     info = ask_hypervisor(state, lambda hypervisor: hypervisor.move_progress(named(name)))
@@ -68,7 +69,7 @@ def pause_move(name: ClientName, state: State = None, as_json: AsJson = False) -
     """Copy nothing more for now; what the client itself needs goes on."""
     from farpage.cli.moving import adjust_move
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import named
+    from farpage.cli.wanted import named
     from farpage.cli.wording.move import moved
 
     info = adjust_move(state, named(name), paused=True)
@@ -86,7 +87,7 @@ def resume_move(
     """Go on with a move, or change its bandwidth while it runs."""
     from farpage.cli.moving import adjust_move
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import named
+    from farpage.cli.wanted import named
     from farpage.cli.wording.move import moved
 
     info = adjust_move(state, named(name), paused=False, bandwidth_bytes=bandwidth, unlimited=unlimited)
@@ -97,7 +98,7 @@ def cancel_move(name: ClientName, state: State = None, as_json: AsJson = False) 
     """End a move by an intermediate client where it began: the volume stays where it was, and is whole."""
     from farpage.cli.moving import cancel
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import named
+    from farpage.cli.wanted import named
     from farpage.cli.wording.move import moved
 
     info = cancel(state, named(name))

@@ -129,7 +129,7 @@ def evacuate(
     """
     from farpage.cli.moving import run_evacuation
     from farpage.cli.output import print_json, print_text
-    from farpage.cli.session import wanted
+    from farpage.cli.wanted import wanted
     from farpage.cli.wording.move import ended_badly, evacuated
     from farpage.hypervisor.movement import EvacuationStart
 
