@@ -12,7 +12,7 @@ from pathlib import Path
 
 from farpage.address import Address, TcpAddress, UnixAddress
 from farpage.blockio import BlockIO
-from farpage.nbd import codec
+from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
 from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import Counters, Export, ExportInfo, Peer
@@ -112,19 +112,19 @@ class RawClient:
         return cls(*await asyncio.open_unix_connection(path, limit=1 << 20))
 
     async def greet(self, flags: int = p.NBD_FLAG_C_FIXED_NEWSTYLE | p.NBD_FLAG_C_NO_ZEROES) -> None:
-        await self.reader.readexactly(codec.GREETING.size)
-        self.send(codec.CLIENT_FLAGS.pack(flags))
+        await self.reader.readexactly(options.GREETING.size)
+        self.send(options.CLIENT_FLAGS.pack(flags))
 
     def send(self, data: bytes) -> None:
         self.writer.write(data)
 
     async def option(self, option: int, data: bytes = b"") -> tuple[int, bytes, list[tuple[int, bytes]]]:
         """Send an option; return the last reply's type and data, and the replies before it."""
-        self.send(codec.encode_option(option, data))
+        self.send(options.encode_option(option, data))
         before: list[tuple[int, bytes]] = []
         while True:
-            _, about, reply, length = codec.OPTION_REPLY.unpack(
-                await self.reader.readexactly(codec.OPTION_REPLY.size)
+            _, about, reply, length = options.OPTION_REPLY.unpack(
+                await self.reader.readexactly(options.OPTION_REPLY.size)
             )
             assert about == option
             payload = await self.reader.readexactly(length)
@@ -136,7 +136,7 @@ class RawClient:
         await self.greet()
         if structured:
             assert (await self.option(p.NBD_OPT_STRUCTURED_REPLY))[0] == p.NBD_REP_ACK
-        request = codec.encode_info_request(codec.InfoRequest(export, ()))
+        request = options.encode_info_request(options.InfoRequest(export, ()))
         assert (await self.option(p.NBD_OPT_GO, request))[0] == p.NBD_REP_ACK
 
     def request(

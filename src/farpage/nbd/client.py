@@ -23,7 +23,7 @@ from farpage.blockio import (
     Feature,
     ReadDone,
 )
-from farpage.nbd import codec, connecting
+from farpage.nbd import codec, connecting, options
 from farpage.nbd import protocol as p
 from farpage.nbd.codec import ProtocolViolation
 from farpage.nbd.connecting import Negotiated, list_exports
@@ -56,7 +56,7 @@ class Connection:
         self._socket = sock
         self._negotiated = negotiated
         self._read_only = bool(negotiated.flags & p.NBD_FLAG_READ_ONLY)
-        self._features = codec.features_of(negotiated.flags)
+        self._features = options.features_of(negotiated.flags)
         if negotiated.context_id is not None:
             self._features |= Feature.EXTENTS
         self._peer_pid = connecting.peer_pid(sock)

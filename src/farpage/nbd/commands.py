@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
 from farpage.blockio import Allocation, BlockLimits, Extent, Feature
-from farpage.nbd import codec
+from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
 from farpage.nbd.export import Export
 
@@ -68,7 +68,7 @@ class Commands:
         self.in_flight = 0
         self.in_flight_bytes = 0
         """Lengths of the READs and WRITEs in flight."""
-        self.limits: BlockLimits = codec.advertised_limits(export.io.limits)
+        self.limits: BlockLimits = options.advertised_limits(export.io.limits)
         features = export.io.features
         self.misaligned = self.limits.minimum - 1
         """Bits that no offset and no length may have."""
@@ -339,7 +339,7 @@ class _PiecewiseRead:
 
 def _served(features: Feature, *, read_only: bool, structured: bool, block_status: bool) -> dict[int, int]:
     """Return the flags that each command may have; commands that are not served are absent."""
-    flags = codec.transmission_flags(features, read_only=read_only, structured=structured)
+    flags = options.transmission_flags(features, read_only=read_only, structured=structured)
     served = {p.NBD_CMD_READ: p.NBD_CMD_FLAG_DF if structured else 0, p.NBD_CMD_WRITE: 0}
     if flags & p.NBD_FLAG_SEND_FLUSH:
         served[p.NBD_CMD_FLUSH] = 0

@@ -14,7 +14,7 @@ from typing import Final
 
 from farpage.address import Address, UnixAddress
 from farpage.blockio import BlockLimits
-from farpage.nbd import codec
+from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
 from farpage.nbd.codec import ProtocolViolation
 from farpage.nbd.errors import (
@@ -187,7 +187,7 @@ class _Handshake:
             self._socket.close()
 
     async def greet(self) -> None:
-        magic, version, flags = codec.GREETING.unpack(await self._receive(codec.GREETING.size))
+        magic, version, flags = options.GREETING.unpack(await self._receive(options.GREETING.size))
         if magic != p.NBDMAGIC:
             raise ProtocolViolation("it does not begin with NBDMAGIC")
         if version == p.CLISERV_MAGIC:
@@ -199,7 +199,7 @@ class _Handshake:
         client_flags = (p.NBD_FLAG_C_FIXED_NEWSTYLE if self._fixed else 0) | (
             p.NBD_FLAG_C_NO_ZEROES if self._no_zeroes else 0
         )
-        await self._send(codec.CLIENT_FLAGS.pack(client_flags))
+        await self._send(options.CLIENT_FLAGS.pack(client_flags))
 
     async def list_exports(self) -> list[tuple[str, str]]:
         if not self._fixed:
@@ -209,10 +209,10 @@ class _Handshake:
         def take(reply_type: int, data: bytes) -> None:
             if reply_type != p.NBD_REP_SERVER:
                 raise ProtocolViolation(f"reply {reply_type} to NBD_OPT_LIST")
-            exports.append(codec.parse_server(data))
+            exports.append(options.parse_server(data))
 
         await self._option(p.NBD_OPT_LIST, b"", take)
-        await self._send(codec.encode_option(p.NBD_OPT_ABORT))
+        await self._send(options.encode_option(p.NBD_OPT_ABORT))
         return exports
 
     async def enter(self, export: str, *, structured: bool, block_status: bool) -> Negotiated:
@@ -248,48 +248,48 @@ class _Handshake:
         def take(reply_type: int, data: bytes) -> None:
             if reply_type != p.NBD_REP_META_CONTEXT:
                 raise ProtocolViolation(f"reply {reply_type} to NBD_OPT_SET_META_CONTEXT")
-            context_id, name = codec.parse_meta_context(data)
+            context_id, name = options.parse_meta_context(data)
             if name == p.BASE_ALLOCATION:
                 found.append(context_id)
 
-        query = codec.encode_context_query(codec.ContextQuery(export, (p.BASE_ALLOCATION,)))
+        query = options.encode_context_query(options.ContextQuery(export, (p.BASE_ALLOCATION,)))
         # Any refusal here is left to GO, which says better what is wrong with the export.
         agreed = await self._supported(p.NBD_OPT_SET_META_CONTEXT, query, take, any_error=True)
         return found[0] if agreed and found else None
 
-    async def _go(self, export: str) -> tuple[codec.ExportSize | None, BlockLimits | None]:
-        size: codec.ExportSize | None = None
+    async def _go(self, export: str) -> tuple[options.ExportSize | None, BlockLimits | None]:
+        size: options.ExportSize | None = None
         limits: BlockLimits | None = None
 
         def take(reply_type: int, data: bytes) -> None:
             nonlocal size, limits
             if reply_type != p.NBD_REP_INFO:
                 raise ProtocolViolation(f"reply {reply_type} to NBD_OPT_GO")
-            information = codec.parse_info(data)
-            if isinstance(information, codec.ExportSize):
+            information = options.parse_info(data)
+            if isinstance(information, options.ExportSize):
                 size = information
             elif isinstance(information, BlockLimits):
                 limits = information
 
-        request = codec.InfoRequest(export, (p.NBD_INFO_BLOCK_SIZE,))
-        if not await self._supported(p.NBD_OPT_GO, codec.encode_info_request(request), take):
+        request = options.InfoRequest(export, (p.NBD_INFO_BLOCK_SIZE,))
+        if not await self._supported(p.NBD_OPT_GO, options.encode_info_request(request), take):
             return None, None
         if size is None:
             raise ProtocolViolation("it acknowledged NBD_OPT_GO without NBD_INFO_EXPORT")
         return size, limits
 
-    async def _export_name(self, export: str) -> codec.ExportSize:
-        await self._send(codec.encode_option(p.NBD_OPT_EXPORT_NAME, codec.encode_string(export)))
+    async def _export_name(self, export: str) -> options.ExportSize:
+        await self._send(options.encode_option(p.NBD_OPT_EXPORT_NAME, options.encode_string(export)))
         try:
-            size_bytes, flags = codec.EXPORT_NAME_REPLY.unpack(
-                await self._receive(codec.EXPORT_NAME_REPLY.size)
+            size_bytes, flags = options.EXPORT_NAME_REPLY.unpack(
+                await self._receive(options.EXPORT_NAME_REPLY.size)
             )
         except (EOFError, ConnectionResetError):
             # The only way in which NBD_OPT_EXPORT_NAME can be refused.
             raise _OptionRefused(p.NBD_REP_ERR_UNKNOWN, "it closed the connection") from None
         if not self._no_zeroes:
-            await self._receive(len(codec.EXPORT_NAME_PADDING))
-        return codec.checked_export_size(size_bytes, flags)
+            await self._receive(len(options.EXPORT_NAME_PADDING))
+        return options.checked_export_size(size_bytes, flags)
 
     async def _supported(
         self, option: int, data: bytes, take: Callable[[int, bytes], None], *, any_error: bool = False
@@ -305,10 +305,10 @@ class _Handshake:
 
     async def _option(self, option: int, data: bytes, take: Callable[[int, bytes], None]) -> None:
         """Send an option and hand every reply before the acknowledgement to `take`."""
-        await self._send(codec.encode_option(option, data))
+        await self._send(options.encode_option(option, data))
         for _ in range(_REPLIES_MAX):
-            magic, about, reply_type, length = codec.OPTION_REPLY.unpack(
-                await self._receive(codec.OPTION_REPLY.size)
+            magic, about, reply_type, length = options.OPTION_REPLY.unpack(
+                await self._receive(options.OPTION_REPLY.size)
             )
             if magic != p.NBD_OPTION_REPLY_MAGIC or about != option:
                 raise ProtocolViolation("a reply to an option does not match the option")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from farpage.blockio import Feature
-from farpage.nbd import codec
+from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
 from farpage.nbd.codec import ProtocolViolation
 from farpage.nbd.errors import ExportRefused
@@ -31,7 +31,7 @@ OPTION_MAX_BYTES: Final = 16 << 10
 OPTION_SKIPPED_MAX_BYTES: Final = 1 << 20
 """Options with more data than this end the connection."""
 
-GREETING: Final = codec.GREETING.pack(
+GREETING: Final = options.GREETING.pack(
     p.NBDMAGIC, p.IHAVEOPT, p.NBD_FLAG_FIXED_NEWSTYLE | p.NBD_FLAG_NO_ZEROES
 )
 """What a server sends first."""
@@ -120,17 +120,17 @@ class Negotiation:
         while True:
             match self._state:
                 case _State.CLIENT_FLAGS:
-                    if len(self._buffer) < codec.CLIENT_FLAGS.size:
+                    if len(self._buffer) < options.CLIENT_FLAGS.size:
                         return None
-                    (flags,) = codec.CLIENT_FLAGS.unpack(self._take(codec.CLIENT_FLAGS.size))
+                    (flags,) = options.CLIENT_FLAGS.unpack(self._take(options.CLIENT_FLAGS.size))
                     if flags & ~(p.NBD_FLAG_C_FIXED_NEWSTYLE | p.NBD_FLAG_C_NO_ZEROES):
                         return self._hang_up(f"unknown client flags {flags:#x}")
                     self._no_zeroes = bool(flags & p.NBD_FLAG_C_NO_ZEROES)
                     self._state = _State.OPTION_HEADER
                 case _State.OPTION_HEADER:
-                    if len(self._buffer) < codec.OPTION.size:
+                    if len(self._buffer) < options.OPTION.size:
                         return None
-                    problem = self._begin_option(self._take(codec.OPTION.size))
+                    problem = self._begin_option(self._take(options.OPTION.size))
                     if problem:
                         return self._hang_up(problem)
                 case _State.OPTION_DATA:
@@ -151,12 +151,12 @@ class Negotiation:
 
     def listed(self, names: Iterable[tuple[str, str]]) -> bytes:
         """Return the answer to `ListNames`."""
-        replies = [codec.encode_server(p.NBD_OPT_LIST, name, description) for name, description in names]
-        return b"".join([*replies, codec.encode_option_reply(p.NBD_OPT_LIST, p.NBD_REP_ACK)])
+        replies = [options.encode_server(p.NBD_OPT_LIST, name, description) for name, description in names]
+        return b"".join([*replies, options.encode_option_reply(p.NBD_OPT_LIST, p.NBD_REP_ACK)])
 
     def described(self, step: Describe, info: ExportInfo) -> bytes:
         """Return the answer to `Describe`."""
-        acknowledgement = codec.encode_option_reply(step.option, p.NBD_REP_ACK)
+        acknowledgement = options.encode_option_reply(step.option, p.NBD_REP_ACK)
         if step.option == p.NBD_OPT_INFO:
             return self._information(step.option, info) + acknowledgement
         selected = Feature.EXTENTS in info.features and _selects(step)
@@ -165,28 +165,28 @@ class Negotiation:
         if not selected:
             return acknowledgement
         context_id = codec.CONTEXT_ID if step.option == p.NBD_OPT_SET_META_CONTEXT else 0
-        return codec.encode_meta_context(step.option, context_id, p.BASE_ALLOCATION) + acknowledgement
+        return options.encode_meta_context(step.option, context_id, p.BASE_ALLOCATION) + acknowledgement
 
     def entered(self, step: Enter, info: ExportInfo) -> bytes:
         """Return the answer to `Enter` that begins the transmission phase."""
         self._state = _State.ENDED
         self.block_status = self.context_export == step.name
         if step.option == p.NBD_OPT_GO:
-            return self._information(step.option, info) + codec.encode_option_reply(
+            return self._information(step.option, info) + options.encode_option_reply(
                 step.option, p.NBD_REP_ACK
             )
-        reply = codec.EXPORT_NAME_REPLY.pack(info.size_bytes, self.flags(info))
-        return reply if self._no_zeroes else reply + codec.EXPORT_NAME_PADDING
+        reply = options.EXPORT_NAME_REPLY.pack(info.size_bytes, self.flags(info))
+        return reply if self._no_zeroes else reply + options.EXPORT_NAME_PADDING
 
     def refused(self, step: Describe | Enter, refusal: ExportRefused) -> Reply | HangUp:
         """Return the answer to a `Describe` or `Enter` that was refused."""
         if step.option == p.NBD_OPT_EXPORT_NAME:  # the one option that has no error reply
             return self._hang_up(refusal.message)
-        return Reply(codec.encode_option_error(step.option, refusal.reply_type, refusal.message))
+        return Reply(options.encode_option_error(step.option, refusal.reply_type, refusal.message))
 
     def flags(self, info: ExportInfo) -> int:
         """Return the transmission flags that this client is told."""
-        return codec.transmission_flags(
+        return options.transmission_flags(
             info.features, read_only=info.read_only, structured=self.structured_replies
         )
 
@@ -196,7 +196,7 @@ class Negotiation:
         return data
 
     def _begin_option(self, header: bytes) -> str:
-        magic, self._option, self._length = codec.OPTION.unpack(header)
+        magic, self._option, self._length = options.OPTION.unpack(header)
         self._options += 1
         if magic != p.IHAVEOPT:
             return "an option does not begin with IHAVEOPT"
@@ -221,25 +221,25 @@ class Negotiation:
     def _dispatch(self, option: int, data: bytes) -> Step:  # noqa: PLR0911 (one return for each option)
         match option:
             case p.NBD_OPT_EXPORT_NAME:
-                return Enter(option, codec.parse_string(data))
+                return Enter(option, options.parse_string(data))
             case p.NBD_OPT_GO:
-                return Enter(option, codec.parse_info_request(data).name)
+                return Enter(option, options.parse_info_request(data).name)
             case p.NBD_OPT_INFO:
-                request = codec.parse_info_request(data)
+                request = options.parse_info_request(data)
                 return Describe(option, request.name, information=request.information)
             case p.NBD_OPT_ABORT:
-                return self._hang_up("", codec.encode_option_reply(option, p.NBD_REP_ACK))
+                return self._hang_up("", options.encode_option_reply(option, p.NBD_REP_ACK))
             case p.NBD_OPT_LIST:
                 _require_empty(data)
                 return ListNames()
             case p.NBD_OPT_STRUCTURED_REPLY:
                 _require_empty(data)
                 self.structured_replies = True
-                return Reply(codec.encode_option_reply(option, p.NBD_REP_ACK))
+                return Reply(options.encode_option_reply(option, p.NBD_REP_ACK))
             case p.NBD_OPT_LIST_META_CONTEXT | p.NBD_OPT_SET_META_CONTEXT:
                 if option == p.NBD_OPT_SET_META_CONTEXT:
                     self.context_export = None  # replaced even when the option fails
-                query = codec.parse_context_query(data)
+                query = options.parse_context_query(data)
                 if not self.structured_replies:
                     raise ProtocolViolation("structured replies must be negotiated first")
                 return Describe(option, query.name, queries=query.queries)
@@ -250,15 +250,15 @@ class Negotiation:
 
     def _information(self, option: int, info: ExportInfo) -> bytes:
         parts = [
-            codec.encode_info_export(option, info.size_bytes, self.flags(info)),
-            codec.encode_info_block_size(option, codec.advertised_limits(info.limits)),
+            options.encode_info_export(option, info.size_bytes, self.flags(info)),
+            options.encode_info_block_size(option, options.advertised_limits(info.limits)),
         ]
         if info.description:
-            parts.append(codec.encode_info_text(option, p.NBD_INFO_DESCRIPTION, info.description))
+            parts.append(options.encode_info_text(option, p.NBD_INFO_DESCRIPTION, info.description))
         return b"".join(parts)
 
     def _error(self, option: int, reply_type: int, message: str) -> Reply:
-        return Reply(codec.encode_option_error(option, reply_type, message))
+        return Reply(options.encode_option_error(option, reply_type, message))
 
     def _hang_up(self, reason: str, data: bytes = b"") -> HangUp:
         self._state = _State.ENDED

@@ -13,7 +13,7 @@ import pytest
 
 from farpage.address import TcpAddress, UnixAddress
 from farpage.blockio import CONNECTION_LOST, Feature
-from farpage.nbd import codec
+from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
 from farpage.nbd.client import Connection, list_exports
 from farpage.nbd.errors import (
@@ -27,7 +27,7 @@ from tests.support.commands import condition, read_bytes, wait_done, write_bytes
 from tests.support.nbd import serving, short_folder
 
 Dialogue = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-GREETING = codec.GREETING.pack(p.NBDMAGIC, p.IHAVEOPT, 3)
+GREETING = options.GREETING.pack(p.NBDMAGIC, p.IHAVEOPT, 3)
 
 
 @asynccontextmanager
@@ -47,7 +47,7 @@ async def fake_server(dialogue: Dialogue) -> AsyncIterator[UnixAddress]:
 
 
 async def read_option(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    _, option, length = codec.OPTION.unpack(await reader.readexactly(codec.OPTION.size))
+    _, option, length = options.OPTION.unpack(await reader.readexactly(options.OPTION.size))
     return option, await reader.readexactly(length)
 
 
@@ -64,10 +64,10 @@ async def shake_hands(
     while True:
         option, _ = await read_option(reader)
         if option == p.NBD_OPT_GO:
-            writer.write(codec.encode_info_export(option, size_bytes, flags))
-            writer.write(codec.encode_option_reply(option, p.NBD_REP_ACK))
+            writer.write(options.encode_info_export(option, size_bytes, flags))
+            writer.write(options.encode_option_reply(option, p.NBD_REP_ACK))
             return
-        writer.write(codec.encode_option_error(option, p.NBD_REP_ERR_UNSUP))
+        writer.write(options.encode_option_error(option, p.NBD_REP_ERR_UNSUP))
 
 
 async def test_an_address_without_a_server_is_unreachable(tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ async def test_a_server_that_hangs_up_in_the_handshake_is_unreachable() -> None:
 
 HANDSHAKE_VIOLATIONS = {
     "http": b"HTTP/1.1 400 Bad Request\r\n\r\n",
-    "an old server": codec.GREETING.pack(p.NBDMAGIC, p.CLISERV_MAGIC, 0) + bytes(200),
-    "a reply to nothing": GREETING + codec.encode_option_reply(99, p.NBD_REP_ACK),
+    "an old server": options.GREETING.pack(p.NBDMAGIC, p.CLISERV_MAGIC, 0) + bytes(200),
+    "a reply to nothing": GREETING + options.encode_option_reply(99, p.NBD_REP_ACK),
     "an enormous reply": GREETING
-    + codec.OPTION_REPLY.pack(p.NBD_OPTION_REPLY_MAGIC, p.NBD_OPT_STRUCTURED_REPLY, 1, 1 << 31),
+    + options.OPTION_REPLY.pack(p.NBD_OPTION_REPLY_MAGIC, p.NBD_OPT_STRUCTURED_REPLY, 1, 1 << 31),
     "an unexpected reply": GREETING
-    + codec.encode_option_reply(p.NBD_OPT_STRUCTURED_REPLY, p.NBD_REP_SERVER, b"\0\0\0\0"),
+    + options.encode_option_reply(p.NBD_OPT_STRUCTURED_REPLY, p.NBD_REP_SERVER, b"\0\0\0\0"),
 }
 
 
@@ -145,10 +145,10 @@ async def test_an_impossible_export_is_a_violation(size_bytes: int, flags: int) 
 
 async def test_a_server_of_the_first_newstyle_is_spoken_to() -> None:
     async def dialogue(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(codec.GREETING.pack(p.NBDMAGIC, p.IHAVEOPT, 0))
+        writer.write(options.GREETING.pack(p.NBDMAGIC, p.IHAVEOPT, 0))
         assert await reader.readexactly(4) == bytes(4)
         assert await read_option(reader) == (p.NBD_OPT_EXPORT_NAME, b"v")
-        writer.write(codec.EXPORT_NAME_REPLY.pack(4096, p.NBD_FLAG_HAS_FLAGS) + bytes(124))
+        writer.write(options.EXPORT_NAME_REPLY.pack(4096, p.NBD_FLAG_HAS_FLAGS) + bytes(124))
         _, _, command, cookie, _, length = codec.REQUEST.unpack(await reader.readexactly(28))
         assert command == p.NBD_CMD_READ
         writer.write(codec.encode_simple_reply(cookie) + b"x" * length)
@@ -255,7 +255,7 @@ async def test_a_server_without_a_list_refuses_it() -> None:
         writer.write(GREETING)
         await reader.readexactly(4)
         option, _ = await read_option(reader)
-        writer.write(codec.encode_option_error(option, p.NBD_REP_ERR_POLICY, "not\x1b[31m here"))
+        writer.write(options.encode_option_error(option, p.NBD_REP_ERR_POLICY, "not\x1b[31m here"))
         await reader.read()
 
     async with fake_server(dialogue) as address:

@@ -7,7 +7,7 @@ import errno
 
 from farpage.address import UnixAddress
 from farpage.blockio import CONNECTION_LOST
-from farpage.nbd import codec
+from farpage.nbd import options
 from farpage.nbd import protocol as p
 from farpage.nbd.client import Connection
 from farpage.nbd.export import Export, Peer
@@ -114,7 +114,9 @@ async def test_an_export_that_is_being_handed_out_is_fenced_too() -> None:
         await server.start([UnixAddress(str(folder / "s"))])
         client = await RawClient.connect(str(folder / "s"))
         await client.greet()
-        client.send(codec.encode_option(p.NBD_OPT_GO, codec.encode_info_request(codec.InfoRequest("v", ()))))
+        client.send(
+            options.encode_option(p.NBD_OPT_GO, options.encode_info_request(options.InfoRequest("v", ())))
+        )
         await entered.wait()
         go_on.set()
         await condition(lambda: provider.opened == ["v"])

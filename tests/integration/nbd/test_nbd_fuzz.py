@@ -15,7 +15,7 @@ from pathlib import Path
 
 from farpage.address import UnixAddress
 from farpage.blockio import read_bytes
-from farpage.nbd import codec
+from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
 from farpage.nbd.client import Connection
 from tests.support.commands import condition
@@ -34,26 +34,26 @@ LENGTHS = (0, 1, 100, 512, 4096, 65536, VOLUME_BYTES, VOLUME_BYTES + 1, 1 << 25,
 OFFSETS = (0, 0, 1, 512, 4096, VOLUME_BYTES - 1, VOLUME_BYTES, 1 << 40, (1 << 64) - 1)
 
 
-def options(chance: random.Random) -> list[bytes]:
+def random_options(chance: random.Random) -> list[bytes]:
     """Return what a client may send before GO, and some that it may not."""
     name = chance.choice(["target", "target", "", "unknown", "x" * 4096, "nä\u2028me"])
-    query = codec.encode_context_query(
-        codec.ContextQuery(
+    query = options.encode_context_query(
+        options.ContextQuery(
             name, tuple(chance.choices(["base:allocation", "base:", "x:y", ""], k=chance.randrange(4)))
         )
     )
-    info = codec.encode_info_request(codec.InfoRequest(name, tuple(chance.choices(range(5), k=2))))
+    info = options.encode_info_request(options.InfoRequest(name, tuple(chance.choices(range(5), k=2))))
     return [
-        codec.encode_option(p.NBD_OPT_STRUCTURED_REPLY),
-        codec.encode_option(p.NBD_OPT_STARTTLS),
-        codec.encode_option(p.NBD_OPT_LIST),
-        codec.encode_option(p.NBD_OPT_INFO, info),
-        codec.encode_option(p.NBD_OPT_SET_META_CONTEXT, query),
-        codec.encode_option(p.NBD_OPT_LIST_META_CONTEXT, query),
-        codec.encode_option(p.NBD_OPT_EXTENDED_HEADERS),
-        codec.encode_option(p.NBD_OPT_ABORT),
-        codec.encode_option(chance.randrange(1 << 32), chance.randbytes(chance.randrange(40))),
-        codec.encode_option(p.NBD_OPT_LIST, chance.randbytes(chance.choice([1, 20_000]))),
+        options.encode_option(p.NBD_OPT_STRUCTURED_REPLY),
+        options.encode_option(p.NBD_OPT_STARTTLS),
+        options.encode_option(p.NBD_OPT_LIST),
+        options.encode_option(p.NBD_OPT_INFO, info),
+        options.encode_option(p.NBD_OPT_SET_META_CONTEXT, query),
+        options.encode_option(p.NBD_OPT_LIST_META_CONTEXT, query),
+        options.encode_option(p.NBD_OPT_EXTENDED_HEADERS),
+        options.encode_option(p.NBD_OPT_ABORT),
+        options.encode_option(chance.randrange(1 << 32), chance.randbytes(chance.randrange(40))),
+        options.encode_option(p.NBD_OPT_LIST, chance.randbytes(chance.choice([1, 20_000]))),
     ]
 
 
@@ -95,14 +95,16 @@ def mutated(chance: random.Random, data: bytes) -> bytes:
 def dialogue(seed: int) -> bytes:
     chance = random.Random(seed)
     flags = chance.choice([3, 3, 3, 1, 0, 2, 1 << 31])
-    chosen = chance.choices(options(chance), k=chance.randrange(4))
+    chosen = chance.choices(random_options(chance), k=chance.randrange(4))
     enter = chance.choice(
         [
-            codec.encode_option(p.NBD_OPT_GO, codec.encode_info_request(codec.InfoRequest("target", (3,)))),
-            codec.encode_option(p.NBD_OPT_EXPORT_NAME, b"target"),
+            options.encode_option(
+                p.NBD_OPT_GO, options.encode_info_request(options.InfoRequest("target", (3,)))
+            ),
+            options.encode_option(p.NBD_OPT_EXPORT_NAME, b"target"),
         ]
     )
-    return mutated(chance, codec.CLIENT_FLAGS.pack(flags) + b"".join([*chosen, enter]) + requests(chance))
+    return mutated(chance, options.CLIENT_FLAGS.pack(flags) + b"".join([*chosen, enter]) + requests(chance))
 
 
 async def converse(path: str, data: bytes) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from farpage.address import UnixAddress
 from farpage.blockio import Allocation, BlockLimits, Extent, Feature
-from farpage.nbd import codec
+from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
 from farpage.nbd.client import Connection
 from farpage.nbd.server import ListenFailed, Server
@@ -41,12 +41,12 @@ async def test_an_unknown_export_is_refused_with_the_providers_words() -> None:
     async with serving({"v": MemoryIO(SIZE)}) as serving_:
         client = await RawClient.connect(serving_.unix_path)
         await client.greet()
-        request = codec.encode_info_request(codec.InfoRequest("nothing", ()))
+        request = options.encode_info_request(options.InfoRequest("nothing", ()))
         for option in (p.NBD_OPT_GO, p.NBD_OPT_INFO):
             reply, message, _ = await client.option(option, request)
             assert reply == p.NBD_REP_ERR_UNKNOWN
             assert b"'nothing' is not available" in message
-        client.send(codec.encode_option(p.NBD_OPT_EXPORT_NAME, b"nothing"))
+        client.send(options.encode_option(p.NBD_OPT_EXPORT_NAME, b"nothing"))
         assert await client.at_end()
         await client.close()
         assert serving_.provider.opened == []
@@ -57,7 +57,7 @@ async def test_info_opens_nothing() -> None:
         client = await RawClient.connect(serving_.unix_path)
         await client.greet()
         reply, _, _ = await client.option(
-            p.NBD_OPT_INFO, codec.encode_info_request(codec.InfoRequest("v", ()))
+            p.NBD_OPT_INFO, options.encode_info_request(options.InfoRequest("v", ()))
         )
         assert reply == p.NBD_REP_ACK
         await client.close()
@@ -68,8 +68,8 @@ async def test_export_name_enters_the_transmission() -> None:
     async with serving({"v": MemoryIO(SIZE)}) as serving_:
         client = await RawClient.connect(serving_.unix_path)
         await client.greet(p.NBD_FLAG_C_FIXED_NEWSTYLE)
-        client.send(codec.encode_option(p.NBD_OPT_EXPORT_NAME, b"v"))
-        size, flags = codec.EXPORT_NAME_REPLY.unpack(await client.reader.readexactly(10))
+        client.send(options.encode_option(p.NBD_OPT_EXPORT_NAME, b"v"))
+        size, flags = options.EXPORT_NAME_REPLY.unpack(await client.reader.readexactly(10))
         assert size == SIZE
         assert flags & p.NBD_FLAG_HAS_FLAGS
         assert await client.reader.readexactly(124) == bytes(124)
@@ -83,11 +83,11 @@ async def test_a_request_sent_with_the_last_option_is_answered() -> None:
         client = await RawClient.connect(serving_.unix_path)
         await client.greet()
         client.send(
-            codec.encode_option(p.NBD_OPT_GO, codec.encode_info_request(codec.InfoRequest("v", ())))
+            options.encode_option(p.NBD_OPT_GO, options.encode_info_request(options.InfoRequest("v", ())))
             + codec.encode_request(p.NBD_CMD_FLUSH, 0, 9, 0, 0)
         )
         while True:
-            _, _, reply, length = codec.OPTION_REPLY.unpack(await client.reader.readexactly(20))
+            _, _, reply, length = options.OPTION_REPLY.unpack(await client.reader.readexactly(20))
             await client.reader.readexactly(length)
             if reply == p.NBD_REP_ACK:
                 break
@@ -306,8 +306,8 @@ async def test_a_client_that_says_nothing_is_cut_off() -> None:
         silent = await RawClient.connect(serving_.unix_path)
         dripping = await RawClient.connect(serving_.unix_path)
         await dripping.greet()
-        dripping.send(codec.OPTION.pack(p.IHAVEOPT, p.NBD_OPT_GO, 100))
-        await silent.reader.readexactly(codec.GREETING.size)
+        dripping.send(options.OPTION.pack(p.IHAVEOPT, p.NBD_OPT_GO, 100))
+        await silent.reader.readexactly(options.GREETING.size)
         assert await silent.at_end()
         assert await dripping.at_end()
         await silent.close()
@@ -395,10 +395,10 @@ async def test_block_status_gives_one_extent_when_one_is_asked_for() -> None:
         client = await RawClient.connect(serving_.unix_path)
         await client.greet()
         await client.option(p.NBD_OPT_STRUCTURED_REPLY)
-        query = codec.encode_context_query(codec.ContextQuery("v", (p.BASE_ALLOCATION,)))
+        query = options.encode_context_query(options.ContextQuery("v", (p.BASE_ALLOCATION,)))
         reply, _, contexts = await client.option(p.NBD_OPT_SET_META_CONTEXT, query)
         assert (reply, len(contexts)) == (p.NBD_REP_ACK, 1)
-        await client.option(p.NBD_OPT_GO, codec.encode_info_request(codec.InfoRequest("v", ())))
+        await client.option(p.NBD_OPT_GO, options.encode_info_request(options.InfoRequest("v", ())))
         client.request(p.NBD_CMD_BLOCK_STATUS, 1, 0, SIZE, flags=p.NBD_CMD_FLAG_REQ_ONE)
         _, _, _, payload = await client.chunk()
         _, extents = codec.parse_block_status(memoryview(payload))
@@ -411,9 +411,9 @@ async def test_a_context_chosen_for_another_export_does_not_count() -> None:
         client = await RawClient.connect(serving_.unix_path)
         await client.greet()
         await client.option(p.NBD_OPT_STRUCTURED_REPLY)
-        query = codec.encode_context_query(codec.ContextQuery("w", (p.BASE_ALLOCATION,)))
+        query = options.encode_context_query(options.ContextQuery("w", (p.BASE_ALLOCATION,)))
         await client.option(p.NBD_OPT_SET_META_CONTEXT, query)
-        await client.option(p.NBD_OPT_GO, codec.encode_info_request(codec.InfoRequest("v", ())))
+        await client.option(p.NBD_OPT_GO, options.encode_info_request(options.InfoRequest("v", ())))
         client.request(p.NBD_CMD_BLOCK_STATUS, 1, 0, SIZE)
         _, kind, _, _ = await client.chunk()
         assert kind == p.NBD_REPLY_TYPE_ERROR
@@ -446,12 +446,12 @@ async def test_an_address_in_use_is_refused_and_nothing_is_left_listening(tmp_pa
 async def test_an_export_whose_limits_the_wire_cannot_say_is_given_back() -> None:
     async with serving({"v": MemoryIO(SIZE, limits=BlockLimits(minimum=3))}) as serving_:
         for option, data in (
-            (p.NBD_OPT_GO, codec.encode_info_request(codec.InfoRequest("v", ()))),
+            (p.NBD_OPT_GO, options.encode_info_request(options.InfoRequest("v", ()))),
             (p.NBD_OPT_EXPORT_NAME, b"v"),
         ):
             client = await RawClient.connect(serving_.unix_path)
             await client.greet()
-            client.send(codec.encode_option(option, data))
+            client.send(options.encode_option(option, data))
             await client.reader.read()
             await client.close()
         await condition(lambda: serving_.provider.closed == ["v", "v"])

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farpage.blockio import Allocation, BlockLimits, Extent, Feature
-from farpage.nbd import codec
+from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
-from farpage.nbd.codec import ContextQuery, ExportSize, InfoRequest, ProtocolViolation
+from farpage.nbd.codec import ProtocolViolation
+from farpage.nbd.options import ContextQuery, ExportSize, InfoRequest
 
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=1000)
 extents = st.lists(
@@ -27,46 +28,46 @@ extents = st.lists(
 @given(names, st.lists(st.integers(0, 65535), max_size=20))
 def test_info_request_round_trip(name: str, information: list[int]) -> None:
     request = InfoRequest(name, tuple(information))
-    assert codec.parse_info_request(codec.encode_info_request(request)) == request
+    assert options.parse_info_request(options.encode_info_request(request)) == request
 
 
 @given(names, st.lists(names, max_size=5))
 def test_context_query_round_trip(name: str, queries: list[str]) -> None:
     query = ContextQuery(name, tuple(queries))
-    assert codec.parse_context_query(codec.encode_context_query(query)) == query
+    assert options.parse_context_query(options.encode_context_query(query)) == query
 
 
 @given(names)
 def test_server_reply_round_trip(name: str) -> None:
-    reply = codec.encode_server(p.NBD_OPT_LIST, name, "a disk")
-    assert codec.parse_server(reply[codec.OPTION_REPLY.size :]) == (name, "a disk")
+    reply = options.encode_server(p.NBD_OPT_LIST, name, "a disk")
+    assert options.parse_server(reply[options.OPTION_REPLY.size :]) == (name, "a disk")
 
 
 @given(st.integers(0, (1 << 32) - 1), names)
 def test_meta_context_round_trip(context_id: int, name: str) -> None:
-    reply = codec.encode_meta_context(p.NBD_OPT_SET_META_CONTEXT, context_id, name)
-    assert codec.parse_meta_context(reply[codec.OPTION_REPLY.size :]) == (context_id, name)
+    reply = options.encode_meta_context(p.NBD_OPT_SET_META_CONTEXT, context_id, name)
+    assert options.parse_meta_context(reply[options.OPTION_REPLY.size :]) == (context_id, name)
 
 
 @given(st.integers(0, (1 << 63) - 1), st.integers(0, 65535))
 def test_export_information_round_trip(size_bytes: int, flags: int) -> None:
     flags |= p.NBD_FLAG_HAS_FLAGS
-    reply = codec.encode_info_export(p.NBD_OPT_GO, size_bytes, flags)
-    assert codec.parse_info(reply[codec.OPTION_REPLY.size :]) == ExportSize(size_bytes, flags)
+    reply = options.encode_info_export(p.NBD_OPT_GO, size_bytes, flags)
+    assert options.parse_info(reply[options.OPTION_REPLY.size :]) == ExportSize(size_bytes, flags)
 
 
 @given(st.integers(0, 16), st.integers(0, 1 << 27), st.integers(1, 1 << 33))
 def test_advertised_limits_are_what_a_client_accepts(minimum: int, preferred: int, maximum: int) -> None:
-    limits = codec.advertised_limits(BlockLimits(1 << minimum, preferred, maximum))
-    reply = codec.encode_info_block_size(p.NBD_OPT_GO, limits)
-    assert codec.parse_info(reply[codec.OPTION_REPLY.size :]) == limits
+    limits = options.advertised_limits(BlockLimits(1 << minimum, preferred, maximum))
+    reply = options.encode_info_block_size(p.NBD_OPT_GO, limits)
+    assert options.parse_info(reply[options.OPTION_REPLY.size :]) == limits
     assert limits.maximum <= max(maximum, limits.minimum)
 
 
 @pytest.mark.parametrize("minimum", [0, 3, 1 << 17])
 def test_a_minimum_block_size_that_the_wire_cannot_say_is_refused(minimum: int) -> None:
     with pytest.raises(ValueError, match="power of two"):
-        codec.advertised_limits(BlockLimits(minimum=minimum))
+        options.advertised_limits(BlockLimits(minimum=minimum))
 
 
 @given(extents)
@@ -111,12 +112,12 @@ def test_messages_are_fit_for_a_terminal(data: bytes) -> None:
 @pytest.mark.parametrize(
     "parse",
     [
-        codec.parse_info_request,
-        codec.parse_context_query,
-        codec.parse_server,
-        codec.parse_meta_context,
-        codec.parse_info,
-        codec.parse_string,
+        options.parse_info_request,
+        options.parse_context_query,
+        options.parse_server,
+        options.parse_meta_context,
+        options.parse_info,
+        options.parse_string,
         lambda data: codec.parse_block_status(memoryview(data)),
         lambda data: codec.parse_error_chunk(memoryview(data)),
     ],
@@ -141,19 +142,19 @@ def test_parsers_answer_garbage_with_a_violation(parse: Callable[[bytes], object
 )
 def test_inconsistent_info_requests_are_violations(data: bytes) -> None:
     with pytest.raises(ProtocolViolation):
-        codec.parse_info_request(data)
+        options.parse_info_request(data)
 
 
 def test_a_string_longer_than_the_wire_allows_is_refused_in_both_directions() -> None:
     with pytest.raises(ValueError, match="longer"):
-        codec.encode_string("a" * 4097)
+        options.encode_string("a" * 4097)
     with pytest.raises(ProtocolViolation, match="longer"):
-        codec.parse_string(b"a" * 4097)
+        options.parse_string(b"a" * 4097)
 
 
 def test_a_context_query_cannot_ask_for_more_queries_than_it_holds() -> None:
     with pytest.raises(ProtocolViolation, match="number of queries"):
-        codec.parse_context_query(b"\0\0\0\0" + b"\xff\xff\xff\xff")
+        options.parse_context_query(b"\0\0\0\0" + b"\xff\xff\xff\xff")
 
 
 @given(st.lists(st.sampled_from(list(Feature)), max_size=8), st.booleans())
@@ -161,16 +162,16 @@ def test_features_survive_the_transmission_flags(chosen: list[Feature], structur
     features = Feature.NONE
     for feature in chosen:
         features |= feature
-    flags = codec.transmission_flags(features, read_only=False, structured=structured)
+    flags = options.transmission_flags(features, read_only=False, structured=structured)
     expected = features & ~Feature.EXTENTS
     if Feature.ZERO not in features:
         expected &= ~Feature.FAST_ZERO
-    assert codec.features_of(flags) == expected
+    assert options.features_of(flags) == expected
     assert bool(flags & p.NBD_FLAG_SEND_DF) is structured
 
 
 def test_a_read_only_export_offers_no_command_that_writes() -> None:
-    flags = codec.transmission_flags(Feature.TRIM | Feature.ZERO, read_only=True, structured=False)
+    flags = options.transmission_flags(Feature.TRIM | Feature.ZERO, read_only=True, structured=False)
     assert flags == p.NBD_FLAG_HAS_FLAGS | p.NBD_FLAG_READ_ONLY
 
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farpage.blockio import BlockLimits, Feature
-from farpage.nbd import codec
+from farpage.nbd import options
 from farpage.nbd import protocol as p
-from farpage.nbd.codec import ContextQuery, InfoRequest
 from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import ExportInfo
 from farpage.nbd.negotiation import (
@@ -26,9 +25,10 @@ from farpage.nbd.negotiation import (
     Reply,
     Step,
 )
+from farpage.nbd.options import ContextQuery, InfoRequest
 
 INFO = ExportInfo(1 << 20, features=Feature.FLUSH | Feature.EXTENTS, description="a disk")
-FLAGS = codec.CLIENT_FLAGS.pack(p.NBD_FLAG_C_FIXED_NEWSTYLE | p.NBD_FLAG_C_NO_ZEROES)
+FLAGS = options.CLIENT_FLAGS.pack(p.NBD_FLAG_C_FIXED_NEWSTYLE | p.NBD_FLAG_C_NO_ZEROES)
 
 
 def begun() -> Negotiation:
@@ -38,16 +38,16 @@ def begun() -> Negotiation:
 
 
 def asked(negotiation: Negotiation, option: int, data: bytes = b"") -> Step | None:
-    negotiation.feed(codec.encode_option(option, data))
+    negotiation.feed(options.encode_option(option, data))
     return negotiation.next_step()
 
 
 def reply_types(data: bytes) -> list[int]:
     types = []
     while data:
-        _, _, reply, length = codec.OPTION_REPLY.unpack_from(data)
+        _, _, reply, length = options.OPTION_REPLY.unpack_from(data)
         types.append(reply)
-        data = data[codec.OPTION_REPLY.size + length :]
+        data = data[options.OPTION_REPLY.size + length :]
     return types
 
 
@@ -57,16 +57,16 @@ def replied(step: Step | None) -> list[int]:
 
 
 def info_request(name: str) -> bytes:
-    return codec.encode_info_request(InfoRequest(name, (p.NBD_INFO_BLOCK_SIZE,)))
+    return options.encode_info_request(InfoRequest(name, (p.NBD_INFO_BLOCK_SIZE,)))
 
 
 def context_query(name: str, *queries: str) -> bytes:
-    return codec.encode_context_query(ContextQuery(name, queries))
+    return options.encode_context_query(ContextQuery(name, queries))
 
 
 def test_unknown_client_flags_end_the_connection() -> None:
     negotiation = Negotiation()
-    negotiation.feed(codec.CLIENT_FLAGS.pack(1 << 7))
+    negotiation.feed(options.CLIENT_FLAGS.pack(1 << 7))
     assert isinstance(negotiation.next_step(), HangUp)
 
 
@@ -91,10 +91,10 @@ def test_info_describes_and_does_not_enter() -> None:
 @pytest.mark.parametrize(("flags", "padding"), [(p.NBD_FLAG_C_FIXED_NEWSTYLE, 124), (3, 0)])
 def test_export_name_is_answered_with_or_without_padding(flags: int, padding: int) -> None:
     negotiation = Negotiation()
-    negotiation.feed(codec.CLIENT_FLAGS.pack(flags))
+    negotiation.feed(options.CLIENT_FLAGS.pack(flags))
     step = asked(negotiation, p.NBD_OPT_EXPORT_NAME, b"v")
     assert isinstance(step, Enter)
-    assert len(negotiation.entered(step, INFO)) == codec.EXPORT_NAME_REPLY.size + padding
+    assert len(negotiation.entered(step, INFO)) == options.EXPORT_NAME_REPLY.size + padding
 
 
 def test_a_refused_go_tells_why_and_the_client_may_try_again() -> None:
@@ -192,13 +192,13 @@ def test_block_sizes_are_announced() -> None:
     step = asked(negotiation, p.NBD_OPT_GO, info_request("v"))
     assert isinstance(step, Enter)
     answer = negotiation.entered(step, ExportInfo(1 << 20, limits=BlockLimits(4096, 65536, 1 << 20)))
-    assert codec.encode_info_block_size(p.NBD_OPT_GO, BlockLimits(4096, 65536, 1 << 20)) in answer
+    assert options.encode_info_block_size(p.NBD_OPT_GO, BlockLimits(4096, 65536, 1 << 20)) in answer
 
 
 def test_an_option_that_is_too_long_is_skipped_and_answered() -> None:
     negotiation = begun()
     length = OPTION_MAX_BYTES + 1
-    negotiation.feed(codec.OPTION.pack(p.IHAVEOPT, p.NBD_OPT_INFO, length))
+    negotiation.feed(options.OPTION.pack(p.IHAVEOPT, p.NBD_OPT_INFO, length))
     for _ in range(length):
         assert negotiation.next_step() is None
         negotiation.feed(b"x")
@@ -209,9 +209,9 @@ def test_an_option_that_is_too_long_is_skipped_and_answered() -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        codec.OPTION.pack(p.IHAVEOPT, p.NBD_OPT_INFO, OPTION_SKIPPED_MAX_BYTES + 1),
-        codec.OPTION.pack(p.IHAVEOPT, p.NBD_OPT_EXPORT_NAME, p.STRING_MAX_BYTES + 1),
-        codec.OPTION.pack(p.NBDMAGIC, p.NBD_OPT_INFO, 0),
+        options.OPTION.pack(p.IHAVEOPT, p.NBD_OPT_INFO, OPTION_SKIPPED_MAX_BYTES + 1),
+        options.OPTION.pack(p.IHAVEOPT, p.NBD_OPT_EXPORT_NAME, p.STRING_MAX_BYTES + 1),
+        options.OPTION.pack(p.NBDMAGIC, p.NBD_OPT_INFO, 0),
     ],
 )
 def test_option_headers_that_end_the_connection(header: bytes) -> None:
@@ -229,7 +229,7 @@ def test_endless_haggling_ends_the_connection() -> None:
 
 def test_requests_behind_the_last_option_are_kept_for_the_transmission() -> None:
     negotiation = begun()
-    negotiation.feed(codec.encode_option(p.NBD_OPT_GO, info_request("v")) + b"request")
+    negotiation.feed(options.encode_option(p.NBD_OPT_GO, info_request("v")) + b"request")
     assert isinstance(negotiation.next_step(), Enter)
     assert negotiation.leftover == b"request"
 
@@ -252,10 +252,10 @@ def drive(negotiation: Negotiation) -> list[object]:
 
 DIALOGUE = FLAGS + b"".join(
     [
-        codec.encode_option(p.NBD_OPT_STRUCTURED_REPLY),
-        codec.encode_option(p.NBD_OPT_LIST),
-        codec.encode_option(p.NBD_OPT_SET_META_CONTEXT, context_query("v", p.BASE_ALLOCATION)),
-        codec.encode_option(p.NBD_OPT_GO, info_request("v")),
+        options.encode_option(p.NBD_OPT_STRUCTURED_REPLY),
+        options.encode_option(p.NBD_OPT_LIST),
+        options.encode_option(p.NBD_OPT_SET_META_CONTEXT, context_query("v", p.BASE_ALLOCATION)),
+        options.encode_option(p.NBD_OPT_GO, info_request("v")),
     ]
 )
 
