@@ -20,20 +20,21 @@ from farpage.device.base import BLOCK_BYTES, never
 from farpage.device.directory import default_name
 from farpage.device.engine import Engine
 from farpage.device.errors import DeviceUnusable
-from farpage.device.file import (
+from farpage.device.file import FEATURES, FileVolume
+from farpage.device.layout import DATA_OFFSET_BYTES, HEADER_BYTES, DeviceLabel
+from farpage.device.occupied import refuse_signed, refuse_used
+from farpage.device.spans import SpanGate
+from farpage.device.spec import BlockSpec
+from farpage.device.volumefile import (
     FALLOC_PUNCH_HOLE,
     FALLOC_ZERO_RANGE,
-    FEATURES,
     NOT_SUPPORTED,
     Access,
-    FileVolume,
+    VolumeFile,
     fallocate,
     read_fully,
     write_fully,
 )
-from farpage.device.layout import DATA_OFFSET_BYTES, HEADER_BYTES, DeviceLabel
-from farpage.device.occupied import refuse_signed, refuse_used
-from farpage.device.spec import BlockSpec
 from farpage.device.whole import WholeDevice, prepare_label, unusable
 from farpage.kernel import blockdevice
 from farpage.kernel.memory import AlignedBuffer
@@ -166,43 +167,47 @@ def zero_range(descriptor: int, offset: int, length: int, *, punch: bool, fast: 
     fallocate(descriptor, FALLOC_ZERO_RANGE, offset, length)
 
 
-class BlockVolume(FileVolume):
-    """`FileVolume` on a block device: no extents, and other ways to zero and to discard."""
+class BlockFile(VolumeFile):
+    """`VolumeFile` on a block device: other ways to zero and to discard."""
 
-    def __init__(self, descriptor: int, size_bytes: int, **others: Any) -> None:
-        """`others` are those of `FileVolume`."""
-        super().__init__(
-            descriptor, size_bytes, access=Access.DIRECT, origin_bytes=DATA_OFFSET_BYTES, **others
-        )
+    def _is_whole(self) -> bool:
+        return True
+
+    def zero(self, offset: int, length: int, punch: bool, fast: bool, fua: bool) -> int:
+        """Have the device zero the range."""
+        if self._superseded() or self.over():
+            return errno.ESHUTDOWN
+        zero_range(self.descriptor, self.origin_bytes + offset, length, punch=punch, fast=fast)
+        return self._sync() if fua else 0
+
+    def trim(self, offset: int, length: int, fua: bool) -> int:
+        """Have the device unmap or discard the range."""
+        if self._superseded() or self.over():
+            return errno.ESHUTDOWN
+        try:
+            # Rather than BLKDISCARD, after which the range may read as anything.
+            fallocate(self.descriptor, FALLOC_PUNCH_HOLE, self.origin_bytes + offset, length)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            with contextlib.suppress(OSError):
+                blockdevice.discard(self.descriptor, self.origin_bytes + offset, length)
+        return self._sync() if fua else 0
+
+
+class BlockVolume(FileVolume):
+    """`FileVolume` on a block device, which has no extents."""
+
+    def __init__(self, file: BlockFile, *, engine: Engine, gate: SpanGate) -> None:
+        """Take the file over."""
+        super().__init__(file, engine=engine, gate=gate)
         self.features &= ~Feature.EXTENTS
-        self.limits = block_limits(blockdevice.logical_block_bytes(descriptor))
+        self.limits = block_limits(blockdevice.logical_block_bytes(file.descriptor))
 
     def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
         """Refuse: a block device does not tell."""
         self._check_range(offset, length)
         done(errno.ENOTSUP, None)
-
-    def _is_whole(self) -> bool:
-        return True
-
-    def _do_zero(self, offset: int, length: int, punch: bool, fast: bool, fua: bool) -> int:
-        if self._superseded() or self._over():
-            return errno.ESHUTDOWN
-        zero_range(self._descriptor, self._origin + offset, length, punch=punch, fast=fast)
-        return self._sync() if fua else 0
-
-    def _do_trim(self, offset: int, length: int, fua: bool) -> int:
-        if self._superseded() or self._over():
-            return errno.ESHUTDOWN
-        try:
-            # Rather than BLKDISCARD, after which the range may read as anything.
-            fallocate(self._descriptor, FALLOC_PUNCH_HOLE, self._origin + offset, length)
-        except OSError as error:
-            if error.errno not in NOT_SUPPORTED:
-                raise
-            with contextlib.suppress(OSError):
-                blockdevice.discard(self._descriptor, self._origin + offset, length)
-        return self._sync() if fua else 0
 
 
 def block_limits(block_bytes: int) -> BlockLimits:
@@ -236,14 +241,15 @@ class BlockDevice(WholeDevice):
     async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         """Open the device once more, with a lock that keeps the volume from being deleted."""
         descriptor, size_bytes, volume_id, superseded = await self._engine.run(self._open, name, epoch)
-        return BlockVolume(
+        file = BlockFile(
             descriptor,
             size_bytes,
-            engine=self._engine,
-            gate=self._engine.gate(volume_id),
+            access=Access.DIRECT,
             superseded=superseded,
+            origin_bytes=DATA_OFFSET_BYTES,
             over=over,
         )
+        return BlockVolume(file, engine=self._engine, gate=self._engine.gate(volume_id))
 
     async def close(self) -> None:
         """End the threads and close the device."""

@@ -35,9 +35,10 @@ from farpage.device.base import (
 from farpage.device.claim import Claim
 from farpage.device.engine import Engine
 from farpage.device.errors import CapacityExceeded, DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
-from farpage.device.file import FEATURES, Access, FileVolume
+from farpage.device.file import FEATURES, FileVolume
 from farpage.device.label import Header, Label, read_label, sync_folder, write_label
 from farpage.device.spec import CacheMode, DirectorySpec
+from farpage.device.volumefile import Access, VolumeFile
 
 UNCOUNTED = frozenset({"lost+found"})
 """Not a sign that a directory is in use: every new ext file system has it."""
@@ -171,15 +172,8 @@ class DirectoryDevice(PagingDevice):
     async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         """Open the volume's file, with a lock that keeps it from being deleted."""
         descriptor, size_bytes, superseded = await self._engine.run(self._open_files, name, epoch)
-        return FileVolume(
-            descriptor,
-            size_bytes,
-            access=self._access,
-            engine=self._engine,
-            gate=self._engine.gate(name),
-            superseded=superseded,
-            over=over,
-        )
+        file = VolumeFile(descriptor, size_bytes, access=self._access, superseded=superseded, over=over)
+        return FileVolume(file, engine=self._engine, gate=self._engine.gate(name))
 
     async def close(self) -> None:
         """End the threads."""

@@ -14,7 +14,7 @@ from farpage.address import UnixAddress
 from farpage.blockio import read_bytes
 from farpage.definition.database import Database
 from farpage.definition.store import DefinitionStore, EpochStore
-from farpage.device import file
+from farpage.device import volumefile
 from farpage.device.claim import Claim
 from farpage.device.open import open_device
 from farpage.nbd.client import Connection
@@ -57,7 +57,7 @@ async def test_the_answer_waits_for_a_write_that_hangs_in_the_device(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stuck, release = threading.Event(), threading.Event()
-    really = file.write_fully
+    really = volumefile.write_fully
 
     def slow(descriptor: int, data: memoryview, offset: int) -> None:
         if bytes(data[:4]) == b"slow":
@@ -65,7 +65,7 @@ async def test_the_answer_waits_for_a_write_that_hangs_in_the_device(
             release.wait()
         really(descriptor, data, offset)
 
-    monkeypatch.setattr(file, "write_fully", slow)
+    monkeypatch.setattr(volumefile, "write_fully", slow)
     database = Database(folder / "vios.db")
     volumes = Volumes("one", DefinitionStore(database), EpochStore(database))
     device = await open_device(f"dir:{folder}/disk?size=16M")

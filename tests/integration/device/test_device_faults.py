@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from farpage.blockio import read_bytes
-from farpage.device import file
+from farpage.device import volumefile
 from farpage.device.reads import RingReader
 from farpage.log import Line, diverted
 from tests.support.volumes import extents, flush, read_error, write, zero
@@ -80,7 +80,7 @@ async def test_one_slow_read_does_not_hold_up_the_others(
     tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stuck, release = threading.Event(), threading.Event()
-    really = file.read_fully
+    really = volumefile.read_fully
 
     def slow(descriptor: int, into: memoryview, offset: int) -> None:
         if offset == 0:
@@ -92,7 +92,7 @@ async def test_one_slow_read_does_not_hold_up_the_others(
         device.create_volume("vm1", 1 << 20)
         volume = await device.open_volume("vm1", 1)
         assert await write(volume, 0, b"a" * 8192) == 0
-        monkeypatch.setattr(file, "read_fully", slow)
+        monkeypatch.setattr(volumefile, "read_fully", slow)
         first = asyncio.create_task(read_bytes(volume, 0, 4096))
         await asyncio.to_thread(stuck.wait)
         for _ in range(20):
@@ -131,7 +131,7 @@ async def test_a_bug_in_a_thread_ends_one_command_and_not_the_thread(
         volume = await device.open_volume("vm1", 1)
         logs: list[Line] = []
         with monkeypatch.context() as patch, diverted(logs.append):
-            patch.setattr(file, "read_fully", lambda *_arguments: 1 // 0)
+            patch.setattr(volumefile, "read_fully", lambda *_arguments: 1 // 0)
             assert [await read_error(volume, 0, 4096) for _ in range(9)] == [errno.EIO] * 9
         assert {line["event"] for line in logs} == {"io_thread_failed"}
         assert await read_error(volume, 0, 4096) == 0
