@@ -7,338 +7,32 @@ its header and look what is there afterwards; docs/devices.md says what that mea
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import os
-import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from farpage.blockio import (
-    Allocation,
-    BlockIO,
-    BlockLimits,
-    Done,
-    Extent,
-    ExtentsDone,
-    Feature,
-    ReadDone,
-    read_bytes,
-    wait_done,
-)
+from farpage.blockio import BlockIO, read_bytes
 from farpage.device.base import BLOCK_BYTES, Usage, never
 from farpage.device.directory import default_name
 from farpage.device.errors import DeviceUnusable
-from farpage.device.file import client_errno
-from farpage.device.layout import DATA_OFFSET_BYTES, HEADER_BYTES, DeviceLabel, Header, parse_header
+from farpage.device.layout import DATA_OFFSET_BYTES, HEADER_BYTES, DeviceLabel, parse_header
 from farpage.device.occupied import refuse_signed
 from farpage.device.reconnect import Reconnecting, open_connection
+from farpage.device.remotestorage import RemoteStorage
+from farpage.device.remotevolume import HeaderChecks, RemoteVolume, remote_features, remote_limits
 from farpage.device.spans import SpanGate
 from farpage.device.spec import RemoteSpec
 from farpage.device.threads import IoThreads
-from farpage.device.whole import HeaderReader, Hold, WholeDevice, prepare_label, unusable
+from farpage.device.whole import WholeDevice, prepare_label, unusable
 from farpage.errors import FarpageError
 from farpage.kernel.memory import create_memfd
 from farpage.nbd.client import Connection
 
-ANSWER_SECONDS: Final = 10.0
-"""So long one command for the header may take."""
-ZERO_SECONDS: Final = 60.0
-"""So long zeroing `_ZERO_STEP_BYTES` may take."""
-_ZERO_STEP_BYTES: Final = 256 << 20
-_ZEROS: Final = memoryview(bytes(4 << 20))
-_MAXIMUM_BYTES: Final = 32 << 20
 _THREADS: Final = 2
 _HINT: Final = "check that the NBD server runs and exports the same storage as before"
 
 Result = TypeVar("Result")
-
-
-class RemoteStorage:
-    """`Storage` on an export: blocking calls from threads, carried out in the event loop."""
-
-    def __init__(self, export: Reconnecting) -> None:
-        """To be made in the export's event loop."""
-        self._export = export
-        self._loop = asyncio.get_running_loop()
-        self._loop_thread = threading.get_ident()
-        self._lock = threading.Lock()
-        self.size_bytes = export.size_bytes
-        self.read_only = export.read_only
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Read."""
-        return self._call(_within(ANSWER_SECONDS, read_bytes(self._export, offset, length)))
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Write, and flush if the server has anything to flush."""
-        self._call(_within(ANSWER_SECONDS, self._write(offset, data)))
-
-    def zero(self, offset: int, length: int) -> None:
-        """Zero what the server does not say is zero already."""
-        self._call(self._zero(offset, length))
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other threads out; other processes cannot be."""
-        if not self._lock.acquire(timeout=ANSWER_SECONDS):
-            raise OSError(errno.ETIMEDOUT, "an earlier change of its header hangs")
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        if threading.get_ident() == self._loop_thread:
-            work.close()
-            raise RuntimeError("this would wait for its own event loop: use the device's run()")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    async def _write(self, offset: int, data: bytes) -> None:
-        fua = Feature.FUA in self._export.features
-        _check(await wait_done(lambda done: self._export.write(offset, memoryview(data), done, fua=fua)))
-        if not fua:
-            await self._flush()
-
-    async def _flush(self) -> None:
-        if Feature.FLUSH in self._export.features:
-            _check(await wait_done(self._export.flush))
-
-    async def _zero(self, offset: int, length: int) -> None:
-        end = offset + length
-        while offset < end:
-            step = min(_ZERO_STEP_BYTES, end - offset)
-            extent = await _within(ZERO_SECONDS, self._next_extent(offset, step))
-            step = min(step, extent.length)
-            if Allocation.ZERO not in extent.allocation:
-                await _within(ZERO_SECONDS, self._zero_step(offset, step))
-            offset += step
-        await _within(ZERO_SECONDS, self._flush())
-
-    async def _next_extent(self, offset: int, length: int) -> Extent:
-        if Feature.EXTENTS not in self._export.features:
-            return Extent(length, Allocation.DATA)
-        future: asyncio.Future[Extent] = asyncio.get_running_loop().create_future()
-
-        def found(error: int, extents: list[Extent] | None) -> None:
-            if not future.done():
-                future.set_result(extents[0] if extents else Extent(length, Allocation.DATA))
-
-        self._export.extents(offset, length, found)
-        return await future
-
-    async def _zero_step(self, offset: int, length: int) -> None:
-        if Feature.ZERO in self._export.features:
-            _check(await wait_done(lambda done: self._export.zero(offset, length, done)))
-            return
-        for at in range(offset, offset + length, len(_ZEROS)):
-            data = _ZEROS[: min(len(_ZEROS), offset + length - at)]
-            _check(await wait_done(partial(self._export.write, at, data)))
-
-
-class HeaderChecks:
-    """Reads the header before changes: once for all that come while an earlier look is under way."""
-
-    def __init__(self, export: Reconnecting, headers: HeaderReader) -> None:
-        self._export = export
-        self._headers = headers
-        self._waiting: list[Callable[[int, Header | None], None]] = []
-        self._reading = False
-
-    def look(self, seen: Callable[[int, Header | None], None]) -> None:
-        """Call `seen(error, header)` with the header as it is after this call."""
-        self._waiting.append(seen)
-        if not self._reading:
-            self._begin()
-
-    def _begin(self) -> None:
-        self._reading = True
-        batch, self._waiting = self._waiting, []
-        self._export.read(0, HEADER_BYTES, partial(self._read, batch))
-
-    def _read(
-        self, batch: list[Callable[[int, Header | None], None]], error: int, payload: memoryview | None
-    ) -> None:
-        header: Header | None = None
-        if payload is not None and not error:
-            try:
-                header = self._headers.parse(bytes(payload))
-            except ValueError:
-                error = errno.EIO
-        self._reading = False
-        if self._waiting:
-            self._begin()
-        for seen in batch:
-            seen(error, header)
-
-
-class RemoteVolume:
-    """`BlockIO` of the volume on an export.
-
-    Changes of overlapping ranges are carried out in the order in which they came, one after the other, so
-    that one that is repeated after its connection was lost never undoes a later one.
-    """
-
-    def __init__(
-        self,
-        export: Reconnecting,
-        checks: HeaderChecks,
-        gate: SpanGate,
-        *,
-        size_bytes: int,
-        hold: Hold | None,
-        over: Callable[[], bool] = never,
-    ) -> None:
-        """`hold` is None for a read-only volume; `gate` is common to all who have the volume open."""
-        self.size_bytes = size_bytes
-        self.read_only = hold is None
-        self.limits = remote_limits(export)
-        self.features = remote_features(export)
-        self._export = export
-        self._checks = checks
-        self._gate = gate
-        self._hold = hold
-        self._over = over
-        self._in_flight = 0
-        self._idle: asyncio.Future[None] | None = None
-        self._open = True
-
-    def read_now(self, offset: int, into: memoryview) -> bool:
-        """Return False: bytes of a server are never at hand."""
-        del offset, into
-        return False
-
-    def read(self, offset: int, length: int, done: ReadDone) -> None:
-        """Read."""
-        self._check_range(offset, length)
-        if length == 0:
-            done(0, memoryview(b""))
-            return
-        self._in_flight += 1
-
-        def finished(error: int, payload: memoryview | None) -> None:
-            self._left()
-            done(client_errno(error), payload)
-
-        self._export.read(DATA_OFFSET_BYTES + offset, length, finished)
-
-    def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
-        """Write, if the header says that the volume is still the owner's."""
-        self._change(
-            offset, len(data), done, partial(self._export.write, DATA_OFFSET_BYTES + offset, data, fua=fua)
-        )
-
-    def zero(
-        self,
-        offset: int,
-        length: int,
-        done: Done,
-        *,
-        punch: bool = True,
-        fast: bool = False,
-        fua: bool = False,
-    ) -> None:
-        """Zero."""
-        start = partial(
-            self._export.zero, DATA_OFFSET_BYTES + offset, length, punch=punch, fast=fast, fua=fua
-        )
-        self._change(offset, length, done, start)
-
-    def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
-        """Discard."""
-        self._change(
-            offset, length, done, partial(self._export.trim, DATA_OFFSET_BYTES + offset, length, fua=fua)
-        )
-
-    def cache(self, offset: int, length: int, done: Done) -> None:
-        """Have the server read ahead."""
-        self._check_range(offset, length)
-        self._plain(partial(self._export.cache, DATA_OFFSET_BYTES + offset, length), done)
-
-    def flush(self, done: Done) -> None:
-        """Have the server put everything on stable storage."""
-        if self.read_only:
-            done(0)
-        else:
-            self._plain(self._export.flush, done)
-
-    def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        """Report what the server says of the range."""
-        self._check_range(offset, length)
-        self._in_flight += 1
-
-        def finished(error: int, found: list[Extent] | None) -> None:
-            self._left()
-            done(client_errno(error), found)
-
-        self._export.extents(DATA_OFFSET_BYTES + offset, length, finished)
-
-    async def close(self) -> None:
-        """Wait for the commands in flight."""
-        if self._in_flight:
-            self._idle = asyncio.get_running_loop().create_future()
-            await self._idle
-        self._open = False
-
-    def _check_range(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size_bytes:
-            raise ValueError(f"{length} bytes at {offset} are outside a volume of {self.size_bytes} bytes")
-        if not self._open:
-            raise ValueError("the volume is closed")
-
-    def _plain(self, start: Callable[[Done], None], done: Done) -> None:
-        self._in_flight += 1
-
-        def finished(error: int) -> None:
-            self._left()
-            done(client_errno(error))
-
-        start(finished)
-
-    def _change(self, offset: int, length: int, done: Done, start: Callable[[Done], None]) -> None:
-        self._check_range(offset, length)
-        if self._hold is None or length == 0:
-            done(0 if self._hold else errno.EPERM)
-            return
-        self._in_flight += 1
-        hold = self._hold
-
-        def begin(token: int) -> None:
-            def finished(error: int) -> None:
-                self._gate.leave(token)
-                self._left()
-                done(client_errno(error))
-
-            def seen(error: int, header: Header | None) -> None:
-                if header is None:
-                    finished(error or errno.EIO)
-                elif hold.is_superseded(header) or self._over():
-                    finished(errno.ESHUTDOWN)
-                else:
-                    start(finished)
-
-            self._checks.look(seen)
-
-        self._gate.enter(offset, offset + length, begin, exclusive=True)
-
-    def _left(self) -> None:
-        self._in_flight -= 1
-        if self._in_flight == 0 and self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
-
-
-def remote_features(export: Reconnecting) -> Feature:
-    """Return what a volume on the export can do; one connection or several, all our clients share them."""
-    return export.features | Feature.MULTI_CONN
-
-
-def remote_limits(export: Reconnecting) -> BlockLimits:
-    """Return a volume's limits; what is longer than the server takes is split."""
-    limits = export.limits
-    return BlockLimits(
-        limits.minimum, min(max(limits.preferred, BLOCK_BYTES), _MAXIMUM_BYTES), _MAXIMUM_BYTES
-    )
 
 
 class RemoteDevice(WholeDevice):
@@ -478,17 +172,3 @@ def _refuse_signed(text: str, storage: RemoteStorage) -> None:
         refuse_signed(text, f"/proc/{os.getpid()}/fd/{descriptor}")
     finally:
         os.close(descriptor)
-
-
-async def _within(seconds: float, work: Coroutine[Any, Any, Result]) -> Result:
-    """Await with a time limit, as an OSError."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await work
-    except TimeoutError as error:
-        raise OSError(errno.ETIMEDOUT, "the server does not answer") from error
-
-
-def _check(error: int) -> None:
-    if error:
-        raise OSError(error, os.strerror(error))
