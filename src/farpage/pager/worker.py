@@ -10,13 +10,13 @@ import asyncio
 import math
 import socket
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from farpage.attach.memory import ClientMemory
-from farpage.errors import ExitStatus, FarpageError
+from farpage.errors import FarpageError
 from farpage.log import get_logger
 from farpage.message import Message
 from farpage.pager import volumes
@@ -24,17 +24,13 @@ from farpage.pager.buffers import BufferPool
 from farpage.pager.channel import Handing
 from farpage.pager.client import PagedClient, VolumeFenced
 from farpage.pager.control import ControlLink
+from farpage.pager.errors import ClientExited, NotAttached, ScrubUnderWay
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.messages import (
     AddReplica,
-    AlarmRaised,
     Attach,
     ClientLost,
-    ClientReport,
-    CounterReport,
     Detach,
-    EpochRaised,
-    FailoverReport,
     GoOver,
     HandedOver,
     HandOver,
@@ -44,13 +40,9 @@ from farpage.pager.messages import (
     OutageChanged,
     PagedOut,
     PageOut,
-    PathReport,
     Query,
-    RecordReplicas,
     Rejoin,
-    ReplicaReport,
     RetireReplica,
-    ScrubReport,
     SetLimit,
     StartScrub,
     StopScrub,
@@ -58,74 +50,18 @@ from farpage.pager.messages import (
     WorkerClients,
 )
 from farpage.pager.received import received
+from farpage.pager.reports import report_of
 from farpage.pager.statefile import StateFile
-from farpage.pager.table import STATE_NAMES, PageTable
+from farpage.pager.table import PageTable
+from farpage.pager.tidings import StoredOwnership, Tidings
 from farpage.volume.connector import connect_nbd
 from farpage.volume.errors import ClientFenced
 from farpage.volume.lease import Leases
-from farpage.volume.ownership import Ownership
-from farpage.volume.recorder import States
 
 log = get_logger()
 
 REPAIR_POLL_SECONDS = 0.01
 """Repairs of single pages are over at once, and there are hardly any."""
-
-
-@dataclass(eq=False)
-class ClientExited(FarpageError):
-    """The client's process ended during a request."""
-
-    code = "client_exited"
-    template = "client {client!r} exited meanwhile"
-    remedy = "nothing is left to be done: its memory is gone"
-    exit_status = ExitStatus.NOT_FOUND
-    client: str
-
-
-@dataclass(eq=False)
-class NotAttached(FarpageError):
-    """The worker does not page that client."""
-
-    code = "not_attached"
-    template = "client {client!r} is not attached"
-    remedy = "attach it with 'farpage client attach {client} --pid PID'"
-    exit_status = ExitStatus.CONFLICT
-    client: str
-
-
-@dataclass(eq=False)
-class ScrubUnderWay(FarpageError):
-    """One scrub of a client at a time."""
-
-    code = "scrub_under_way"
-    template = "client {client!r} is being scrubbed already"
-    remedy = (
-        "watch it with 'farpage client show {client}', or end it with 'farpage client scrub {client} --stop'"
-    )
-    exit_status = ExitStatus.CONFLICT
-    client: str
-
-
-class _Events:
-    """Passes what a client's volume has to tell on to the control process."""
-
-    def __init__(self, control: ControlLink, client: str, owner: str) -> None:
-        self._control = control
-        self._client = client
-        self._owner = owner
-
-    def epoch_raised(self, epoch: int) -> None:
-        raised = EpochRaised(client=self._client, epoch=epoch, owner=self._owner)
-        self._control.tell("epoch_raised", raised)
-
-    async def record_replicas(self, epoch: int, states: States) -> None:
-        record = RecordReplicas(client=self._client, owner=self._owner, epoch=epoch, states=states)
-        await self._control.call("record_replicas", record, Nothing)
-
-    def alarm(self, kind: str, message: str) -> None:
-        log.warning("alarm", client=self._client, kind=kind, message=message)
-        self._control.tell("alarm", AlarmRaised(client=self._client, kind=kind, message=message))
 
 
 @dataclass
@@ -141,19 +77,6 @@ class _Attached:
     """The volume of a recovered client, which is paged before a path is found."""
     detaching: asyncio.Task[None] | None = None
     releasing: asyncio.Task[None] | None = None
-
-
-class _StoredOwnership(Ownership):
-    """Keeps the epoch in the state file before anything is opened under it, for who recovers the client."""
-
-    def __init__(self, owner: str, epoch: int, state: StateFile) -> None:
-        self._state = state
-        super().__init__(owner, epoch)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if name == "epoch":
-            self._state.epoch = self.epoch
 
 
 class Worker:
@@ -218,7 +141,8 @@ class Worker:
                 rejoin = Rejoin.model_validate(parameters)
                 self._attached(rejoin.client).paged.space.volume.rejoin(rejoin.vios, rejoin.reason)
             case "query":
-                return self._report(Query.model_validate(parameters).client)
+                client = Query.model_validate(parameters).client
+                return report_of(client, self._attached(client).paged)
             case "clients":
                 return WorkerClients(clients=(*self._clients, *self._attaching))
             case _:
@@ -236,7 +160,7 @@ class Worker:
             await asyncio.sleep(REPAIR_POLL_SECONDS)
         attached = self._attached(order.client)
         space = attached.paged.space
-        events = _Events(self._control, order.client, attached.order.owner)
+        events = Tidings(self._control, order.client, attached.order.owner)
         space.volume = volumes.with_replica(
             space.volume,
             order.replica,
@@ -289,8 +213,8 @@ class Worker:
     async def _attach_now(self, order: Attach, descriptors: list[int]) -> Nothing:
         client, state = received(order, descriptors)
         epoch = max(order.epoch, state.epoch) + 1 if order.recover else order.epoch
-        ownership = _StoredOwnership(order.owner, epoch, state)
-        events = _Events(self._control, order.client, order.owner)
+        ownership = StoredOwnership(order.owner, epoch, state)
+        events = Tidings(self._control, order.client, order.owner)
         volume = volumes.make(order, ownership, events, state, self._leases)
         if not order.recover:
             try:
@@ -437,40 +361,6 @@ class Worker:
         else:
             attached.state.close()
         self._look_whether_done()
-
-    def _report(self, client: str) -> ClientReport:
-        paged = self._attached(client).paged
-        space = paged.space
-        return ClientReport(
-            client=client,
-            pages_by_state=dict(zip(STATE_NAMES, space.table.counts, strict=True)),
-            limit_pages=space.limit.pages,
-            epoch=space.volume.epoch,
-            fenced=space.volume.ownership.fenced,
-            stalled_faults=paged.faults.stalled,
-            without_path_seconds=paged.outage.without_path_seconds,
-            device_full=space.full,
-            scrub=ScrubReport(**asdict(paged.scrub.progress)) if paged.scrub else None,
-            counters=CounterReport(**asdict(space.counters)),
-            replicas=tuple(ReplicaReport(**asdict(replica)) for replica in space.volume.replica_status()),
-            hedged_reads=space.volume.counts.hedged_reads,
-            hedges_won=space.volume.counts.hedges_won,
-            paths=tuple(
-                PathReport(
-                    vios=path.endpoint.vios,
-                    device=path.endpoint.device,
-                    state=path.state,
-                    reason=path.reason,
-                    epoch=path.epoch,
-                    in_flight=path.in_flight,
-                    held=path.held,
-                    losses=path.losses,
-                    since_seconds=path.since_seconds,
-                )
-                for path in space.volume.status()
-            ),
-            failovers=tuple(FailoverReport(**asdict(record)) for record in space.volume.failovers.records),
-        )
 
     def close(self) -> None:
         """Leave no socket behind."""

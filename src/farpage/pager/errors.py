@@ -1,0 +1,42 @@
+"""What a data worker refuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from farpage.errors import ExitStatus, FarpageError
+
+
+@dataclass(eq=False)
+class ClientExited(FarpageError):
+    """The client's process ended during a request."""
+
+    code = "client_exited"
+    template = "client {client!r} exited meanwhile"
+    remedy = "nothing is left to be done: its memory is gone"
+    exit_status = ExitStatus.NOT_FOUND
+    client: str
+
+
+@dataclass(eq=False)
+class NotAttached(FarpageError):
+    """The worker does not page that client."""
+
+    code = "not_attached"
+    template = "client {client!r} is not attached"
+    remedy = "attach it with 'farpage client attach {client} --pid PID'"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+
+
+@dataclass(eq=False)
+class ScrubUnderWay(FarpageError):
+    """One scrub of a client at a time."""
+
+    code = "scrub_under_way"
+    template = "client {client!r} is being scrubbed already"
+    remedy = (
+        "watch it with 'farpage client show {client}', or end it with 'farpage client scrub {client} --stop'"
+    )
+    exit_status = ExitStatus.CONFLICT
+    client: str
