@@ -28,7 +28,7 @@ class _OneVolume:
     async def describe(self, name: str, peer: Peer) -> ExportInfo:
         return ExportInfo.of(self._volume)
 
-    def names(self, peer: Peer) -> list[tuple[str, str]]:
+    async def names(self, peer: Peer) -> list[tuple[str, str]]:
         return [("", "")]
 
 

@@ -49,7 +49,7 @@ class Exports:
     async def describe(self, name: str, peer: Peer) -> ExportInfo:
         return ExportInfo.of(self._find(name), f"volume {name}")
 
-    def names(self, peer: Peer) -> list[tuple[str, str]]:
+    async def names(self, peer: Peer) -> list[tuple[str, str]]:
         return [(name, f"volume {name}") for name in self.exports]
 
 

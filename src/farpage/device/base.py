@@ -87,7 +87,7 @@ class PagingDevice(abc.ABC):
 
     @abc.abstractmethod
     def names(self) -> list[str]:
-        """List the names of the volumes, sorted; quickly enough for an event loop.
+        """List the names of the volumes, sorted, without a look at each.
 
         :raise DeviceUnusable: the storage does not answer as it should.
         """

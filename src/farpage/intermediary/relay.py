@@ -84,7 +84,7 @@ class Relay:
         finally:
             connection.abort()
 
-    def names(self, peer: Peer) -> list[tuple[str, str]]:
+    async def names(self, peer: Peer) -> list[tuple[str, str]]:
         """List nothing: the first VIOS knows the name."""
         return []
 

@@ -87,5 +87,5 @@ class ExportProvider(Protocol):
         :raise ExportRefused: as `open` would.
         """
 
-    def names(self, peer: Peer) -> list[tuple[str, str]]:
+    async def names(self, peer: Peer) -> list[tuple[str, str]]:
         """Return name and description of every export that this peer may see."""

@@ -162,7 +162,7 @@ class ServerConnection:
             case n.Reply() | n.HangUp():
                 return step
             case n.ListNames():
-                return n.Reply(negotiation.listed(provider.names(self.peer)))
+                return n.Reply(negotiation.listed(await provider.names(self.peer)))
         try:
             if self._server.closing:
                 raise ExportRefused(p.NBD_REP_ERR_SHUTDOWN, "the server is shutting down")

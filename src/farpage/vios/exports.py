@@ -26,7 +26,7 @@ from farpage.vios.errors import LeaseOver
 from farpage.vios.grants import authorize
 from farpage.vios.leases import LeaseExport, Leases, parse_lease_name
 from farpage.vios.names import ExportName, parse_export_name, refusal_text
-from farpage.vios.volumes import Located, Volumes
+from farpage.vios.volumes import Located, Volumes, if_it_answers
 
 log = get_logger()
 
@@ -245,15 +245,15 @@ class VolumeExports:
             description=_description(located, wanted),
         )
 
-    def names(self, peer: Peer) -> list[tuple[str, str]]:
-        """List the read-only names: an owner knows its epoch."""
-        found: list[tuple[str, str]] = []
-        for device in self._volumes.devices:
-            try:
-                found += [(name, f"on device {device.name}") for name in device.names()]
-            except DeviceUnusable as error:
-                log.error("device_unusable", device=device.name, problem=error.cause)
-        return sorted(found)
+    async def names(self, peer: Peer) -> list[tuple[str, str]]:
+        """List the read-only names: an owner knows its epoch. A device that does not answer is left out."""
+        devices = list(self._volumes.devices)
+        listed = await asyncio.gather(*(if_it_answers(device, device.names) for device in devices))
+        return sorted(
+            (name, f"on device {device.name}")
+            for device, names in zip(devices, listed, strict=True)
+            for name in names or ()
+        )
 
     # Holders
 
