@@ -159,6 +159,7 @@ class _Operations:
             ),
             recovery=hypervisor.recovery.counts,
             handovers=hypervisor.handovers.counts,
+            replacements=hypervisor.replacements.left(),
         )
 
 

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from farpage.definition.model import PAGE_BYTES
 from farpage.hypervisor.model import ViosStatus
 from farpage.hypervisor.recovery import RecoveryCounts
+from farpage.hypervisor.replacing import ReplacementLeft
 from farpage.pager.messages import ClientReport, CounterReport
 from farpage.volume.state import PathState, ReplicaHealth
 
@@ -65,9 +66,11 @@ class _Collector(Collector):
         definition: DefinitionFigures,
         recovery: RecoveryCounts,
         handovers: Mapping[str, int],
+        replacements: Sequence[ReplacementLeft],
     ) -> None:
         self._recovery = recovery
         self._handovers = handovers
+        self._replacements = replacements
         self._reports = reports
         self._vioses = vioses
         self._alarms = alarms
@@ -100,6 +103,29 @@ class _Collector(Collector):
         for step in HANDOVER_STEPS:
             handovers.add_metric([step], self._handovers.get(step, 0))
         yield handovers
+        yield from self._device_replacements()
+
+    def _device_replacements(self) -> Iterator[Metric]:
+        clients = GaugeMetricFamily(
+            "farpage_hypervisor_device_replace_clients_left",
+            "Clients that are not off a device that is being replaced",
+            labels=["old", "new"],
+        )
+        missing = GaugeMetricFamily(
+            "farpage_hypervisor_device_replace_pages_left",
+            "Pages of attached clients that are not on the new device yet",
+            labels=["old", "new"],
+        )
+        replicas = {
+            (report.client, replica.device): replica
+            for report in self._reports
+            for replica in report.replicas
+        }
+        for left in self._replacements:
+            clients.add_metric([left.old, left.new], len(left.clients))
+            copies = [replicas.get((client, left.new_device)) for client in left.clients]
+            missing.add_metric([left.old, left.new], sum(copy.dirty_pages for copy in copies if copy))
+        yield from (clients, missing)
 
     def _recoveries(self) -> Iterator[Metric]:
         counts = self._recovery
@@ -272,6 +298,7 @@ def render(
     definition: DefinitionFigures,
     recovery: RecoveryCounts,
     handovers: Mapping[str, int],
+    replacements: Sequence[ReplacementLeft] = (),
 ) -> bytes:
     """Return the text of one scrape."""
     registry = CollectorRegistry(auto_describe=False)
@@ -284,6 +311,7 @@ def render(
             definition=definition,
             recovery=recovery,
             handovers=handovers,
+            replacements=replacements,
         )
     )
     return generate_latest(registry)

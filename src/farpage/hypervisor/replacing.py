@@ -26,6 +26,8 @@ from farpage.volume.state import ReplicaHealth
 log = get_logger()
 
 POLL_SECONDS: Final = 0.1
+AT_ONCE: Final = 4
+"""So many clients of a device are moved at the same time: one whose copy waits does not hold up the rest."""
 WHAT: Final = "move it to another device"
 
 
@@ -53,6 +55,16 @@ class _Replacement:
         return self.task is None or self.task.done()
 
 
+@dataclass(frozen=True)
+class ReplacementLeft:
+    """What a replacement has yet to move: devices by name, the new one's identifier, and the clients."""
+
+    old: str
+    new: str
+    new_device: str
+    clients: tuple[str, ...]
+
+
 class DeviceReplacements:
     """The replacements of this hypervisor, the latest one for each device."""
 
@@ -73,7 +85,7 @@ class DeviceReplacements:
         """Of one client each, by its name."""
 
     async def start(self, old: str, new: str) -> DeviceReplacement:
-        """Begin to move every client from one device to another, one after the other, or go on with that.
+        """Begin to move every client from one device to another, some at a time, or go on with that.
 
         :raise ReplacementUnderWay: the device is being replaced just now.
         :raise NotReplaceable: it cannot be; nothing is changed.
@@ -185,6 +197,18 @@ class DeviceReplacements:
             }
         )
 
+    def left(self) -> list[ReplacementLeft]:
+        """Return what the latest replacement of each device has yet to move."""
+        return [
+            ReplacementLeft(
+                replacement.old_name,
+                replacement.new_name,
+                replacement.new,
+                tuple(c for c, moved in replacement.clients.items() if moved.stage is not ReplaceStage.DONE),
+            )
+            for replacement in self._replacements.values()
+        ]
+
     async def stop(self) -> None:
         """Begin nothing more; what has begun is gone on with by another request."""
         running = (*self._replacements.values(), *self._singles.values())
@@ -193,12 +217,19 @@ class DeviceReplacements:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # One client after the other
+    # Some clients at a time
 
     async def _run(self, replacement: _Replacement) -> None:
+        turns = asyncio.Semaphore(AT_ONCE)
+
+        async def in_turn(client: str, moved: _Moved) -> None:
+            async with turns:
+                await self._run_client(client, moved, replacement)
+
+        async with asyncio.TaskGroup() as moving:
+            for client, moved in replacement.clients.items():
+                moving.create_task(in_turn(client, moved))
         old, new = replacement.old_name, replacement.new_name
-        for client, moved in replacement.clients.items():
-            await self._run_client(client, moved, replacement)
         if all(moved.stage is ReplaceStage.DONE for moved in replacement.clients.values()):
             count = len(replacement.clients)
             log.info("device_replaced", old=old, new=new, clients=count)
