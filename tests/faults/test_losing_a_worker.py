@@ -14,7 +14,8 @@ import pytest
 from farpage.attach.process import userfaultfds
 from farpage.embedded.set import EmbeddedSet
 from farpage.errors import FarpageError
-from farpage.hypervisor.model import ClientAttach
+from farpage.hypervisor.model import ClientAttach, ScrubStart
+from farpage.pager.progress import ScrubState
 from tests.support.commands import condition
 from tests.support.hammer import hammering
 from tests.support.paged_set import PagedSet, until_client
@@ -142,6 +143,24 @@ async def test_a_request_that_its_worker_did_not_survive_is_carried_out_by_the_n
         assert (await hypervisor.client("vm")).attachment == "none"
         assert (await hammer.quit()).wrong == 0
     await hypervisor.delete_client("vm")
+
+
+async def test_a_scrub_is_begun_anew_by_the_next_worker(paged: PagedSet) -> None:
+    await paged.write_all()
+    hypervisor = paged.embedded.hypervisor
+    await hypervisor.start_scrub("client", ScrubStart(rate_bytes=256 << 10))
+    await paged.until(lambda info: info.scrub is not None and info.scrub.compared_pages > 0, "scrubbed")
+    await kill_and_wait(await worker_pid(paged.embedded, "client"))
+    info = await paged.info()
+    assert info.scrub is not None
+    assert info.scrub.state is ScrubState.RUNNING
+    await until_recovered(paged.embedded)
+    await paged.until(lambda info: info.scrub is not None and info.scrub.compared_pages > 0, "scrubbed again")
+    await hypervisor.stop_scrub("client")
+    await kill_and_wait(await worker_pid(paged.embedded, "client"))
+    await until_recovered(paged.embedded, 2)
+    assert (await paged.info()).scrub is None
+    await paged.verify_all()
 
 
 async def settled_descriptors(pid: int) -> list[str]:

@@ -68,6 +68,7 @@ class _Operations:
             limit_bytes=attached.limit_bytes if attached else record.limit_bytes or record.memory_bytes,
             qmp=attached.qmp if attached else None,
             guest_paused=attached.guest_paused if attached else False,
+            scrub_rate_bytes=attached.record.scrub_rate_bytes if attached else None,
             report=await hypervisor.clients.report(name),
             now_seconds=time.monotonic(),
         )
@@ -90,7 +91,7 @@ class _Operations:
         return await self.client(name)
 
     async def start_scrub(self, name: str, wanted: ScrubStart) -> ClientInfo:
-        await self._hypervisor.clients.start_scrub(name, wanted.rate_bytes)
+        await self._hypervisor.scrubs.start(name, wanted.rate_bytes)
         return await self.client(name)
 
     async def detach(self, name: str) -> ClientInfo:
@@ -213,7 +214,7 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
     @app.delete("/v1/clients/{name}/scrub", status_code=HTTPStatus.NO_CONTENT)
     async def stop_scrub(name: ClientName) -> None:
         """End the scrub of a client, if one runs."""
-        await on_loop(hypervisor.clients.stop_scrub(name))
+        await on_loop(hypervisor.scrubs.stop(name))
 
     @app.get("/v1/vioses")
     async def get_vioses() -> tuple[ViosStatus, ...]:

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 from farpage.errors import FarpageError
 from farpage.hypervisor.attached import Attached
-from farpage.hypervisor.errors import ClientAttached, ClientBusy, ClientNotAttached
+from farpage.hypervisor.errors import ClientAttached, ClientBusy
 from farpage.hypervisor.model import ClientCreate
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.runfolder import AttachmentRecord, RunFolder
 from farpage.message import Message
 from farpage.pager.channel import Answer, PeerGone
-from farpage.pager.messages import ClientReport, Leave, Nothing, Query, Rejoin, StartScrub, StopScrub
+from farpage.pager.messages import ClientReport, Leave, Nothing, Query, Rejoin
 
 CLOSE = "close"
 """The request that ends a region; another one is waited for."""
@@ -176,35 +176,15 @@ class Clients:
     async def leave(self, client: str, vios: str) -> None:
         """Move a client off a VIOS that is about to stop; one that is not attached any more needs no moving.
 
+        Should its worker be lost meanwhile, the next one does it.
+
         :raise FarpageError: it cannot do without it.
         """
         if attached := self.attached.get(client):
-            await attached.worker.channel.call("leave", Leave(client=client, vios=vios), Nothing)
+            await self.command(client, attached, "leave", Leave(client=client, vios=vios))
 
     async def rejoin(self, client: str, vios: str, reason: str) -> None:
         """Let a client use a VIOS again as soon as it answers."""
         if attached := self.attached.get(client):
             order = Rejoin(client=client, vios=vios, reason=reason)
-            await attached.worker.channel.call("rejoin", order, Nothing)
-
-    async def start_scrub(self, client: str, rate_bytes: int) -> None:
-        """Begin to compare what every replica holds with what was paged out.
-
-        :raise ClientNotAttached: only then is it known what that is.
-        :raise FarpageError: it is being scrubbed already.
-        """
-        await self._scrub(client, "start_scrub", StartScrub(client=client, rate_bytes=rate_bytes))
-
-    async def stop_scrub(self, client: str) -> None:
-        """End a client's scrub, if one runs.
-
-        :raise ClientNotAttached: nothing pages it.
-        """
-        await self._scrub(client, "stop_scrub", StopScrub(client=client))
-
-    async def _scrub(self, client: str, method: str, order: StartScrub | StopScrub) -> None:
-        self.records.of(client)
-        attached = self.attached.get(client)
-        if attached is None:
-            raise ClientNotAttached(client)
-        await self.command(client, attached, method, order)
+            await self.command(client, attached, "rejoin", order)

@@ -67,8 +67,11 @@ class Recovery:
         workers: WorkerPool,
         replicas: ClientReplicas,
         detaching: Detaching,
+        *,
         alarm: Callable[[str, str, str], None],
+        recovered: Callable[[str, Attached], Coroutine[Any, Any, None]],
     ) -> None:
+        """`recovered` begins again what a lost worker was doing beside its client."""
         self.counts = RecoveryCounts()
         self._ended_regions: list[str] = []
         self._epochs: list[EpochRaised] = []
@@ -80,6 +83,7 @@ class Recovery:
         self._replicas = replicas
         self._detaching = detaching
         self._alarm = alarm
+        self._on_recovered = recovered
         self._tasks: set[asyncio.Task[None]] = set()
         self._resuming: set[asyncio.Task[None]] = set()
         self._noticed: dict[str, float] = {}
@@ -156,6 +160,7 @@ class Recovery:
         self.counts.recovered += 1
         self.counts.recovery_seconds += seconds
         attached.paged.set()
+        self._start(self._on_recovered(client, attached))
         where = f"data worker {attached.worker.index}"
         log.info("client_recovered", client=client, worker=attached.worker.index, seconds=round(seconds, 3))
         self._alarm(client, "worker_recovered", f"{where} pages the client after {seconds * 1e3:.0f} ms")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from farpage.definition.model import PAGE_BYTES, ClientRecord, Release
 from farpage.hypervisor.model import (
     Attachment,
@@ -14,6 +16,7 @@ from farpage.hypervisor.model import (
     ScrubInfo,
 )
 from farpage.pager.messages import ClientReport, PathReport, ReplicaReport, ScrubReport
+from farpage.pager.progress import ScrubProgress
 from farpage.pager.table import IN_MEMORY, STATE_NAMES
 
 RESIDENT_STATES = tuple(STATE_NAMES[state] for state in IN_MEMORY)
@@ -29,10 +32,14 @@ def client_info(
     limit_bytes: int,
     qmp: str | None,
     guest_paused: bool,
+    scrub_rate_bytes: int | None,
     report: ClientReport | None,
     now_seconds: float,
 ) -> ClientInfo:
-    """Describe one client; without a report it is not paged at the moment."""
+    """Describe one client; without a report it is not paged at the moment.
+
+    A scrub at `scrub_rate_bytes` that its worker knows nothing of is about to be begun anew.
+    """
     pages = report.pages_by_state if report else {}
     return ClientInfo(
         name=name,
@@ -55,7 +62,7 @@ def client_info(
         device_full=report.device_full if report else False,
         qmp=qmp,
         guest_paused=guest_paused,
-        scrub=_scrub(report.scrub, now_seconds) if report and report.scrub else None,
+        scrub=_scrub(report, scrub_rate_bytes, record.memory_bytes // PAGE_BYTES, now_seconds),
         counters=_counters(report),
         hedged_reads=report.hedged_reads if report else 0,
         hedges_won=report.hedges_won if report else 0,
@@ -82,7 +89,14 @@ def _counters(report: ClientReport | None) -> ClientCounters:
     return ClientCounters(**{field: getattr(report.counters, field) for field in ClientCounters.model_fields})
 
 
-def _scrub(scrub: ScrubReport, now_seconds: float) -> ScrubInfo:
+def _scrub(
+    report: ClientReport | None, rate_bytes: int | None, pages: int, now_seconds: float
+) -> ScrubInfo | None:
+    scrub = report.scrub if report else None
+    if scrub is None and rate_bytes is not None:
+        scrub = ScrubReport(**asdict(ScrubProgress(rate_bytes, pages, now_seconds)))
+    if scrub is None:
+        return None
     ended = now_seconds if scrub.ended_seconds is None else scrub.ended_seconds
     return ScrubInfo(
         seconds=round(max(ended - scrub.started_seconds, 0.0), 3),

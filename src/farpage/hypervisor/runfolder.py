@@ -72,6 +72,8 @@ class AttachmentRecord(Message, frozen=True, kw_only=True):
     """QMP socket by which the guest is paused while no path works."""
     guest_paused: bool = False
     """It is paused by that now."""
+    scrub_rate_bytes: int | None = None
+    """A scrub at that rate is under way: a worker that takes over begins it anew."""
     handover: AdoptedRelease | None = None
     """What it begins with, while its worker has not said yet that it pages it."""
     releasing: bool = False

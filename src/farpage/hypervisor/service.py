@@ -37,6 +37,7 @@ from farpage.hypervisor.releasing import Releases
 from farpage.hypervisor.replacing import DeviceReplacements
 from farpage.hypervisor.replicas import ClientReplicas
 from farpage.hypervisor.runfolder import RunFolder
+from farpage.hypervisor.scrubs import Scrubs
 from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.stopping import ViosStops
 from farpage.hypervisor.vioses import Vios
@@ -51,6 +52,7 @@ from farpage.pager.messages import (
     Nothing,
     OutageChanged,
     RecordReplicas,
+    ScrubEnded,
 )
 
 log = get_logger()
@@ -93,8 +95,14 @@ class Hypervisor:
         self.replicas = ClientReplicas(self.clients)
         self.limits = ClientLimits(self.clients, self.pool)
         self.detaching = Detaching(self.clients)
+        self.scrubs = Scrubs(self.clients)
         self.recovery = Recovery(
-            self.clients, self.workers, self.replicas, self.detaching, self.alarms.raise_alarm
+            self.clients,
+            self.workers,
+            self.replicas,
+            self.detaching,
+            alarm=self.alarms.raise_alarm,
+            recovered=self.scrubs.begin_anew,
         )
         self.replacements = DeviceReplacements(
             self.clients, self.replicas, self.keeper, self.alarms.raise_alarm
@@ -298,6 +306,8 @@ class Hypervisor:
                 outage = OutageChanged.model_validate(parameters)
                 self._full_devices.check()
                 self._guest_pauses.outage(outage.client, outage.without_path)
+            case "scrub_ended":
+                self.scrubs.ended(ScrubEnded.model_validate(parameters).client)
             case "client_gone":
                 self._start(self.detaching.process_gone(ClientLost.model_validate(parameters).client))
 

@@ -14,6 +14,7 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.model import ViosStopped
 from farpage.hypervisor.vioses import Vios
+from farpage.hypervisor.workers import WorkerProcess
 from farpage.log import get_logger
 from farpage.pager.messages import ClientReport
 from farpage.volume.server import ServerProcess
@@ -138,10 +139,7 @@ class ViosStops:
             moved: list[str] = []
             reason = ""
             try:
-                for client in users:
-                    if client not in waiting:
-                        moved.append(client)
-                        await self._leave(name, client)
+                await self._move(name, [client for client in users if client not in waiting], moved)
                 log.info("vios_stopping", vios=name, moved=moved, waiting=waiting)
                 await self._end(vios, vios.health.pid)
                 reason = "stopped on request"
@@ -154,11 +152,26 @@ class ViosStops:
         reports = {client: await self._clients.report(client) for client in list(self._clients.attached)}
         return {client: report for client, report in reports.items() if report}
 
+    async def _move(self, vios: str, clients: list[str], moved: list[str]) -> None:
+        """Have clients leave a VIOS, again when their worker was lost since; `moved` gets who has begun."""
+        left: dict[str, WorkerProcess] = {}
+
+        def behind() -> str | None:
+            attached = {client: self._clients.attached.get(client) for client in clients}
+            return next((c for c, a in attached.items() if a and left.get(c) is not a.worker), None)
+
+        while client := behind():
+            if client not in moved:
+                moved.append(client)
+            await self._leave(vios, client)
+            if attached := self._clients.attached.get(client):
+                left[client] = attached.worker
+
     async def _leave(self, vios: str, client: str) -> None:
         try:
             await self._clients.leave(client, vios)
         except FarpageError as error:
-            if error.code == "not_attached":
+            if error.code == "not_attached" or client not in self._clients.attached:
                 return  # it has ended meanwhile
             raise ViosNeeded(vios, f"{client} ({error.cause})") from error
 

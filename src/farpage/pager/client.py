@@ -126,14 +126,14 @@ class PagedClient:
         self.eviction.wake()
         self.faults.admit()
 
-    def start_scrub(self, rate_bytes: int) -> bool:
+    def start_scrub(self, rate_bytes: int, on_ended: Callable[[], None] = lambda: None) -> bool:
         """Read every stored page from every replica, in the background, and repair what is wrong.
 
         Returns False when one is running already, which goes on.
         """
         if self.scrub and self.scrub.running:
             return False
-        self.scrub = Scrub(self.space, self.faults, rate_bytes)
+        self.scrub = Scrub(self.space, self.faults, rate_bytes, on_ended)
         return True
 
     def stop_scrub(self) -> None:

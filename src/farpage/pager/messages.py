@@ -328,6 +328,12 @@ class OutageChanged(Message, frozen=True, kw_only=True):
     device_full: bool
 
 
+class ScrubEnded(Message, frozen=True, kw_only=True):
+    """`scrub_ended`: a client's scrub has come to its end, or was stopped."""
+
+    client: str
+
+
 class ClientLost(Message, frozen=True, kw_only=True):
     """`client_gone`: the client's process has exited; its paging has ended."""
 

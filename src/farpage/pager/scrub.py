@@ -8,6 +8,7 @@ with the same checksum when it was read and when it is judged.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -29,14 +30,21 @@ GIVE_WAY_TIMES: Final = 20
 class Scrub:
     """One scrub of one client."""
 
-    def __init__(self, space: Space, faults: Faults, rate_bytes: int) -> None:
-        """`rate_bytes` is the most that is read from each replica per second."""
+    def __init__(
+        self,
+        space: Space,
+        faults: Faults,
+        rate_bytes: int,
+        on_ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`rate_bytes` is the most that is read from each replica per second; `on_ended` is called once."""
         self._space = space
         self._faults = faults
         self._loop = asyncio.get_running_loop()
         now = self._loop.time()
         self.progress = ScrubProgress(rate_bytes, space.table.pages, now)
         self._next_seconds = now
+        self._on_ended = on_ended
         self._told_to_stop = asyncio.Event()
         self._task = self._loop.create_task(self._run())
         self._task.add_done_callback(self._ended)
@@ -55,6 +63,7 @@ class Scrub:
     def _end(self, state: ScrubState) -> None:
         self.progress.state = state
         self.progress.ended_seconds = self._loop.time()
+        self._on_ended()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if self.running:

@@ -43,6 +43,7 @@ from farpage.pager.messages import (
     Query,
     Rejoin,
     RetireReplica,
+    ScrubEnded,
     SetLimit,
     StartScrub,
     StopScrub,
@@ -150,7 +151,9 @@ class Worker:
         return Nothing()
 
     def _start_scrub(self, order: StartScrub) -> Nothing:
-        if not self._attached(order.client).paged.start_scrub(order.rate_bytes):
+        ended = ScrubEnded(client=order.client)
+        on_ended = partial(self._control.tell, "scrub_ended", ended)
+        if not self._attached(order.client).paged.start_scrub(order.rate_bytes, on_ended):
             raise ScrubUnderWay(order.client)
         return Nothing()
 

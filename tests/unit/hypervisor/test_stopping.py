@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from dataclasses import asdict
+from types import SimpleNamespace
+from typing import cast
 
+from farpage.address import UnixAddress
 from farpage.definition import rules
 from farpage.definition.model import Definition, PagingCommand, Redundancy, ViosRecord
-from farpage.hypervisor.stopping import needing
+from farpage.hypervisor.clients import Clients
+from farpage.hypervisor.definitions import DefinitionKeeper
+from farpage.hypervisor.stopping import ViosStops, needing
+from farpage.hypervisor.vioses import Vios
 from farpage.pager.counters import Counters
 from farpage.pager.messages import ClientReport, CounterReport, PathReport
 from farpage.volume.state import PathState
@@ -63,3 +70,54 @@ def test_a_replica_that_is_not_in_sync_is_no_help() -> None:
     after = before.model_copy(update={"clients": {"vm1": client}})
     reports = {"vm1": report(vios1=PathState.ACTIVE, vios2=PathState.STANDBY)}
     assert needing("vios1", after, reports) == ("vm1",)
+
+
+class TwoClients:
+    """Clients that a worker pages each; the first one's is lost while the second one leaves."""
+
+    def __init__(self) -> None:
+        self.attached = {name: SimpleNamespace(worker=object()) for name in ("vm1", "vm2")}
+        self.left: list[str] = []
+        self.rejoined: list[str] = []
+
+    async def report(self, client: str) -> ClientReport:
+        return report(vios1=PathState.ACTIVE, vios2=PathState.STANDBY)
+
+    async def leave(self, client: str, vios: str) -> None:
+        self.left.append(client)
+        if self.left == ["vm1", "vm2"]:
+            self.attached["vm1"].worker = object()
+
+    async def rejoin(self, client: str, vios: str, reason: str) -> None:
+        self.rejoined.append(client)
+
+
+async def test_a_client_whose_worker_is_lost_after_it_left_leaves_again_before_the_vios_stops() -> None:
+    clients = TwoClients()
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+
+    class Stoppable:
+        name = "vios1"
+        reachable = True
+        problem = ""
+        health = SimpleNamespace(pid=process.pid)
+        client = SimpleNamespace(address=UnixAddress("/control"))
+
+        async def ask(self) -> None:
+            pass
+
+        async def stop(self) -> None:
+            assert clients.left == ["vm1", "vm2", "vm1"]
+            process.kill()
+
+    both = rules.add_client(
+        definition(), "vm2", memory_bytes=4096, hypervisor="host", redundancy=Redundancy.PATH
+    )
+    keeper = SimpleNamespace(current=both)
+    stops = ViosStops(
+        {"vios1": cast(Vios, Stoppable())}, cast(DefinitionKeeper, keeper), cast(Clients, clients)
+    )
+    stopped = await stops.stop("vios1", force=False)
+    await process.wait()
+    assert stopped.moved == ("vm1", "vm2")
+    assert clients.rejoined == ["vm1", "vm2"]
