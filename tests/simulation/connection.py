@@ -97,12 +97,12 @@ class SimulatedConnection:
         self.size_bytes = export.io.size_bytes
         self.on_lost: Callable[[Exception], None] | None = None
         self.peer_pid = pid
-        self._name = export.name
-        self._vios = vios
+        self._name = self.export_name = export.name
+        self._vios = self.address = vios
         self._pipe = pipe
         self._server = server
         self._ended = False
-        self._in_flight: dict[int, Callable[[int, bytes | None], None]] = {}
+        self._in_flight: dict[int, Callable[[int, Any], None]] = {}
         self._cookie = 0
         self._idle: asyncio.Future[None] | None = None
         pipe.on_end[pipe.client] = self._lost
@@ -110,7 +110,7 @@ class SimulatedConnection:
     def push(self) -> None:
         """Everything is sent at once here."""
 
-    def _start(self, kind: str, arguments: tuple[Any, ...], end: Callable[[int, bytes | None], None]) -> None:
+    def _start(self, kind: str, arguments: tuple[Any, ...], end: Callable[[int, Any], None]) -> None:
         if self._ended:
             end(CONNECTION_LOST, None)
             return
@@ -118,7 +118,7 @@ class SimulatedConnection:
         cookie = self._cookie
         self._in_flight[cookie] = end
 
-        def answered(error: int, payload: bytes | None) -> None:
+        def answered(error: int, payload: Any) -> None:
             ending = self._in_flight.pop(cookie, None)
             if ending:
                 ending(error, payload)
@@ -163,7 +163,30 @@ class SimulatedConnection:
         self._start("flush", (), lambda error, _: done(error))
 
     def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        done(errno.ENOTSUP, None)
+        if Feature.EXTENTS in self.features:
+            self._start("extents", (offset, length), done)
+        else:
+            done(errno.ENOTSUP, None)
+
+    def read_into(self, offset: int, into: memoryview, done: Done) -> None:
+        """Read into a buffer."""
+
+        def arrived(error: int, payload: bytes | None) -> None:
+            if payload is not None:
+                into[:] = payload
+            done(error)
+
+        self._start("read", (offset, len(into)), arrived)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is gone."""
+        return self._ended
+
+    @property
+    def in_flight(self) -> int:
+        """Commands that are not answered."""
+        return len(self._in_flight)
 
     async def close(self) -> None:
         """Wait for the commands in flight, and close."""

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from farpage.blockio import BlockIO, BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.blockio import Allocation, BlockIO, BlockLimits, Done, Extent, ExtentsDone, Feature, ReadDone
 from farpage.device.base import EPOCH_MAX, PagingDevice, Usage, VolumeStat, never
 from farpage.device.claim import Claim, Claims
 from farpage.device.errors import DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
 from farpage.pager.table import PAGE_BYTES
+from farpage.vios.copying.copies import FILL_EPOCH
 from tests.simulation.world import Process, World
 
 Result = TypeVar("Result")
@@ -118,7 +119,8 @@ class Disk:
         newest = volume.written_under.get(page, 0)
         if epoch < newest:
             self.world.violated(f"{self.name}: page {page} is written under epoch {epoch} after {newest}")
-        volume.written_under[page] = epoch
+        if epoch != FILL_EPOCH:
+            volume.written_under[page] = epoch
         volume.pages[page] = content
         return 0
 
@@ -367,7 +369,18 @@ class SimulatedVolume:
         self._disk.command(self._process, lambda: errno.EIO if self._disk.failing else 0, done)
 
     def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
-        done(errno.ENOTSUP, None)
+        found: list[Extent] = []
+
+        def work() -> int:
+            if self._disk.failing:
+                return errno.EIO
+            for page in range(offset // PAGE_BYTES, (offset + length) // PAGE_BYTES):
+                hole = self._stored.pages.get(page, ZEROS) == ZEROS
+                allocation = Allocation.HOLE | Allocation.ZERO if hole else Allocation.DATA
+                found.append(Extent(PAGE_BYTES, allocation))
+            return 0
+
+        self._disk.command(self._process, work, lambda error: done(error, None if error else found))
 
     async def close(self) -> None:
         """Keep nothing."""

@@ -10,9 +10,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+from farpage.blockio import Done
 from farpage.device.claim import Claims
 from farpage.pager import eviction, faults, salvage
 from farpage.pager.table import PAGE_BYTES
+from farpage.vios.copying.copy import FillRun, VolumeCopy
+from farpage.vios.copying.volume import Begin, CopyingVolume
 from farpage.vios.exports import VolumeExports
 from farpage.vios.leases import Lease
 from farpage.vios.volumes import Volumes
@@ -75,6 +78,40 @@ def _predecessors_off(stack: ExitStack) -> None:
     _replace(stack, Predecessors, "gone", lambda *_: True)
 
 
+def _fills_over_present(stack: ExitStack) -> None:
+    """Let what is copied replace pages that are present, which may be newer."""
+
+    def fill(copy: VolumeCopy, start: int, end: int, fill: FillRun, done: Done) -> None:
+        def ended(error: int) -> None:
+            if not error:
+                copy._add(start, end)
+            done(error)
+
+        fill(start, end, ended)
+
+    _replace(stack, VolumeCopy, "_fill", fill)
+
+
+def _relay_not_awaited(stack: ExitStack) -> None:
+    """Acknowledge a change of a volume that is copied when its new device has it, and not the old one too."""
+
+    def both(volume: CopyingVolume, on_target: Begin, on_relay: Begin, recording: bool, ended: Done) -> None:
+        del volume, recording
+        on_relay(lambda _error: None)
+        on_target(ended)
+
+    _replace(stack, CopyingVolume, "_both", both)
+
+
+def _relays_side_by_side(stack: ExitStack) -> None:
+    """Let a relay's new connection in while an older one may still change the volume."""
+
+    async def replace(*_: object) -> None:
+        pass
+
+    _replace(stack, VolumeExports, "_replace_relay", replace)
+
+
 MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "quarantine_off": _quarantine_off,
     "epoch_checks_off": _epoch_checks_off,
@@ -82,6 +119,9 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "leases_off": _leases_off,
     "stale_after_ack": _stale_after_ack,
     "predecessors_off": _predecessors_off,
+    "fills_over_present": _fills_over_present,
+    "relay_not_awaited": _relay_not_awaited,
+    "relays_side_by_side": _relays_side_by_side,
 }
 
 

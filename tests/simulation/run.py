@@ -13,6 +13,7 @@ from farpage.log import diverted
 from tests.simulation.checker import History, wrong_reads
 from tests.simulation.connection import SimulatedServerProcess
 from tests.simulation.faults import FaultSchedule
+from tests.simulation.moving import Moving
 from tests.simulation.mutations import mutated
 from tests.simulation.scenario import Scenario
 from tests.simulation.two_owners import TwoOwners
@@ -34,7 +35,7 @@ class Runnable(Protocol):
         """Give back what outlives the world."""
 
 
-SCENARIOS: dict[type[Runnable], int] = {Scenario: 70, TwoOwners: 10}
+SCENARIOS: dict[type[Runnable], int] = {Scenario: 70, TwoOwners: 10, Moving: 20}
 """The scenarios, each drawn with its weight."""
 
 

@@ -12,6 +12,9 @@ FOUND_BY = {
     "leases_off": 102,
     "stale_after_ack": 84,
     "predecessors_off": 59,
+    "fills_over_present": 18,
+    "relay_not_awaited": 18,
+    "relays_side_by_side": 378,
 }
 """A seed that finds each; anew: `python -m tests.simulation --seeds 1-2000 --mutation NAME --first`."""
 

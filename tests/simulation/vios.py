@@ -7,12 +7,18 @@ import errno
 from asyncio.events import _set_running_loop
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+from farpage.blockio import Extent
 from farpage.definition.database import Database
+from farpage.definition.model import Definition
 from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import Export, Peer
+from farpage.vios.copying.copies import Copies
+from farpage.vios.copying.presence import Presence, PresenceKey
+from farpage.vios.copying.relay import Dial
 from farpage.vios.exports import VolumeExports
 from farpage.vios.leases import Leases
 from farpage.vios.service import ViosService
@@ -23,7 +29,7 @@ from tests.simulation.world import Process, World
 
 Item = TypeVar("Item")
 Opened = Callable[[Export | None, ExportRefused | None], None]
-Reply = Callable[[int, "bytes | None"], None]
+Reply = Callable[[int, "bytes | list[Extent] | None"], None]
 
 
 class OrderedSet(dict[Item, None]):
@@ -58,14 +64,54 @@ class SimulatedVios:
         self.process = world.process(name)
         self.process.kill()
         self.service: ViosService
+        self.defined = Definition()
+        """The definition that it stores."""
+        self.dial: Dial | None = None
+        """How it gets at relays; None where nothing is ever copied to its disks."""
+        self.copies: Copies | None = None
+        self.presence: dict[PresenceKey, dict[int, bytes]] = {}
+        """What is stored of presence."""
+
+    def define(self, definition: Definition) -> None:
+        """Store a definition, and act on it."""
+        self.defined = self.service.definitions._current = definition
+        with running(self.process):
+            self.service.exports.follow_definition()
+
+    def _copies(self, volumes: Volumes, definitions: DefinitionStore) -> Copies | None:
+        if self.dial is None:
+            return None
+        return Copies(
+            self.name,
+            volumes,
+            definitions,
+            Path("/"),
+            dial=self.dial,
+            open_store=lambda _folder, key: StoredPresence(self, key),
+            run=self._blocking,
+        )
+
+    async def _blocking(self, function: Callable[..., object], *arguments: object) -> object:
+        """Call what works on the state folder: the kernel does it, whatever becomes of the process."""
+        process = self.process
+        future: asyncio.Future[object] = process.loop.create_future()
+
+        def done(result: object) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        process.system_call(0.0005, lambda: function(*arguments), done)
+        return await future
 
     def start(self) -> None:
         """Start a process."""
         self.process = process = self.world.process(self.name)
         with running(process):
             definitions = DefinitionStore(self.database)
+            definitions._current = self.defined
             volumes = Volumes(self.name, definitions, EpochStore(self.database))
-            exports = VolumeExports(volumes, Leases(clock=process.loop.time))
+            self.copies = self._copies(volumes, definitions)
+            exports = VolumeExports(volumes, Leases(clock=process.loop.time), self.copies)
             exports._holds = OrderedSet()  # type: ignore[assignment]
             exports.server._connections = OrderedSet()  # type: ignore[assignment]
             self.service = ViosService(
@@ -95,6 +141,32 @@ class SimulatedVios:
     def accept(self, pipe: Pipe) -> SimulatedServerConnection:
         """Accept a connection."""
         return SimulatedServerConnection(self, pipe)
+
+
+class StoredPresence:
+    """Stands in for `farpage.vios.copying.presencefile.PresenceFile`."""
+
+    def __init__(self, vios: SimulatedVios, key: PresenceKey) -> None:
+        self._stored = vios.presence
+        self._key = key
+
+    def load(self) -> Presence:
+        """Return what is stored."""
+        presence = Presence(self._key.pages)
+        for index, block in self._stored.setdefault(self._key, {}).items():
+            assert presence.load(index, block, self._key)
+        return presence
+
+    def store(self, blocks: dict[int, bytes]) -> None:
+        """Store blocks."""
+        self._stored.setdefault(self._key, {}).update(blocks)
+
+    def close(self) -> None:
+        """Keep nothing open."""
+
+    def remove(self) -> None:
+        """Forget it."""
+        self._stored.pop(self._key, None)
 
 
 class SimulatedServerConnection:
@@ -145,9 +217,9 @@ class SimulatedServerConnection:
         assert self.export is not None
         self.in_flight += 1
 
-        def done(error: int, payload: memoryview | None = None) -> None:
+        def done(error: int, payload: memoryview | list[Extent] | None = None) -> None:
             self.in_flight -= 1
-            self._answer(reply, error, None if payload is None else bytes(payload))
+            self._answer(reply, error, bytes(payload) if isinstance(payload, memoryview) else payload)
             if not self.in_flight:
                 waiting, self._idle = self._idle, []
                 for waiter in waiting:
@@ -158,13 +230,15 @@ class SimulatedServerConnection:
 
         getattr(self.export.io, kind)(*arguments, done)
 
-    def _answer(self, reply: Reply, error: int, payload: bytes | None) -> None:
+    def _answer(self, reply: Reply, error: int, payload: bytes | list[Extent] | None) -> None:
         if not self._hung_up:
             self._pipe.send(self._pipe.client, lambda: reply(error, payload))
 
     async def fence(self) -> None:
         """Answer further commands with ESHUTDOWN, wait for those in flight, then disconnect."""
         self._fenced = True
+        if self.in_flight and self.export is not None:
+            self.export.on_given_up()
         if self.in_flight:
             waiter = self._process.loop.create_future()
             self._idle.append(waiter)
@@ -176,7 +250,9 @@ class SimulatedServerConnection:
         if not self._hung_up:
             self._hung_up = True
             self._pipe.close(self._process)
-            if not self.in_flight and not self._opening:
+            if self.in_flight and self.export is not None:
+                self.export.on_given_up()
+            elif not self.in_flight and not self._opening:
                 self._process.loop.call_soon(self._ended)
 
     async def wait_closed(self) -> None:
