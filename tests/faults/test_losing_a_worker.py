@@ -75,7 +75,7 @@ async def test_a_worker_that_hangs_is_killed_and_replaced(paged: PagedSet) -> No
 async def test_a_client_of_a_hung_worker_can_be_shown(paged: PagedSet) -> None:
     hung = await worker_pid(paged.embedded, "client")
     os.kill(hung, signal.SIGSTOP)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert (await paged.info()).attachment == "region"
         await Scrape.of(paged.embedded.document.hypervisor.control)
     await until_recovered(paged.embedded)
