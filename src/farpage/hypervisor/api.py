@@ -18,7 +18,7 @@ from farpage.definition.errors import ClientMissing
 from farpage.definition.model import Definition, Name
 from farpage.errors import FarpageError, InvalidInput
 from farpage.hypervisor.attached import ATTACHMENTS
-from farpage.hypervisor.metrics import DefinitionFigures, render
+from farpage.hypervisor.metrics import DefinitionFigures, MoveFigures, render
 from farpage.hypervisor.model import (
     Alarm,
     Attachment,
@@ -161,6 +161,7 @@ class _Operations:
             recovery=hypervisor.recovery.counts,
             handovers=hypervisor.handovers.counts,
             replacements=hypervisor.replacements.left(),
+            moves=MoveFigures(hypervisor.moves.counts, hypervisor.moves.figures()),
         )
 
 

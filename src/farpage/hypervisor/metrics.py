@@ -17,9 +17,11 @@ from prometheus_client.registry import Collector
 
 from farpage.definition.model import PAGE_BYTES
 from farpage.hypervisor.model import ViosStatus
+from farpage.hypervisor.moveinfo import SEEN_SECONDS
 from farpage.hypervisor.recovery import RecoveryCounts
 from farpage.hypervisor.replacing import ReplacementLeft
 from farpage.pager.messages import ClientReport, CounterReport
+from farpage.vios.model import CopyStatus
 from farpage.volume.state import PathState, ReplicaHealth
 
 COUNTERS = {
@@ -47,6 +49,16 @@ HANDOVER_STEPS = ("released", "adopted", "started")
 
 
 @dataclass(frozen=True)
+class MoveFigures:
+    """What a scrape tells of moves by intermediate clients."""
+
+    steps: Mapping[str, int]
+    """How many were begun, finished and cancelled."""
+    under_way: Mapping[str, CopyStatus | None]
+    """How far each client's is; None where that is not known."""
+
+
+@dataclass(frozen=True)
 class DefinitionFigures:
     """What a scrape tells of the definition."""
 
@@ -67,7 +79,9 @@ class _Collector(Collector):
         recovery: RecoveryCounts,
         handovers: Mapping[str, int],
         replacements: Sequence[ReplacementLeft],
+        moves: MoveFigures,
     ) -> None:
+        self._moves = moves
         self._recovery = recovery
         self._handovers = handovers
         self._replacements = replacements
@@ -95,6 +109,7 @@ class _Collector(Collector):
         yield from self._definitions()
         yield GaugeMetricFamily("farpage_pool_bytes", "Size of the memory pool", value=self._pool_bytes)
         yield from self._recoveries()
+        yield from self._under_way()
         handovers = CounterMetricFamily(
             "farpage_handovers",
             "Clients released, adopted, and started from what another hypervisor released",
@@ -126,6 +141,33 @@ class _Collector(Collector):
             copies = [replicas.get((client, left.new_device)) for client in left.clients]
             missing.add_metric([left.old, left.new], sum(copy.dirty_pages for copy in copies if copy))
         yield from (clients, missing)
+
+    def _under_way(self) -> Iterator[Metric]:
+        steps = CounterMetricFamily(
+            "farpage_moves", "Moves of clients by an intermediate client", labels=["step"]
+        )
+        for step in ("begun", "finished", "cancelled"):
+            steps.add_metric([step], self._moves.steps.get(step, 0))
+        yield steps
+        pages = GaugeMetricFamily(
+            "farpage_move_pages", "Pages of a volume that is moved", labels=["client", "which"]
+        )
+        waiting = GaugeMetricFamily(
+            "farpage_move_waiting_commands",
+            "Commands of a client that wait for the intermediate client",
+            labels=["client"],
+        )
+        up = GaugeMetricFamily(
+            "farpage_move_intermediary_up", "Whether the intermediate client is at work", labels=["client"]
+        )
+        for client, status in self._moves.under_way.items():
+            if status is not None:
+                pages.add_metric([client, "present"], status.present_pages)
+                pages.add_metric([client, "total"], status.total_pages)
+                waiting.add_metric([client], status.waiting_commands)
+                seen = status.seen_seconds_ago
+                up.add_metric([client], float(seen is not None and seen < SEEN_SECONDS))
+        yield from (pages, waiting, up)
 
     def _recoveries(self) -> Iterator[Metric]:
         counts = self._recovery
@@ -298,6 +340,7 @@ def render(
     definition: DefinitionFigures,
     recovery: RecoveryCounts,
     handovers: Mapping[str, int],
+    moves: MoveFigures,
     replacements: Sequence[ReplacementLeft] = (),
 ) -> bytes:
     """Return the text of one scrape."""
@@ -312,6 +355,7 @@ def render(
             recovery=recovery,
             handovers=handovers,
             replacements=replacements,
+            moves=moves,
         )
     )
     return generate_latest(registry)

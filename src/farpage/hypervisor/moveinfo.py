@@ -25,8 +25,9 @@ def move_info(client: str, move: Move, status: CopyStatus | None, *, problem: st
     `problem` is what keeps the hypervisor from going on with it.
     """
     report = status.intermediary if status else None
-    rate = float(report.rate_bytes) if report and is_seen(status, move) else 0.0
     paused = move.paused and move.state is not MoveState.RETIRING
+    copying = move.state is MoveState.COPYING and not paused and is_seen(status, move)
+    rate = float(report.rate_bytes) if report and copying else 0.0
     info = MoveInfo(
         client=client,
         kind=MoveKind.INDIRECT,

@@ -185,14 +185,14 @@ class Moves:
         if runs and not self._records.reaches(move.source_vios):
             raise NotCancellable(client, now.devices[move.source].name, move.source_vios)
         async with clients.only(client, "cancel its move"):
+            self._ended[client] = _at_end(
+                self._info(client, move, self._driven.get(client)), MoveStage.CANCELLED
+            )
             await self._records.cancel(client)
         self.counts["cancelled"] += 1
         source, target = now.devices[move.source].name, now.devices[move.target].name
         log.info("move_cancelled", client=client, source=source, target=target)
         self._alarm(client, "move_cancelled", f"it stays on device {source} instead of moving to {target}")
-        self._ended[client] = self._info(client, move, self._driven.get(client)).model_copy(
-            update={"stage": MoveStage.CANCELLED, "rate_bytes": 0.0, "eta_seconds": None}
-        )
         self.drive()
         return self._ended[client]
 
@@ -340,11 +340,10 @@ class Moves:
                 self._want_intermediary(client, driven, move)
                 return
             info = self._info(client, move, driven)
+            # Before the definition has none any more, so that whoever asks then is told how it ended.
+            self._ended[client] = _at_end(info, MoveStage.DONE)
             await self._records.forget(client)
         self.counts["finished"] += 1
-        self._ended[client] = info.model_copy(
-            update={"stage": MoveStage.DONE, "problem": "", "rate_bytes": 0.0, "eta_seconds": None}
-        )
         log.info("client_moved", client=client, source=info.source, target=info.target)
         self._alarm(
             client, "client_moved", f"it is on device {info.target}, and not on {info.source} any more"
@@ -428,6 +427,10 @@ class Moves:
                 "intermediary": info.intermediary.model_copy(update=intermediary),
             }
         )
+
+
+def _at_end(info: MoveInfo, stage: MoveStage) -> MoveInfo:
+    return info.model_copy(update={"stage": stage, "problem": "", "rate_bytes": 0.0, "eta_seconds": None})
 
 
 def _order_has(attached: Attached, device: str, *, source: bool) -> bool:

@@ -1,0 +1,147 @@
+"""A client is moved to another device by an intermediate client, while it verifies its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from farpage.api.remote import RemoteError
+from farpage.hypervisor.movement import ClientMove, EvacuationStart, MoveAdjust, MoveKind, MoveStage
+from tests.support.moving_client import MovingClient, moving_client
+from tests.support.paged_set import DEADLINE_SECONDS
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PAGES = 2048
+LIMIT = 512 * 4096
+SLOW = 256 << 10
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def client() -> AsyncIterator[MovingClient]:
+    async with moving_client(PAGES, LIMIT) as moving:
+        await moving.paged.write_all()
+        yield moving
+
+
+async def test_it_is_moved_while_it_works_and_nothing_is_left_where_it_was(client: MovingClient) -> None:
+    source, target = client.places
+    begun = await client.move()
+    assert (begun.kind, begun.source, begun.target) == (MoveKind.INDIRECT, source, target)
+    while (await client.progress()).stage is not MoveStage.DONE:
+        await client.paged.write_all()
+        await client.paged.verify_all()
+    await client.whole_on(target)
+    await client.paged.until_alarm("client_moved")
+    assert not (await client.alarms()) & {"path_failed", "no_path", "fenced", "checksum_error"}
+
+
+async def test_paused_it_copies_nothing_and_the_client_goes_on(client: MovingClient) -> None:
+    await client.paged.write_all()
+    _, target = client.places
+    await client.move(bandwidth_bytes=SLOW)
+    await client.until(lambda info: info.filled_pages > 0, "copying")
+    paused = await client.adjust(MoveAdjust(paused=True))
+    assert paused.stage is MoveStage.PAUSED
+    before = await client.still()
+    await client.half("verify")
+    after = await client.progress()
+    assert (after.stage, after.filled_pages) == (MoveStage.PAUSED, before.filled_pages)
+    assert after.kept_pages > before.kept_pages, "pages that the client reads come over"
+    assert after.intermediary is not None
+    assert after.intermediary.running_here
+    await client.adjust(MoveAdjust(paused=False, unlimited=True))
+    assert (await client.ended()).stage is MoveStage.DONE
+    await client.whole_on(target)
+
+
+async def test_cancelled_it_stays_where_it_was(client: MovingClient) -> None:
+    source, target = client.places
+    with pytest.raises(RemoteError, match="not being moved"):
+        await client.paged.embedded.hypervisor.cancel_move("client")
+    await client.move(bandwidth_bytes=SLOW)
+    await client.until(lambda info: info.filled_pages > 0, "copying")
+    writing = asyncio.create_task(client.half("write"))
+    await client.paged.embedded.hypervisor.cancel_move("client")
+    await writing
+    assert (await client.progress()).stage is MoveStage.CANCELLED
+    await client.until_left(target)
+    await client.whole_on(source)
+    await client.paged.until_alarm("move_cancelled")
+
+
+async def test_a_move_that_cannot_be_changes_nothing(client: MovingClient) -> None:
+    source, target = client.places
+    before = await client.definition()
+    for to, match in ((source, "on it already"), ("nowhere", "nowhere")):
+        with pytest.raises(RemoteError, match=match):
+            await client.move(to)
+    with pytest.raises(RemoteError, match="resync-bandwidth"):
+        await client.paged.embedded.hypervisor.move("client", ClientMove(to=target, bandwidth_bytes=SLOW))
+    assert await client.definition() == before
+
+
+async def test_an_intermediate_client_that_is_killed_is_started_again(client: MovingClient) -> None:
+    _, target = client.places
+    await client.paged.write_all()
+    await client.move(bandwidth_bytes=SLOW)
+    await client.until(lambda info: info.filled_pages > 0, "copying")
+    killed = client.intermediary_pid()
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    await client.half("write")
+    await client.half("verify")
+    assert client.intermediary_pid() not in (None, killed)
+    await client.adjust(MoveAdjust(unlimited=True))
+    assert (await client.ended()).stage is MoveStage.DONE
+    await client.whole_on(target)
+
+
+async def test_another_control_process_goes_on_with_it(client: MovingClient) -> None:
+    _, target = client.places
+    await client.paged.write_all()
+    await client.move(bandwidth_bytes=SLOW)
+    await client.until(lambda info: info.filled_pages > 0, "copying")
+    killed = client.intermediary_pid()
+    await client.restart_hypervisor()
+    await client.adjust(MoveAdjust(unlimited=True))
+    await client.half("write")
+    assert (await client.ended()).stage is MoveStage.DONE
+    assert killed is not None
+    assert not client.runs(killed), "it ends with the control process that has started it"
+    await client.whole_on(target)
+
+
+async def test_a_device_is_evacuated_by_whoever_reaches_it(client: MovingClient) -> None:
+    source, target = client.places
+    hypervisor = client.paged.embedded.hypervisor
+    begun = await hypervisor.evacuate("devices", source, EvacuationStart())
+    assert [(info.client, info.kind) for info in begun.clients] == [("client", MoveKind.DIRECT)]
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not (evacuation := await hypervisor.evacuation("devices", source)).done:
+            await client.paged.write_all()
+    assert [info.stage for info in evacuation.clients] == [MoveStage.DONE]
+    await client.whole_on(target)
+
+
+async def test_a_vios_is_evacuated_by_intermediate_clients_when_that_is_asked_for(
+    client: MovingClient,
+) -> None:
+    source, target = client.places
+    hypervisor, vios = client.paged.embedded.hypervisor, client.vios_of(source)
+    with pytest.raises(RemoteError, match="has not been evacuated"):
+        await hypervisor.evacuation("vioses", vios)
+    await hypervisor.evacuate("vioses", vios, EvacuationStart(at_a_time=2, indirect=True))
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not (evacuation := await hypervisor.evacuation("vioses", vios)).done:
+            await client.paged.write_all()
+    (info,) = evacuation.clients
+    assert (info.kind, info.stage, evacuation.staying) == (MoveKind.INDIRECT, MoveStage.DONE, ())
+    await client.whole_on(target)
+    again = await hypervisor.evacuate("vioses", vios, EvacuationStart())
+    assert again.clients == ()
