@@ -16,6 +16,7 @@ Who finds the record after a crash asks the definition how far it came, and goes
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from farpage import handover
@@ -48,8 +49,16 @@ class Releases:
     """Releases and adoptions of one hypervisor."""
 
     def __init__(
-        self, clients: Clients, detaching: Detaching, keeper: DefinitionKeeper, handovers: Handovers
+        self,
+        clients: Clients,
+        detaching: Detaching,
+        keeper: DefinitionKeeper,
+        handovers: Handovers,
+        *,
+        make_reachable: Callable[[str], Awaitable[None]],
     ) -> None:
+        """`make_reachable` begins to move a claimed client whose volume is out of this hypervisor's reach."""
+        self._make_reachable = make_reachable
         self._clients = clients
         self._detaching = detaching
         self._keeper = keeper
@@ -182,6 +191,8 @@ class Releases:
             # Another hypervisor has just changed it.
             await self._keeper.load()
             await self._clients.records.adopt(client, force=force)
+            # Its page table comes with the volume then.
+            await self._make_reachable(client)
         self._handovers.counts["adopted"] += 1
         log.info("client_adopted_released", client=client)
 

@@ -125,7 +125,13 @@ class Hypervisor:
             recover=self.recovery.recover,
             make_reachable=self.moves.make_reachable,
         )
-        self.releases = Releases(self.clients, self.detaching, self.keeper, handovers)
+        self.releases = Releases(
+            self.clients,
+            self.detaching,
+            self.keeper,
+            handovers,
+            make_reachable=self.moves.make_reachable,
+        )
         self._run: RunFolder | None = None
         self._full_devices = FullDevices(self.clients, self.pool)
         self._guest_pauses = GuestPauses(self.clients, self._guest_alarm)
