@@ -18,6 +18,7 @@ spans = st.tuples(st.integers(0, PAGES - 1), st.integers(1, 4)).map(
     lambda span: range(span[0], min(PAGES, span[0] + span[1]))
 )
 picks = st.integers(0, 1000)
+rarely = st.integers(0, 4).map(lambda number: number == 4)
 
 
 class CopyingMachine(RuleBasedStateMachine):
@@ -144,6 +145,16 @@ class CopyingMachine(RuleBasedStateMachine):
         self.run(lambda: link.answer(pick))
 
     @rule()
+    def everything_finishes(self) -> None:
+        def finish() -> None:
+            self.rig.new.release_all()
+            while self.rig.link is not None and self.rig.link.commands:
+                self.rig.link.answer(0)
+            self.rig.new.release_all()
+
+        self.run(finish)
+
+    @rule()
     def presence_is_stored(self) -> None:
         async def begin() -> None:
             self.tasks.append(self.loop.create_task(self.rig.copy.store()))
@@ -153,8 +164,10 @@ class CopyingMachine(RuleBasedStateMachine):
 
     # What goes wrong
 
-    @rule()
-    def relay_is_lost(self) -> None:
+    @rule(rarely=rarely)
+    def relay_is_lost(self, rarely: bool) -> None:
+        if not rarely:
+            return
         self.run(lambda: self.rig.lose_relay(lambda: self.random.random() < 0.5))
 
     @rule()
@@ -165,9 +178,11 @@ class CopyingMachine(RuleBasedStateMachine):
 
         self.loop.run_until_complete(back())
 
-    @rule()
-    def owner_comes_back(self) -> None:
+    @rule(rarely=rarely)
+    def owner_comes_back(self, rarely: bool) -> None:
         """The owner's connection is cut, and what was in flight repeated on a new one."""
+        if not rarely:
+            return
 
         async def reconnect() -> None:
             self.connection += 1
@@ -188,9 +203,11 @@ class CopyingMachine(RuleBasedStateMachine):
 
         self.loop.run_until_complete(reconnect())
 
-    @rule()
-    def vios_is_killed(self) -> None:
+    @rule(rarely=rarely)
+    def vios_is_killed(self, rarely: bool) -> None:
         """Its system calls are carried out or not; its memory is gone, and so are its connections."""
+        if not rarely:
+            return
 
         async def restart() -> None:
             self.connection += 1
@@ -215,8 +232,17 @@ class CopyingMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "rig"):
             return
-        self.loop.run_until_complete(self.finish())
-        self.loop.close()
+        try:
+            self.loop.run_until_complete(self.finish())
+        finally:
+            self.loop.run_until_complete(self.cancel_all())
+            self.loop.close()
+
+    async def cancel_all(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def finish(self) -> None:
         """Finish everything, copy the rest, and compare both devices with each other and the history."""
