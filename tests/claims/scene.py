@@ -28,9 +28,9 @@ from farpage.definition.model import Definition
 from farpage.embedded.control import HypervisorControl, ViosControl
 from farpage.embedded.layout import SetDocument, SetHypervisor, SetVios, StateLayout
 from farpage.errors import FarpageError
-from farpage.hypervisor.model import ClientInfo
+from farpage.hypervisor.model import ClientInfo, PoolSet
 from farpage.nbd.client import Connection
-from farpage.vios.model import VolumeCreate, VolumeInfo
+from farpage.vios.model import CopyStatus, VolumeCreate, VolumeInfo
 from tests.support.certificates import certificate_folder
 from tests.support.hosts import FarpageProcess, Host, Hosts, hosts
 from tests.support.paged_set import RegionProcess, path_in, until_client
@@ -72,6 +72,10 @@ class Paged:
         path = path_in(info, "active")
         assert path is not None
         return path.vios
+
+    async def set_limit(self, limit_bytes: int) -> None:
+        """Change how much of it may be in memory."""
+        await self.hypervisor.set_pool(PoolSet(client=self.name, limit_bytes=limit_bytes))
 
     async def write_all(self) -> None:
         """Give every page a new version."""
@@ -237,6 +241,20 @@ class Scene:
         """Return a volume as a VIOS describes it."""
         (found,) = [volume for volume in await self.vioses[vios].volumes() if volume.name == name]
         return found
+
+    async def copy(self, name: str, device: str) -> CopyStatus:
+        """Return how far a volume is that is copied to a device of the first VIOS."""
+        async with self.control("vios1") as client:
+            return await client.get(f"/v1/volumes/{name}/copy", CopyStatus, params={"device": device})
+
+    async def reads_of(self, vios: str, volume: str) -> float:
+        """Return how many reads of a volume a VIOS has carried out."""
+        return (await self.scrape(vios)).value("farpage_volume_reads_total", volume=volume)
+
+    async def used_bytes(self, vios: str, device: str) -> int:
+        """Return how much of a device is in use."""
+        (found,) = [info for info in await self.vioses[vios].devices() if info.id == device]
+        return found.used_bytes
 
     async def connect(self, vios: str, export: str) -> Connection:
         """Open an export on the VIOS's own host."""

@@ -12,23 +12,29 @@ import asyncio
 import errno
 import json
 import os
+import shlex
 import signal
 import socket
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import closing
-from dataclasses import dataclass
+import struct
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
 import pytest_asyncio
 
+from farpage.api.remote import RemoteError
 from farpage.blockio import Feature, read_bytes
 from farpage.definition import rules
 from farpage.definition.document import canonical_json
 from farpage.definition.model import (
     PAGE_BYTES,
+    Access,
     Definition,
     PagingCommand,
     Redundancy,
@@ -39,14 +45,20 @@ from farpage.definition.model import (
 )
 from farpage.definition.placement import NEEDED_COMMANDS
 from farpage.device.label import read_label
-from farpage.hypervisor.model import Attachment, ClientCreate, ClientRelease
+from farpage.embedded.control import HypervisorControl
+from farpage.hypervisor.model import Attachment, ClientAdopt, ClientCreate, ClientRelease
+from farpage.hypervisor.movement import MoveAdjust, MoveStage
 from farpage.hypervisor.ways import Way
 from farpage.nbd.errors import ServerRefused
+from farpage.vios.model import CopyStatus
 from farpage.volume.resolve import Direct, Indirect, Place, Unreachable, Viewpoint, resolve
 from tests.claims.conftest import Evidence
-from tests.claims.scene import CONTROL_PORT, DATA_PORT, RELAY_PORT, Paged, Scene, scene
+from tests.claims.scene import CONTROL_PORT, DATA_PORT, DEADLINE_SECONDS, RELAY_PORT, Paged, Scene, scene
+from tests.support.hosts import FarpageProcess
 from tests.support.region_client import expected_words
 from tests.support.volumes import extents, flush, trim, write, zero
+
+Versions: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -54,6 +66,12 @@ PAIR_PAGES = 2048
 PAIR_LIMIT_BYTES = PAIR_PAGES * PAGE_BYTES // 4
 PAGES = 8192
 LIMIT_BYTES = PAGES * PAGE_BYTES // 4
+SMALL_LIMIT_BYTES = 1 << 20
+PART = PAGES // 4
+COPY_BYTES = 1 << 20
+"""Copied a second while the steps look at it."""
+ESTABLISHED = "01"
+"""TCP_ESTABLISHED of linux/tcp_states.h, as /proc has it."""
 REACHED_BY_H = "vios1 alone"
 
 
@@ -65,10 +83,19 @@ class Claim:
     pair: Paged
     client: Paged
     version: int = 0
-    """Of every page of the client."""
+    """Of every page of the client, until it gives some a new one on host h."""
+    versions: Versions = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """Of each page, from then on."""
+    in_memory: list[int] = field(default_factory=list)
+    """Pages whose latest version has not been paged out."""
+    intermediary: FarpageProcess | None = None
 
     async def definition(self) -> Definition:
         return await self.scene.definition()
+
+    @staticmethod
+    def replicas(definition: Definition) -> tuple[Replica, ...]:
+        return definition.clients["client"].volumes[0].replicas
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -99,7 +126,12 @@ def with_replicas(definition: Definition, client: str, *replicas: Replica) -> De
     return rules.next_revision(definition, clients=clients)
 
 
-def words_of(file: Path, pages: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+def differing(content: Versions, versions: Versions) -> list[int]:
+    """Return the pages that do not have the content of their version."""
+    return [int(page) for page in np.flatnonzero((content != expected_words(0, versions)).any(axis=1))]
+
+
+def words_of(file: Path, pages: int) -> Versions:
     """Read a volume from the device's file, past every process: a row of words for each page."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
@@ -118,17 +150,20 @@ async def hand_over(claim: Claim) -> None:
     assert released.attachment is Attachment.NONE
     await claim.client.process.stop()
     content = words_of(scene.file("second", "client"), PAGES)
-    assert (content == expected_words(0, np.full(PAGES, claim.version, np.uint64))).all()
+    assert differing(content, np.full(PAGES, claim.version, np.uint64)) == []
     await scene.until_stored(await hypervisor.definition())
     await scene.stop_hypervisor("a")
     scene.hosts.unlink("v1", "v2")
     await scene.start_hypervisor("h", "h", ("vios1",))
 
 
-def assert_h_reaches_the_first_vios_alone(scene: Scene) -> None:
+def assert_h_reaches_the_first_vios_alone(scene: Scene, *, relay_listens: bool = False) -> None:
     """Connect from host to host: the client's host to the first VIOS, and nowhere else."""
     h, v1, i, v2 = (scene.hosts[name] for name in ("h", "v1", "i", "v2"))
-    with i.entered(), socket.create_server((i.address, RELAY_PORT)):
+    with ExitStack() as stack:
+        if not relay_listens:
+            with i.entered():
+                stack.enter_context(socket.create_server((i.address, RELAY_PORT)))
         for port in (CONTROL_PORT, DATA_PORT):
             assert h.connect(v1, port) == ""
             assert h.connect(v2, port) == "ENETUNREACH"
@@ -136,6 +171,56 @@ def assert_h_reaches_the_first_vios_alone(scene: Scene) -> None:
             assert (i.connect(v1, port), i.connect(v2, port)) == ("", "")
         assert h.connect(i, RELAY_PORT) == "ENETUNREACH"
         assert v1.connect(i, RELAY_PORT) == ""
+
+
+async def until_wanted(hypervisor: HypervisorControl) -> list[str]:
+    """Wait until the hypervisor asks for an intermediate client, and return the command that it gives."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not (wanted := [a for a in await hypervisor.alarms() if a.kind == "intermediary_wanted"]):
+            await asyncio.sleep(0.02)
+    command = shlex.split(wanted[0].message.partition(": farpage ")[2])
+    assert command[:3] == ["intermediary", "run", "client"]
+    return command
+
+
+def start_intermediary(scene: Scene, command: list[str]) -> FarpageProcess:
+    """Start it on host i: with the certificates of that host, and a relay where the first VIOS reaches it."""
+    tls = command.index("--tls")
+    del command[tls : tls + 2]
+    command[command.index("--listen") + 1] = scene.hosts["i"].tcp(RELAY_PORT)
+    return scene.start("i", "intermediary", *command)
+
+
+async def until_handed_over(scene: Scene, device: str) -> None:
+    """Wait until the first VIOS has the page table of the client, which was stored at the second one."""
+    async with asyncio.timeout(DEADLINE_SECONDS), scene.control("vios1") as vios:
+        while True:
+            try:
+                await vios.request("GET", "/v1/volumes/client/handover", params={"device": device})
+            except RemoteError:
+                await asyncio.sleep(0.02)
+            else:
+                return
+
+
+def peers(scene: Scene, host: str, port: int) -> set[str]:
+    """Return the addresses that have connections to a port of a host (proc_pid_net(5), tcp)."""
+    with scene.hosts[host].entered():
+        lines = Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:]
+    found = set()
+    for line in lines:
+        _, local, remote, state, *_ = line.split()
+        if int(local.partition(":")[2], 16) == port and state == ESTABLISHED:
+            found.add(socket.inet_ntoa(struct.pack("=I", int(remote.partition(":")[0], 16))))
+    return found
+
+
+async def until_copy(scene: Scene, device: str, condition: Callable[[CopyStatus], bool]) -> CopyStatus:
+    """Wait until the copy at the first VIOS fulfils a condition."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not condition(copy := await scene.copy("client", device)):
+            await asyncio.sleep(0.02)
+    return copy
 
 
 async def test_c1_identify(claim: Claim, evidence: Evidence) -> None:
@@ -424,3 +509,162 @@ async def test_c6_locate(claim: Claim, evidence: Evidence) -> None:
     assert access.standing.vioses == (access.second_vios,)
     stale = with_replicas(definition, "client", Replica(device=far, state=ReplicaState.STALE))
     assert isinstance(resolve(stale, "client", first, view), Unreachable)
+
+
+async def test_c7_intermediate_access(claim: Claim, evidence: Evidence) -> None:
+    """The client reaches its volume through both VIOS, by an intermediate client granted both devices."""
+    scene, hypervisor = claim.scene, claim.scene.hypervisors["h"]
+    first, second = await scene.device("first"), await scene.device("second")
+    await hypervisor.adopt("client", ClientAdopt())
+    # So that it lasts as long as the steps look at it.
+    await hypervisor.adjust_move("client", MoveAdjust(paused=True))
+    move = (await claim.definition()).moves["client"]
+    assert (move.source, move.source_vios) == (second, "vios2")
+    assert (move.target, move.target_vios) == (first, "vios1")
+    claim.intermediary = start_intermediary(scene, await until_wanted(hypervisor))
+    await claim.intermediary.until_said('"ready"')
+    await until_handed_over(scene, first)
+    claim.client = await scene.region(
+        "h", "h", "client", PAGES, limit_bytes=LIMIT_BYTES, version=claim.version
+    )
+
+    for vios in scene.vioses:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while (definition := await scene.definition(vios)) != await claim.definition():
+                await asyncio.sleep(0.02)
+        granted = {
+            (grant.volume, grant.access, grant.device)
+            for grant in definition.grants
+            if grant.principal == move.principal
+        }
+        assert granted == {("client", Access.WRITE, second), ("client", Access.FILL, first)}
+        replicas = {replica.device: replica.state for replica in claim.replicas(definition)}
+        assert replicas == {second: ReplicaState.IN_SYNC, first: ReplicaState.COPYING}
+    evidence(f"grants of intermediate client {move.principal} in both VIOS: write on second, fill on first")
+
+    copy = await scene.copy("client", first)
+    assert await claim.client.process.do(f"verify 0 {PART}") == "wrong 0"
+    after = await scene.copy("client", first)
+    assert after.relay_connected
+    assert after.relayed_reads > copy.relayed_reads
+    assert {path.vios for path in (await claim.client.info()).paths} == {"vios1"}
+    i, v1, v2 = (scene.hosts[name].address for name in ("i", "v1", "v2"))
+    assert peers(scene, "v2", DATA_PORT) == {i}
+    assert peers(scene, "i", RELAY_PORT) == {v1}
+    assert_h_reaches_the_first_vios_alone(scene, relay_listens=True)
+    evidence(f"{PART} pages read right by host h, {after.relayed_reads - copy.relayed_reads} reads relayed")
+    evidence(
+        f"NBD at v2 ({v2}) comes from i ({i}) alone, at i's relay from v1 ({v1}) alone; h reaches neither"
+    )
+
+    stranger = "0123456789abcdef"
+    epoch, owner = definition.clients["client"].epoch, definition.clients["client"].owner
+    for vios, export in (
+        ("vios2", f"client/{second}+{stranger}"),
+        ("vios2", f"client/{second}@{epoch}:{owner}+{stranger}"),
+        ("vios1", f"client/{first}<{second}+{stranger}"),
+        ("vios1", f"client/{second}+{move.principal}"),
+        ("vios2", f"client/{first}<{second}+{move.principal}"),
+        ("vios1", f"client/{first}@{epoch}:{owner}"),
+    ):
+        with pytest.raises(ServerRefused) as refused:
+            await scene.connect(vios, export)
+        assert str(refused.value)
+    granted_connection = await scene.connect("vios2", f"client/{second}+{move.principal}")
+    await granted_connection.close()
+    evidence(
+        "refused: others than the one granted, other devices than granted, the half-copied volume by itself"
+    )
+
+
+async def test_c9_share(claim: Claim, evidence: Evidence) -> None:
+    """While it copies, client and intermediate client use the same paging space on the second device."""
+    scene, client, hypervisor = claim.scene, claim.client, claim.scene.hypervisors["h"]
+    first = await scene.device("first")
+    before, read_before = await scene.copy("client", first), await scene.reads_of("vios2", "client")
+    await hypervisor.adjust_move("client", MoveAdjust(paused=False, bandwidth_bytes=COPY_BYTES))
+    # The client gives the first part new content and reads the second one while others are filled.
+    assert await client.process.do(f"write 0 {PART}") == "done"
+    assert await client.process.do(f"verify {PART} {PART}") == "wrong 0"
+    during = await until_copy(scene, first, lambda copy: copy.filled_pages > before.filled_pages)
+    await hypervisor.adjust_move("client", MoveAdjust(paused=True))
+    versions = np.full(PAGES, claim.version, np.uint64)
+    versions[:PART] += np.uint64(1)
+    await client.set_limit(SMALL_LIMIT_BYTES)
+    assert await client.process.do(f"verify {PART} {PART}") == "wrong 0"
+    await client.until(lambda info: info.resident_bytes <= SMALL_LIMIT_BYTES, "within its limit")
+    after = await scene.copy("client", first)
+    assert after.present_pages < after.total_pages
+    assert after.relayed_reads > before.relayed_reads
+    assert after.kept_pages > before.kept_pages
+    shared = words_of(scene.file("second", "client"), PAGES)
+    in_memory = differing(shared, versions)
+    assert len(in_memory) <= SMALL_LIMIT_BYTES // PAGE_BYTES
+    assert max(in_memory, default=0) < PART
+    older = np.full(PAGES, claim.version, np.uint64)
+    assert not set(in_memory) & set(differing(shared, older))
+    present = words_of(scene.file("first", "client"), PAGES)
+    assert (present[: 2 * PART] == shared[: 2 * PART]).all()
+    reads = await scene.reads_of("vios2", "client") - read_before
+    claim.versions, claim.in_memory = versions, in_memory
+    evidence(f"{during.filled_pages - before.filled_pages} pages filled while the client worked; paused then")
+    evidence(f"{PART - len(in_memory)} pages written meanwhile are in the second device's file too")
+    evidence(f"{reads:.0f} reads there, of both; {after.kept_pages} pages that the client read were kept")
+
+
+async def test_c8_copy(claim: Claim, evidence: Evidence) -> None:
+    """The intermediate client copies the volume from the second device to the first, which serves then."""
+    scene, hypervisor = claim.scene, claim.scene.hypervisors["h"]
+    first, second = await scene.device("first"), await scene.device("second")
+    assert claim.intermediary is not None
+    # What the second device has at the end survives there under another name, as a witness.
+    witness = scene.root / "witness"
+    os.link(scene.file("second", "client"), witness)
+    used_bytes = await scene.used_bytes("vios2", second)
+    # Nothing is paged out until the two are compared: the client may have all of its memory.
+    await claim.client.set_limit(PAGES * PAGE_BYTES)
+    principal = (await claim.definition()).moves["client"].principal
+    absent_pages = PAGES - (await scene.copy("client", first)).present_pages
+    await hypervisor.adjust_move("client", MoveAdjust(paused=False, unlimited=True))
+    rounds = 0
+    while (await hypervisor.move_progress("client")).stage is not MoveStage.DONE:
+        # What it reads is there already, so that what is not is left to the intermediate client.
+        assert await claim.client.process.do(f"verify 0 {2 * PART}") == "wrong 0"
+        rounds += 1
+    assert await claim.intermediary.ended() == 0
+    for vios in scene.vioses:
+        definition = await scene.definition(vios)
+        assert "client" not in definition.moves
+        assert definition.grants == ()
+        assert [(r.device, r.state) for r in claim.replicas(definition)] == [(first, ReplicaState.IN_SYNC)]
+    compared = subprocess.run(  # noqa: ASYNC221
+        ["qemu-img", "compare", "-f", "raw", "-F", "raw", witness, scene.file("first", "client")],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert compared.stdout == "Images are identical.\n", compared
+    assert differing(words_of(scene.file("first", "client"), PAGES), claim.versions) == claim.in_memory
+    (copied,) = claim.intermediary.events("copied")
+    assert copied["written_bytes"] >= absent_pages * PAGE_BYTES
+    evidence(f"the intermediate client copied the {absent_pages} pages that were absent still, to the end")
+    evidence(f"the client read {2 * PART} pages {rounds} times meanwhile, each right")
+    evidence("qemu-img compare of the second device's volume and the first one's: images are identical")
+
+    assert not scene.file("second", "client").exists()
+    assert await scene.used_bytes("vios2", second) <= used_bytes - PAGES * PAGE_BYTES
+    with pytest.raises(ServerRefused):
+        await scene.connect("vios1", f"client/{first}<{second}+{principal}")
+    explained = await hypervisor.explain_path("client")
+    assert (explained.way, explained.first_device, explained.first_vioses) == (
+        Way.DIRECT,
+        "first",
+        ("vios1",),
+    )
+    await claim.client.set_limit(SMALL_LIMIT_BYTES)
+    await claim.client.write_all()
+    await claim.client.verify_all()
+    assert (await scene.volume("vios1", "client")).open_connections >= 1
+    evidence(
+        "the second device's space is free, the grants are revoked, the client goes on with direct access"
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import json
 import os
 import secrets
 import signal
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,6 +182,11 @@ class FarpageProcess:
     def log(self) -> str:
         """Return what it has printed."""
         return self.log_path.read_text()
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """Return the lines of its log about an event."""
+        lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == event]
 
     async def until_said(self, words: str) -> None:
         """Wait until its log contains some words."""
