@@ -13,17 +13,19 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from farpage.api.client import ControlClient
-from farpage.api.remote import RemoteError
 from farpage.definition import moving, rules
 from farpage.definition.model import Definition, Redundancy, ViosRecord
 from farpage.definition.rules import FoundDevice
 from farpage.intermediary.model import IntermediaryStatus
+from farpage.nbd.client import Connection
 from farpage.vios.model import CopyStatus, VolumeCreate, VolumeInfo
 from tests.support.commands import wait_done, write_bytes
 from tests.support.nbd import short_folder
 from tests.support.vios import ViosProcess
 
-CLIENT, OWNER, PRINCIPAL = "vm1", "00000000000000aa", "00000000000000cc"
+OWNER = "00000000000000aa"
+CLIENT, PRINCIPAL = "vm1", "0000000000000001"
+"""The first client of two VIOS, and the intermediate client of its move."""
 FIRST, SECOND = "one", "two"
 PAGE = 4096
 DEADLINE_SECONDS = 60.0
@@ -32,13 +34,13 @@ DEADLINE_SECONDS = 60.0
 class IntermediaryProcess:
     """One `farpage intermediary run`."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], *, name: str = "i") -> None:
+    def __init__(self, folder: Path, client: str, arguments: Sequence[str]) -> None:
         self.folder = folder
-        self.control = f"unix:{folder}/{name}.c"
-        self.relay = f"unix:{folder}/{name}.r"
-        self.log_path = folder / f"{name}.log"
+        self.control = f"unix:{folder}/{client}.c"
+        self.relay = f"unix:{folder}/{client}.r"
+        self.log_path = folder / f"{client}.log"
         command = [
-            sys.executable, "-W", "error", "-m", "farpage", "intermediary", "run", CLIENT,
+            sys.executable, "-W", "error", "-m", "farpage", "intermediary", "run", client,
             "--listen", self.relay, "--control", self.control, *arguments,
         ]  # fmt: skip
         with self.log_path.open("ab") as log:
@@ -76,84 +78,32 @@ class IntermediaryProcess:
             return await client.get("/v1/status", IntermediaryStatus)
 
 
-class MovingSet:
-    """VIOS `one` has the target, `two` the source; the test is the client's hypervisor and reaches `one`."""
+class TwoVios:
+    """VIOS `one` and `two` with a device each, and a definition that both have."""
 
-    def __init__(self, folder: Path, size_bytes: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.size_bytes = size_bytes
         (folder / "d1").mkdir()
         (folder / "d2").mkdir()
-        self.first = ViosProcess(folder, FIRST, [f"dir:{folder}/d1/v"])
-        self.second = ViosProcess(folder, SECOND, [f"dir:{folder}/d2/v"])
-        self.source = self.target = ""
-        self.intermediaries: list[IntermediaryProcess] = []
+        self.first = ViosProcess(folder, FIRST, [f"dir:{folder}/d1/first"])
+        self.second = ViosProcess(folder, SECOND, [f"dir:{folder}/d2/second"])
+        self.target = self.source = ""
+        self.clients = 0
 
-    @property
-    def source_file(self) -> Path:
-        return self.folder / "d2" / "v" / "volumes" / CLIENT
-
-    @property
-    def target_file(self) -> Path:
-        return self.folder / "d1" / "v" / "volumes" / CLIENT
-
-    async def begin(self, data: Sequence[bool], *, seed: int = 1) -> None:
-        """Make the client's volume on the source, with data where it says so, and begin the move.
-
-        Only VIOS `one` is told of the move.
-        """
+    async def start(self) -> None:
+        """Start both, and make them known to each other."""
         definition = Definition()
         for vios in (self.first, self.second):
             vios.start()
             device = await vios.device()
             record = ViosRecord(control=vios.control, data=(str(vios.data),))
             found = FoundDevice(
-                device.id,
-                device.name + vios.name,
-                device.kind,
-                device.spec,
-                device.size_bytes,
-                device.commands,
+                device.id, device.name, device.kind, device.spec, device.size_bytes, device.commands
             )
             definition = rules.register_vios(definition, vios.name, record, [found])
         self.target, self.source = (await self.first.device()).id, (await self.second.device()).id
-        definition = self._with_client(definition)
         for vios in (self.first, self.second):
             await self.put(vios, definition)
-        await self._make(self.second, self.source)
-        await self._fill(data, seed)
-        await self._make(self.first, self.target)
-        route = moving.Route(self.source, SECOND, self.target, FIRST)
-        claim = moving.Claim(OWNER, 0)
-        await self.change(lambda d: moving.begin(d, CLIENT, claim, route, PRINCIPAL))
-
-    def _with_client(self, definition: Definition) -> Definition:
-        """Add the client, wherever placement would have it, on the source."""
-        only = {self.source: definition.devices[self.source]}
-        alone = definition.model_copy(update={"devices": only})
-        added = rules.add_client(
-            alone, CLIENT, memory_bytes=self.size_bytes, hypervisor="host", redundancy=Redundancy.NONE
-        )
-        added = rules.claim(added, CLIENT, OWNER, "host")
-        return added.model_copy(update={"devices": definition.devices})
-
-    async def _make(self, vios: ViosProcess, device: str) -> None:
-        wanted = VolumeCreate(name=CLIENT, device=device, size_bytes=self.size_bytes)
-        async with vios.client() as client:
-            with contextlib.suppress(RemoteError):
-                await client.post("/v1/volumes", wanted, VolumeInfo)
-
-    async def _fill(self, data: Sequence[bool], seed: int) -> None:
-        epoch = (await self.definition(self.second)).clients[CLIENT].epoch
-        connection = await self.second.connect(f"{CLIENT}@{epoch}:{OWNER}")
-        chance = random.Random(seed)
-        for page, has_data in enumerate(data):
-            if has_data:
-                assert await write_bytes(connection, page * PAGE, chance.randbytes(PAGE)) == 0
-        assert await wait_done(connection.flush) == 0
-        await connection.close()
-
-    # What the client's hypervisor does
 
     async def definition(self, vios: ViosProcess) -> Definition:
         async with vios.client() as client:
@@ -166,15 +116,90 @@ class MovingSet:
                 "/v1/definition", definition, Definition, params={"expected_revision": has.revision}
             )
 
+    def close(self) -> None:
+        self.first.close()
+        self.second.close()
+
+
+class Moved:
+    """A client whose volume is moved from `two` to `one`; the test is its hypervisor and reaches `one`."""
+
+    def __init__(self, vioses: TwoVios, pages: int) -> None:
+        vioses.clients += 1
+        self.client = f"vm{vioses.clients}"
+        self.principal = f"{vioses.clients:016x}"
+        self.vioses = vioses
+        self.first, self.second = vioses.first, vioses.second
+        self.source, self.target = vioses.source, vioses.target
+        self.pages = pages
+        self.claim = moving.Claim(OWNER, 0)
+        self._intermediaries: list[IntermediaryProcess] = []
+
+    @property
+    def source_file(self) -> Path:
+        return self.vioses.folder / "d2" / "second" / "volumes" / self.client
+
+    @property
+    def target_file(self) -> Path:
+        return self.vioses.folder / "d1" / "first" / "volumes" / self.client
+
+    async def begin(self, data: Sequence[bool], *, seed: int = 1) -> None:
+        """Make the client's volume on the source, with data where it says so, and begin the move.
+
+        Only VIOS `one` is told of the move.
+        """
+        definition = self._with_client(await self.vioses.definition(self.first))
+        for vios in (self.first, self.second):
+            await self.vioses.put(vios, definition)
+        await self._make(self.second, self.source)
+        await self._fill(data, definition.clients[self.client].epoch, seed)
+        route = moving.Route(self.source, SECOND, self.target, FIRST)
+        await self.change(lambda d: moving.begin(d, self.client, self.claim, route, self.principal))
+        await self._make(self.first, self.target)
+
+    def _with_client(self, definition: Definition) -> Definition:
+        """Add the client on the source, wherever placement would have it."""
+        devices = {self.source: definition.devices[self.source]}
+        alone = Definition(vioses=definition.vioses, devices=devices)
+        added = rules.add_client(
+            alone, self.client, memory_bytes=self.pages * PAGE, hypervisor="host", redundancy=Redundancy.NONE
+        )
+        added = rules.claim(added, self.client, OWNER, "host")
+        return rules.next_revision(definition, clients={**definition.clients, **added.clients})
+
+    async def _make(self, vios: ViosProcess, device: str) -> None:
+        wanted = VolumeCreate(name=self.client, device=device, size_bytes=self.pages * PAGE)
+        async with vios.client() as client:
+            await client.post("/v1/volumes", wanted, VolumeInfo)
+
+    async def _fill(self, data: Sequence[bool], epoch: int, seed: int) -> None:
+        connection = await self.second.connect(f"{self.client}@{epoch}:{OWNER}")
+        chance = random.Random(seed)
+        for page, has_data in enumerate(data):
+            if has_data:
+                assert await write_bytes(connection, page * PAGE, chance.randbytes(PAGE)) == 0
+        assert await wait_done(connection.flush) == 0
+        await connection.close()
+
+    # What the client's hypervisor does
+
     async def change(self, edit: Callable[[Definition], Definition]) -> Definition:
         """Change the definition at VIOS `one`, which is the one that the hypervisor reaches."""
-        changed = edit(await self.definition(self.first))
-        await self.put(self.first, changed)
+        changed = edit(await self.vioses.definition(self.first))
+        await self.vioses.put(self.first, changed)
         return changed
+
+    async def adjust(self, bandwidth_bytes: int | None, *, paused: bool = False) -> None:
+        """Pause or go on, within a bandwidth."""
+        await self.change(
+            lambda d: moving.adjust(d, self.client, paused=paused, bandwidth_bytes=bandwidth_bytes)
+        )
 
     async def copy_status(self) -> CopyStatus:
         async with self.first.client() as client:
-            return await client.get(f"/v1/volumes/{CLIENT}/copy", CopyStatus, params={"device": self.target})
+            return await client.get(
+                f"/v1/volumes/{self.client}/copy", CopyStatus, params={"device": self.target}
+            )
 
     async def until(self, holds: Callable[[CopyStatus], bool]) -> CopyStatus:
         """Wait until the copy is as it should be."""
@@ -186,35 +211,59 @@ class MovingSet:
     async def finish(self) -> None:
         """Make the target the volume's place, as soon as it has everything."""
         await self.until(lambda status: status.present_pages == status.total_pages)
-        await self.change(lambda definition: moving.finish(definition, CLIENT, moving.Claim(OWNER, 0)))
+        await self.change(lambda definition: moving.finish(definition, self.client, self.claim))
 
     async def forget(self) -> None:
         """End the move, as soon as the volume on the source is gone."""
         await self.until(lambda status: bool(status.intermediary and status.intermediary.freed))
-        await self.change(lambda definition: moving.forget(definition, CLIENT))
+        await self.change(lambda definition: moving.forget(definition, self.client))
 
     def owner_export(self, epoch: int) -> str:
         """What the hypervisor opens at VIOS `one`."""
-        return f"{CLIENT}/{self.target}<{self.source}@{epoch}:{OWNER}"
+        return f"{self.client}/{self.target}<{self.source}@{epoch}:{OWNER}"
+
+    async def open(self) -> Connection:
+        """Open the volume as its owner does."""
+        definition = await self.vioses.definition(self.first)
+        return await self.first.connect(self.owner_export(definition.clients[self.client].epoch))
 
     # Intermediate clients
 
-    def vios_arguments(self) -> list[str]:
-        return [
-            "--vios", f"{FIRST}={self.first.control}", "--vios", f"{SECOND}={self.second.control}",
-        ]  # fmt: skip
-
-    def intermediary(self, *arguments: str) -> IntermediaryProcess:
+    def intermediary(self) -> IntermediaryProcess:
         """Start one."""
-        process = IntermediaryProcess(self.folder, arguments or self.vios_arguments())
-        self.intermediaries.append(process)
+        vioses = [f"{vios.name}={vios.control}" for vios in (self.first, self.second)]
+        arguments = ["--vios", vioses[0], "--vios", vioses[1]]
+        process = IntermediaryProcess(self.vioses.folder, self.client, arguments)
+        self._intermediaries.append(process)
         return process
 
     def close(self) -> None:
-        for intermediary in self.intermediaries:
+        for intermediary in self._intermediaries:
             intermediary.kill()
-        self.first.close()
-        self.second.close()
+
+
+class MovingSet(Moved):
+    """One client with two VIOS of its own."""
+
+    def __init__(self, folder: Path, size_bytes: int) -> None:
+        super().__init__(TwoVios(folder), size_bytes // PAGE)
+        self.folder = folder
+
+    async def begin(self, data: Sequence[bool], *, seed: int = 1) -> None:
+        """Start both VIOS first."""
+        await self.vioses.start()
+        self.source, self.target = self.vioses.source, self.vioses.target
+        await super().begin(data, seed=seed)
+
+    async def definition(self, vios: ViosProcess) -> Definition:
+        return await self.vioses.definition(vios)
+
+    async def put(self, vios: ViosProcess, definition: Definition) -> None:
+        await self.vioses.put(vios, definition)
+
+    def close(self) -> None:
+        super().close()
+        self.vioses.close()
 
 
 @contextlib.asynccontextmanager
@@ -226,6 +275,18 @@ async def moving_set(size_bytes: int) -> AsyncIterator[MovingSet]:
             yield found
         finally:
             found.close()
+
+
+@contextlib.asynccontextmanager
+async def two_vios() -> AsyncIterator[TwoVios]:
+    """Both VIOS, running."""
+    with short_folder() as folder:
+        vioses = TwoVios(folder)
+        try:
+            await vioses.start()
+            yield vioses
+        finally:
+            vioses.close()
 
 
 def allocated_bytes(path: Path) -> int:

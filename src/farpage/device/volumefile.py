@@ -21,6 +21,10 @@ FALLOC_PUNCH_HOLE: Final = 0x02
 FALLOC_ZERO_RANGE: Final = 0x10
 """linux/falloc.h"""
 
+BUFFERED_WRITE_BYTES: Final = 256 << 10
+"""The page cache is filled in steps of this: for longer writes it takes larger folios, and on some kernels
+takes several times as long for the same bytes."""
+
 EXTENTS_MAX: Final = 1024
 """So many extents at most are looked up for one command."""
 
@@ -85,9 +89,12 @@ class VolumeFile:
         # Beyond the end of a file that was cut, a write would make what is missing before it read as zeros.
         if not self._is_whole():
             return errno.EIO
-        if self.over():
-            return errno.ESHUTDOWN
-        write_fully(self.descriptor, data, self.origin_bytes + offset)
+        step = len(data) if self.access is Access.DIRECT else BUFFERED_WRITE_BYTES
+        for at in range(0, len(data), step):
+            if self.over():
+                return errno.ESHUTDOWN
+            with data[at : at + step] as part:
+                write_fully(self.descriptor, part, self.origin_bytes + offset + at)
         if self.access is Access.DROP:
             self._advise(offset, len(data), os.POSIX_FADV_DONTNEED)
         return self._sync() if fua else 0

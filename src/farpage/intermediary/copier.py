@@ -26,6 +26,8 @@ from farpage.intermediary.window import PACED_SECONDS, STEPS, Window
 from farpage.nbd.buffers import AlignedPool
 from farpage.volume.pace import Pace
 
+READ_BYTES: Final = 256 << 10
+"""A run is read in pieces of this, which servers answer from their page cache at once, and written whole."""
 COMMANDS_MAX: Final = 64
 """Requests under way, however short they are."""
 AHEAD_RUNS: Final = 64
@@ -57,6 +59,20 @@ def reading_into(source: BlockIO) -> ReadInto:
         source.read(offset, len(into), arrived)
 
     return read_into
+
+
+def joined(parts: int, done: Done) -> Done:
+    """Return what each of so many parts calls; after the last one `done` is called, with the first error."""
+    left, failed = parts, 0
+
+    def part_done(error: int) -> None:
+        nonlocal left, failed
+        left -= 1
+        failed = failed or error
+        if not left:
+            done(failed)
+
+    return part_done
 
 
 class Copier:
@@ -228,7 +244,10 @@ class Copier:
         self._commands += 1
         self._in_flight_bytes += run.length
         buffer = self._pool.take(run.length)
-        self._read(run.offset, buffer[: run.length], partial(self._arrived, run, buffer))
+        arrived = joined(-(-run.length // READ_BYTES), partial(self._arrived, run, buffer))
+        for at in range(0, run.length, READ_BYTES):
+            stop = min(at + READ_BYTES, run.length)
+            self._read(run.offset + at, buffer[at:stop], arrived)
 
     def _arrived(self, run: Run, buffer: memoryview, error: int) -> None:
         if not error and not self._ended:

@@ -26,7 +26,7 @@ STEPS: Final = (
     Allowance(128 << 10, 128 << 10),
     Allowance(512 << 10, 1 << 20),
     Allowance(1 << 20, 4 << 20),
-    Allowance(2 << 20, 16 << 20),
+    Allowance(2 << 20, 32 << 20),
 )
 """From beside a busy client up to alone."""
 

@@ -10,6 +10,9 @@ import mmap
 from typing import Final
 
 PAGE_BYTES: Final = mmap.PAGESIZE
+UNIX_SEND_BYTES: Final = 1 << 20
+"""Send buffer of a UNIX socket: it does not grow by itself as TCP's do, and each time that it is full costs
+both ends a wake-up. The kernel gives at most net.core.wmem_max (socket(7))."""
 _SLAB_BYTES: Final = 1 << 20
 
 

@@ -16,6 +16,7 @@ from farpage.address import Address, UnixAddress
 from farpage.blockio import BlockLimits
 from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
+from farpage.nbd.buffers import UNIX_SEND_BYTES
 from farpage.nbd.codec import ProtocolViolation
 from farpage.nbd.errors import (
     HandshakeTimedOut,
@@ -140,7 +141,9 @@ def _reason(error: OSError) -> str:
 async def _connected_socket(address: Address) -> socket.socket:
     loop = asyncio.get_running_loop()
     if isinstance(address, UnixAddress):
-        return await _try_to_connect(socket.AF_UNIX, address.path)
+        sock = await _try_to_connect(socket.AF_UNIX, address.path)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BYTES)
+        return sock
     found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     failure = OSError(errno.EADDRNOTAVAIL, "the name has no address")
     for family, _, _, _, place in found:

@@ -18,7 +18,7 @@ from farpage.address import Address, TcpAddress, UnixAddress
 from farpage.errors import ExitStatus, FarpageError
 from farpage.nbd import negotiation as n
 from farpage.nbd import protocol as p
-from farpage.nbd.buffers import AlignedPool
+from farpage.nbd.buffers import UNIX_SEND_BYTES, AlignedPool
 from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import Export, ExportInfo, ExportProvider, Peer
 from farpage.nbd.transmission import Transmission
@@ -352,6 +352,7 @@ def _prepare(sock: socket.socket) -> Peer:
     """
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BYTES)
         pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         name = sock.getpeername()
         return Peer(f"unix:{name if isinstance(name, str) else ''}", pid=pid, uid=uid)
