@@ -27,10 +27,11 @@ class Other:
 
 
 @asynccontextmanager
-async def second_hypervisor(embedded: EmbeddedSet) -> AsyncIterator[Other]:
-    """Run another hypervisor on the VIOSes of a set."""
+async def second_hypervisor(embedded: EmbeddedSet, *only: str) -> AsyncIterator[Other]:
+    """Run another hypervisor on the VIOSes of a set, or on some of them alone."""
     layout = StateLayout.at(embedded.layout.root.parent / "other")
-    vioses = embedded.document.vioses
+    known = embedded.document.vioses
+    vioses = {name: known[name] for name in only or known}
     layout.create_root()
     document = layout.describe(()).model_copy(update={"vioses": vioses})
     layout.create(document)
