@@ -211,7 +211,15 @@ class Paths:
         return False
 
     def answered(self, path: PathLink) -> None:
-        """Trust a suspect path again."""
+        """Trust a suspect path again.
+
+        While a volume is moved, pages that are present are answered although others still wait.
+        """
+        oldest = next(iter(path.in_flight), None)
+        if path.endpoint.source and oldest is not None:
+            age = self._loop.time() - oldest.started_seconds
+            if age > self._place.path_timeout_seconds:
+                return
         path.machine.apply(PathEvent.ANSWERED, self._loop.time())
         self._stalls(False)
 

@@ -25,6 +25,8 @@ class RelayVios(ModelVios):
     def __init__(self, name: str, old: ModelVios) -> None:
         super().__init__(name, old.disk)
         self.old = old
+        self.present = False
+        """What is asked for is there: nothing has to be relayed."""
 
     def claim(self, claim: Claim) -> None:
         super().claim(claim)
@@ -32,7 +34,7 @@ class RelayVios(ModelVios):
         self.old.claim(claim)
 
     def do(self, work: Callable[[], None]) -> None:
-        if self.hung:
+        if self.hung or self.present:
             super().do(work)
         else:
             self.old.do(work)
@@ -216,6 +218,28 @@ def test_a_path_whose_pages_may_have_to_come_from_elsewhere_is_not_probed() -> N
         rig.vioses["vios3"].kill()
         rig.vioses["vios3"].up = True
         await rig.until(lambda: rig.is_in({"vios3": "active"}))
+
+    with_rig(test)
+
+
+def test_one_alarm_tells_that_some_accesses_wait_for_as_long_as_they_do() -> None:
+    async def test(rig: MovingRig) -> None:
+        await rig.go()
+        here, there = rig.vioses["vios3"], rig.vioses["vios1"]
+        there.hang()  # what stands for the relay
+        waits = rig.read(1)
+        assert isinstance(here, RelayVios)
+        await asyncio.sleep(1.5)
+        here.present = True
+        for _ in range(20):
+            read = rig.read(2)
+            await asyncio.sleep(0.3)
+            assert read == [0]
+        assert (rig.states(), rig.events.alarms) == ({"vios3": "suspect"}, ["path_suspect"])
+        there.resume()
+        await rig.until(lambda: waits == [0])
+        read = rig.read(2)
+        await rig.until(lambda: rig.states() == {"vios3": "active"})
 
     with_rig(test)
 
