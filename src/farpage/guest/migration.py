@@ -53,9 +53,11 @@ async def capabilities(guest: QemuGuest, *names: str) -> None:
 
 
 async def pre_copy(
-    source: QemuGuest, destination: QemuGuest, socket: str, timeout_seconds: float
+    source: QemuGuest, destination: QemuGuest, socket: str, timeout_seconds: float, *, resume: bool = False
 ) -> Migrated:
-    """Migrate a running guest with all of its memory; it runs at the destination then.
+    """Migrate a guest with all of its memory; it runs at the destination then.
+
+    With `resume` also one that was stopped for it.
 
     :raise MigrationFailed: it was given up, or has not converged in time.
     """
@@ -63,6 +65,9 @@ async def pre_copy(
     await source.qmp("migrate-set-parameters", **{"max-bandwidth": UNLIMITED_BYTES_PER_SECOND})
     await source.qmp("migrate", uri=f"unix:{socket}")
     found = await completed(source, timeout_seconds)
+    if resume:
+        await completed(destination, timeout_seconds)
+        await destination.qmp("cont")
     await until_running(destination, timeout_seconds)
     return found
 

@@ -47,6 +47,8 @@ class GuestOptions:
     """How often it verifies; 0 is without end."""
     commands: tuple[str, ...] = ()
     """Shell commands to run, one after another, instead of verifying."""
+    single_threaded: bool = False
+    """TCG has no thread of its own for the virtual CPU: slower, but more likely to survive a pre-copy."""
     incoming: bool = False
     """It does not boot, but waits for another one of the same options to be migrated into it."""
 
@@ -62,7 +64,7 @@ def qemu_command(image: GuestImage, options: GuestOptions, initramfs: Path, qmp_
     )
     return [
         "qemu-system-x86_64",
-        *("-accel", "tcg"),
+        *("-accel", "tcg,thread=single" if options.single_threaded else "tcg"),
         *("-machine", "pc,memory-backend=ram"),
         *("-m", size),
         *("-object", f"memory-backend-memfd,id=ram,size={size},share=on"),

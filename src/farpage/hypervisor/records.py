@@ -179,7 +179,7 @@ class ClientRecords:
         """Delete a client that was made for a request which failed or has ended, now or later."""
         try:
             await self.delete(client)
-        except ClientElsewhere as error:
+        except (ClientElsewhere, releasing.ClientReleased) as error:
             log.info("client_left", client=client, reason=error.cause)
         except FarpageError as error:
             log.warning("client_not_deleted", client=client, problem=error.cause)

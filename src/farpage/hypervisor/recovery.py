@@ -273,6 +273,12 @@ class Recovery:
         try:
             state = StateFile.open(self._clients.run.state_path(client))
         except StateFileUnusable as error:
+            if record.releasing:
+                # Its worker was told to let go, which it is when the release is recorded, and had nobody left
+                # to tell that it has. The memory stays registered: accesses wait, they never read zeros.
+                memory.close_descriptors()
+                self._clients.run.remove(client)
+                return
             # What is where is not known any more. Never zeros: its accesses wait until its process is ended.
             self._clients.unrecovered[client] = record
             self._alarm(client, "not_recovered", str(error))
