@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from farpage.address import UnixAddress
 from farpage.definition.model import ReplicaState
+from farpage.device.claim import new_owner
 from farpage.pager.table import PAGE_BYTES
 from farpage.vios.leases import DEFAULT_LEASE_SECONDS
 from farpage.volume.connector import Endpoint
@@ -99,7 +100,7 @@ class Owner:
         self.host = host
         self.devices = list(devices) if devices else [disk.name for disk in place.disks]
         self.dirty = MemoryDirtyStore(user.pages)
-        self.token = f"{number:016x}"
+        self.token = new_owner(number, f"{number:08x}")
         self.ownership = Ownership(self.token, 0)
         self.workers = 0
         self.process: Process

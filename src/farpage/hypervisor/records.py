@@ -22,6 +22,7 @@ from farpage.definition.model import (
     ReplicaState,
 )
 from farpage.definition.rules import VolumePath
+from farpage.device.claim import new_owner
 from farpage.errors import FarpageError
 from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
 from farpage.hypervisor.errors import ClientElsewhere, NoDirectAccess
@@ -234,17 +235,21 @@ class ClientRecords:
     async def _claim(self, client: str, edit: Callable[[Definition, str, int], Definition]) -> ClientRecord:
         """Change the definition with a new token and an epoch above every one that a VIOS knows of."""
         record = self.of(client)
-        owner = secrets.token_hex(8)
-        known = record.epoch
+        known, salt = record.epoch, secrets.token_hex(4)
         for vios in self._vioses.values():
             try:
                 volumes = await vios.volumes()
             except FarpageError:
                 continue  # its volumes are fenced when it is reached again
             known = max([known, *(v.epoch for v in volumes if v.name == record.volumes[0].name)])
-        definition = await self._keeper.change(lambda now: edit(now, owner, known + 1))
+
+        def claim(now: Definition) -> Definition:
+            epoch = max(rules.client_of(now, client).epoch, known) + 1
+            return edit(now, new_owner(epoch, salt), epoch)
+
+        definition = await self._keeper.change(claim)
         claimed = definition.clients[client]
-        self._claimed[client] = (claimed.epoch, owner)
+        self._claimed[client] = (claimed.epoch, claimed.owner)
         return claimed
 
     def claimed_before(self, client: str, epoch: int, owner: str) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from farpage.device.base import EPOCH_MAX
-from farpage.device.claim import Claim, Claims
+from farpage.device.claim import Claim, Claims, new_owner
 from farpage.device.label import Header
 
-ANNA, BERT, CARL = "00000000000000aa", "ffffffffffffffbb", "0123456789abcdef"
+ANNA, BERT, CARL = "00000000000000aa", "ffffffffffffffbb", "00000000000000cc"
 
 
 def after(*added: Claim) -> Claims:
@@ -42,6 +42,14 @@ def test_an_owner_that_was_replaced_stays_out_whatever_its_epoch() -> None:
     claims = after(Claim(5, ANNA), Claim(6, BERT))
     assert claims.refuses(Claim(900, ANNA))
     assert not claims.refuses(Claim(900, CARL))
+
+
+def test_an_owner_from_before_the_present_one_stays_out_where_it_never_was() -> None:
+    second, third = new_owner(3, "ffffffff"), new_owner(4, "00000000")
+    claims = after(Claim(1, new_owner(1, "00000000")), Claim(4, third))
+    assert claims.refuses(Claim(5, second))
+    assert not claims.refuses(Claim(5, third))
+    assert not claims.refuses(Claim(5, new_owner(5, "00000000")))
 
 
 def test_tools_without_a_token_go_by_the_epoch_alone() -> None:
