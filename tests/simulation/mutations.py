@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 from farpage.blockio import Done
+from farpage.definition import verification
+from farpage.definition.model import Definition
+from farpage.definition.verification import Promotion
 from farpage.device.claim import Claims
+from farpage.hypervisor import definitions
 from farpage.pager import eviction, faults, salvage
 from farpage.pager.table import PAGE_BYTES
 from farpage.vios.copying.copy import FillRun, VolumeCopy
@@ -112,6 +117,22 @@ def _relays_side_by_side(stack: ExitStack) -> None:
     _replace(stack, VolumeExports, "_replace_relay", replace)
 
 
+def _attempts_forgotten(stack: ExitStack) -> None:
+    """Let a change of the definition that was not acknowledged go before a later one that was."""
+    _replace(stack, definitions, "beyond", lambda definition, _attempted: definition)
+
+
+def _promotions_off(stack: ExitStack) -> None:
+    """Compare a promoted definition with others as if nobody had promoted it."""
+    as_others = {"promoted_ms": 0}
+
+    def not_promoted(definition: Definition, *others: Any, **how: Any) -> Promotion:
+        plan = verification.promote(definition, *others, **how)
+        return replace(plan, definition=plan.definition.model_copy(update=as_others))
+
+    _replace(stack, definitions, "promote", not_promoted)
+
+
 MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "quarantine_off": _quarantine_off,
     "epoch_checks_off": _epoch_checks_off,
@@ -122,6 +143,8 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "fills_over_present": _fills_over_present,
     "relay_not_awaited": _relay_not_awaited,
     "relays_side_by_side": _relays_side_by_side,
+    "attempts_forgotten": _attempts_forgotten,
+    "promotions_off": _promotions_off,
 }
 
 

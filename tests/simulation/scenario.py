@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from farpage.pager.table import PAGE_BYTES
 from tests.simulation.checker import History
@@ -96,6 +96,11 @@ class Scenario:
     def vioses(self) -> list[SimulatedVios]:
         """Every VIOS."""
         return list(self.place.vioses.values())
+
+    @property
+    def fault_names(self) -> Sequence[str]:
+        """What went wrong."""
+        return self.faults.done
 
     def histories(self) -> Iterable[History]:
         """Return what is to be held against the registers of pages."""

@@ -31,11 +31,14 @@ class Comparison:
 
 
 def is_newer(one: Definition, other: Definition) -> bool:
-    """Tell whether `one` goes before `other`: by the epochs of the clients that both have, then by revision.
+    """Tell whether `one` goes before `other`: by promotion, the epochs of clients that both have, revision.
 
+    What an operator has promoted goes before whatever comes to light later.
     A document in which some client's epoch is higher, and none lower, comes from the later owner.
     Two documents of the same rank go by their text, so that everybody chooses alike.
     """
+    if one.promoted_ms != other.promoted_ms:
+        return one.promoted_ms > other.promoted_ms
     both = one.clients.keys() & other.clients.keys()
     higher = any(one.clients[name].epoch > other.clients[name].epoch for name in both)
     lower = any(one.clients[name].epoch < other.clients[name].epoch for name in both)
@@ -46,6 +49,22 @@ def is_newer(one: Definition, other: Definition) -> bool:
     return canonical_json(one) > canonical_json(other)
 
 
+def beyond(definition: Definition, attempted: Definition) -> Definition:
+    """Return `definition` with revision and epochs so high that it goes before `attempted`.
+
+    `attempted` is a change that may be stored somewhere although nobody has acknowledged it.
+    """
+    clients = dict(definition.clients)
+    for name in clients.keys() & attempted.clients.keys():
+        epoch = attempted.clients[name].epoch
+        if epoch > clients[name].epoch:
+            clients[name] = clients[name].model_copy(update={"epoch": epoch})
+    revision = max(definition.revision, attempted.revision + 1)
+    if clients == definition.clients and revision == definition.revision:
+        return definition
+    return definition.model_copy(update={"clients": clients, "revision": revision})
+
+
 def compare(definitions: Mapping[str, Definition]) -> Comparison:
     """Find the newest of the documents of several VIOS.
 
@@ -53,10 +72,14 @@ def compare(definitions: Mapping[str, Definition]) -> Comparison:
     """
     if not definitions:
         raise ValueError("no definitions to compare")
-    # Highest revision first, so that epochs override only what they contradict.
+    # Latest promotion and highest revision first, so that epochs override only what they contradict.
     order = sorted(
         definitions,
-        key=lambda vios: (definitions[vios].revision, canonical_json(definitions[vios])),
+        key=lambda vios: (
+            definitions[vios].promoted_ms,
+            definitions[vios].revision,
+            canonical_json(definitions[vios]),
+        ),
         reverse=True,
     )
     best = order[0]

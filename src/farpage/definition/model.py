@@ -189,6 +189,8 @@ class Definition(Record):
 
     format: Literal[1] = FORMAT_VERSION
     revision: int = Field(default=0, ge=0, le=NUMBER_MAX)
+    promoted_ms: int = Field(default=0, ge=0, le=NUMBER_MAX)
+    """When an operator made a copy the newest, in milliseconds since 1970; 0 for never. The latest counts."""
     vioses: dict[Name, ViosRecord] = Field(default_factory=dict)
     devices: dict[DeviceId, DeviceRecord] = Field(default_factory=dict)
     clients: dict[Name, ClientRecord] = Field(default_factory=dict)

@@ -66,11 +66,13 @@ def promote(
     volumes: Sequence[FoundVolume],
     kept: Mapping[str, ClientRecord],
     some_unknown: bool,
+    now_seconds: float = 0.0,
 ) -> Promotion:
-    """Make `copy` the newest of all.
+    """Make `copy` the newest of all, of those that are not known too.
 
     No client's epoch falls below what any copy or VIOS knows, with that epoch's owner. A replica that a newer
-    copy calls stale is stale. The records in `kept` stay as they are: their clients are attached.
+    copy calls stale is stale. Of several promotions the latest counts, by `now_seconds` of the Unix clock.
+    The records in `kept` stay as they are: their clients are attached.
 
     :raise InvalidDefinition: the result would contradict itself.
     """
@@ -80,7 +82,15 @@ def promote(
     clients.update(kept)
     known = [copy, *others]
     floor = max([definition.revision for definition in known] + [client.epoch for client in clients.values()])
-    promoted = rules.check(copy.model_copy(update={"clients": clients, "revision": floor + REVISION_JUMP}))
+    promoted = rules.check(
+        copy.model_copy(
+            update={
+                "clients": clients,
+                "revision": floor + REVISION_JUMP,
+                "promoted_ms": max(int(now_seconds * 1000), *(d.promoted_ms + 1 for d in known)),
+            }
+        )
+    )
     newest = compare({str(number): definition for number, definition in enumerate(known)}).newest
     mirrored = [
         name

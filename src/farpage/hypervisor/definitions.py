@@ -10,12 +10,13 @@ does not wait for VIOS that it was not started with: they may be out of its reac
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from farpage.definition.compare import compare, diff, is_newer
+from farpage.definition.compare import beyond, compare, diff, is_newer
 from farpage.definition.copy import DefinitionCopy
 from farpage.definition.model import Definition
 from farpage.definition.verification import FoundVolume, promote
@@ -102,13 +103,16 @@ class DefinitionKeeper:
         self,
         vioses: Mapping[str, Vios],
         own: DefinitionCopy,
+        attempted: DefinitionCopy,
         alarm: Callable[[str, str], None],
         *,
         hypervisor: str,
         tls: Path | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`own` keeps the copy of the `hypervisor`; `alarm` is called with a kind and a message.
+        """`own` keeps the copy of the `hypervisor`, `attempted` the change that it makes, or made last.
 
+        `alarm` is called with a kind and a message; `clock` tells Unix seconds.
         `tls` is the folder of certificates for VIOS that only copies of the definition name.
         """
         self.current = Definition()
@@ -122,11 +126,18 @@ class DefinitionKeeper:
         self._hypervisor = hypervisor
         self._tls = tls
         self._copy = own
+        self._attempts = attempted
+        self._attempted: Definition | None = None
+        """A change that was not acknowledged, but may be stored at a VIOS that does not answer.
+
+        Every later change goes before it, so that it is not followed when that VIOS is back.
+        """
         self._own: Definition | None = None
         """The newest definition that was agreed on; from the hypervisor's own copy after a start."""
         self._kept: Definition | None = None
         """What the file of the own copy has."""
         self._alarm = alarm
+        self._clock = clock
         self._lock = asyncio.Lock()
 
     @property
@@ -152,6 +163,8 @@ class DefinitionKeeper:
                 return
             try:
                 self._own = self._kept = await asyncio.to_thread(self._copy.load)
+                attempted = await asyncio.to_thread(self._attempts.load)
+                self._attempted = attempted if attempted != self._own else None
             except FarpageError as error:
                 log.error("own_definition_not_read", problem=error.cause)
                 self._alarm("definition_copy_failed", f"the hypervisor's own copy is not used: {error.cause}")
@@ -271,6 +284,7 @@ class DefinitionKeeper:
                 volumes=volumes,
                 kept={name: self.current.clients[name] for name in attached},
                 some_unknown=bool(known.missing),
+                now_seconds=self._clock(),
             )
             if force:
                 self.current = plan.definition
@@ -360,10 +374,23 @@ class DefinitionKeeper:
                 changed = edit(self.current)
                 if changed == self.current:
                     return self.current
+                if self._attempted:
+                    changed = beyond(changed, self._attempted)
+                await self._attempt(changed)
                 if await self._store(changed):
+                    self._attempted = None
                     return self.current
                 await self._load()
         raise DefinitionContended(ATTEMPTS)
+
+    async def _attempt(self, changed: Definition) -> None:
+        """Take note of a change before any VIOS can store it: this process may end, or not hear of it."""
+        self._attempted = changed
+        try:
+            await asyncio.to_thread(self._attempts.save, changed)
+        except FarpageError as error:
+            log.error("attempted_change_not_stored", problem=error.cause)
+            self._alarm("definition_copy_failed", f"the change under way is not stored: {error.cause}")
 
     async def _store(self, changed: Definition) -> bool:
         """Store a successor of `current` in every VIOS that answers; False when one has a newer document.

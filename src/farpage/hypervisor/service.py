@@ -59,6 +59,7 @@ log = get_logger()
 
 HEALTH_INTERVAL_SECONDS = 1.0
 DEFINITION_NAME = "definition.json"
+ATTEMPTED_NAME = "definition.attempted.json"
 
 RESUME_SECONDS = 5.0
 """So long recovered clients have the machine to themselves, before the rest of the daemon starts."""
@@ -72,9 +73,11 @@ class Hypervisor:
         self.alarms = AlarmLog()
         self.vioses = {name: Vios(name, control, settings.tls) for name, control in settings.vioses.items()}
         own = DefinitionCopy(settings.state_dir / DEFINITION_NAME)
+        attempted = DefinitionCopy(settings.state_dir / ATTEMPTED_NAME)
         self.keeper = DefinitionKeeper(
             self.vioses,
             own,
+            attempted,
             partial(self.alarms.raise_alarm, ""),
             hypervisor=settings.name,
             tls=settings.tls,

@@ -41,6 +41,10 @@ class Rig:
         return self.folder / "definition.json"
 
     @property
+    def attempted(self) -> Path:
+        return self.folder / "attempted.json"
+
+    @property
     def kinds(self) -> list[str]:
         return [kind for kind, _ in self.alarms]
 
@@ -53,6 +57,7 @@ class Rig:
         keeper = DefinitionKeeper(
             vioses,
             DefinitionCopy(self.own),
+            DefinitionCopy(self.attempted),
             lambda kind, message: self.alarms.append((kind, message)),
             hypervisor="host",
         )
@@ -105,6 +110,14 @@ def with_client(definition: Definition, hypervisor: str) -> Definition:
     volume = VolumeRecord(name="vm1", size_bytes=PAGE_BYTES, replicas=replicas)
     client = ClientRecord(memory_bytes=PAGE_BYTES, hypervisor=hypervisor, volumes=(volume,))
     return rules.next_revision(definition, clients={"vm1": client})
+
+
+def with_client_at(definition: Definition, vios: str) -> Definition:
+    """Change a definition: make a client on a device that a VIOS does not have."""
+    device = "11111111-2222-4333-8444-555555555555"
+    found = rules.FoundDevice(device, "disk", "dir", "dir:/d", 1 << 30, tuple(PagingCommand))
+    definition = rules.register_vios(definition, vios, definition.vioses[vios], [found])
+    return rules.add_client(definition, "vm1", memory_bytes=8192, hypervisor="host")
 
 
 @pytest.fixture
@@ -319,3 +332,31 @@ async def test_a_copy_that_is_not_known_is_not_promoted(rig: Rig) -> None:
         for vios in ("vios2", "ghost"):
             with pytest.raises(CopyUnknown):
                 await keeper.promote(vios, [], [], force=True)
+
+
+async def test_a_change_that_nobody_acknowledged_is_not_followed_past_a_later_one(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        base = await keeper.change(rig.with_both)
+    # A hypervisor that was killed when only the second VIOS had its change, of all that sort behind the next.
+    attempted = with_vios(with_vios(base, "zzz"), "zzzz")
+    DefinitionCopy(rig.attempted).save(attempted)
+    await rig.store(rig.two, attempted)
+    rig.two.kill()
+    async with rig.hypervisor() as keeper:
+        changed = await keeper.change(lambda now: with_vios(now, "mine"))
+        await rig.back(keeper, rig.two)
+        assert await rig.stored(rig.two) == keeper.current == changed
+
+
+async def test_a_promoted_copy_stays_when_a_later_owners_comes_to_light(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        base = await keeper.change(lambda now: with_client_at(rig.with_both(now), "vios1"))
+    later = rules.claim(base, "vm1", "b" * 16, "elsewhere", at_least=1 << 40)
+    await rig.store(rig.two, later)
+    rig.two.kill()
+    rig.own.unlink()
+    async with rig.hypervisor() as keeper:
+        await keeper.promote("vios1", [], [], force=True)
+        promoted = keeper.current
+        await rig.back(keeper, rig.two)
+        assert await rig.stored(rig.two) == keeper.current == promoted
