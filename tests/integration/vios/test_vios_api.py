@@ -299,6 +299,8 @@ async def test_the_description_names_every_request(vios: ViosProcess) -> None:
         "PUT /v1/volumes/{name}/handover",
         "GET /v1/volumes/{name}/handover",
         "DELETE /v1/volumes/{name}/handover",
+        "PUT /v1/volumes/{name}/intermediary",
+        "GET /v1/volumes/{name}/copy",
         "GET /v1/definition",
         "PUT /v1/definition",
         "GET /metrics",
