@@ -16,6 +16,8 @@ from farpage.hypervisor.model import ClientCreate
 from farpage.hypervisor.movement import ENDED, ClientMove, MoveAdjust, MoveInfo
 from tests.support.paged_set import DEADLINE_SECONDS, PagedSet, paged_region, running_set
 
+DEVICE_SIZE = "256M"
+
 
 @dataclass
 class MovingClient:
@@ -153,9 +155,12 @@ async def moving_client(pages: int, limit_bytes: int) -> AsyncIterator[MovingCli
     for name in ("a", "b"):
         (folder / name).mkdir()
     try:
-        async with running_set(
-            devices=(f"vios1=dir:{folder / 'a'}", f"vios2=dir:{folder / 'b'}")
-        ) as embedded:
+        # Of devices that fit the smallest is taken: these are, whatever room the file system has just now.
+        devices = tuple(
+            f"{vios}=dir:{folder / name}?size={DEVICE_SIZE}"
+            for vios, name in (("vios1", "a"), ("vios2", "b"))
+        )
+        async with running_set(devices=devices) as embedded:
             wanted = ClientCreate(
                 name="client",
                 memory_bytes=pages * 4096,
