@@ -267,8 +267,10 @@ def _attach(connection: socket.socket, path: str, request: AttachRequest, uffd: 
     frame = encode(request)
     try:
         # The descriptors go with the first byte; a frame is far smaller than a socket's buffer.
+        # Not even an empty rest may be sent then: it fails when the hypervisor has answered and hung up.
         sent = socket.send_fds(connection, [frame], [uffd, memfd])
-        connection.sendall(frame[sent:])
+        if sent < len(frame):
+            connection.sendall(frame[sent:])
         reply = _receive(connection, AttachReply)
     except (OSError, EOFError) as error:
         raise _unreachable(path, error) from error
