@@ -24,7 +24,7 @@ from farpage.hypervisor.movement import ENDED, MoveAdjust
 
 if TYPE_CHECKING:
     from farpage.embedded.control import HypervisorControl
-    from farpage.hypervisor.movement import ClientMove, Evacuation, EvacuationStart, MoveInfo
+    from farpage.hypervisor.movement import ClientMove, MoveInfo
 
 POLL_SECONDS = 0.2
 
@@ -39,10 +39,10 @@ def run_move(state: Path | None, client: str, order: ClientMove, *, wait: bool) 
         info = await hypervisor.move(client, order)
         if not wait:
             return info
-        with _progress() as progress:
+        with move_bars() as progress:
             bar = progress.add_task(client)
             while info.stage not in ENDED:
-                _show(progress, bar, info)
+                show_move(progress, bar, info)
                 await asyncio.sleep(POLL_SECONDS)
                 info = await hypervisor.move_progress(client)
         return info
@@ -66,31 +66,8 @@ def cancel(state: Path | None, client: str) -> MoveInfo:
     return ask_hypervisor(state, run)
 
 
-def run_evacuation(
-    state: Path | None, kind: str, name: str, order: EvacuationStart, *, wait: bool
-) -> Evacuation:
-    """Begin to empty a device or a VIOS, `devices` or `vioses`, and return that, at its end if waited for.
-
-    :raise RemoteError: it cannot be; nothing is changed then.
-    """
-
-    async def run(hypervisor: HypervisorControl) -> Evacuation:
-        evacuation = await hypervisor.evacuate(kind, name, order)
-        if not wait:
-            return evacuation
-        with _progress() as progress:
-            bars = {info.client: progress.add_task(info.client) for info in evacuation.clients}
-            while not evacuation.done:
-                for info in evacuation.clients:
-                    _show(progress, bars[info.client], info)
-                await asyncio.sleep(POLL_SECONDS)
-                evacuation = await hypervisor.evacuation(kind, name)
-        return evacuation
-
-    return ask_hypervisor(state, run)
-
-
-def _progress() -> Progress:
+def move_bars() -> Progress:
+    """Return a display of moves' progress, for the terminal alone."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -101,7 +78,8 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-def _show(progress: Progress, bar: TaskID, info: MoveInfo) -> None:
+def show_move(progress: Progress, bar: TaskID, info: MoveInfo) -> None:
+    """Bring a move's bar up to date."""
     progress.update(
         bar,
         total=info.total_pages * PAGE_BYTES or None,

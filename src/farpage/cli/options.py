@@ -67,3 +67,28 @@ def _naming(parse: Callable[..., float], name: str) -> Callable[[str | float], f
         return parse(value, field=name) if isinstance(value, str) else value
 
     return parser
+
+
+Indirect: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--indirect",
+        help="By an intermediate client, also where the hypervisor reaches both devices itself.",
+    ),
+]
+
+Bandwidth: TypeAlias = Annotated[
+    int | None,
+    size_option(
+        "--bandwidth", "The most that an intermediate client copies per second; by default no limit."
+    ),
+]
+
+MoveInBackground: TypeAlias = Annotated[
+    bool,
+    typer.Option("--background", help="Begin only; 'farpage client move-status NAME' tells how far it is."),
+]
+
+AtATime: TypeAlias = Annotated[
+    int, typer.Option("--at-a-time", metavar="N", help="Move so many clients beside each other.")
+]

@@ -6,34 +6,18 @@ from typing import Annotated
 
 import typer
 
-from farpage.cli.options import AsJson, State, size_option
+from farpage.cli.options import AsJson, Bandwidth, Indirect, MoveInBackground, State
 
 ClientName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the client.")]
-Background = Annotated[
-    bool,
-    typer.Option("--background", help="Begin only; 'farpage client move-status NAME' tells how far it is."),
-]
-Bandwidth = Annotated[
-    int | None,
-    size_option(
-        "--bandwidth", "The most that an intermediate client copies per second; by default no limit."
-    ),
-]
 
 
 def move(
     name: ClientName,
     *,
     to: Annotated[str, typer.Option("--to", metavar="DEVICE", help="Name of the device that takes it.")],
-    indirect: Annotated[
-        bool,
-        typer.Option(
-            "--indirect",
-            help="By an intermediate client, also where the hypervisor reaches both devices itself.",
-        ),
-    ] = False,
+    indirect: Indirect = False,
     bandwidth: Bandwidth = None,
-    background: Background = False,
+    background: MoveInBackground = False,
     state: State = None,
     as_json: AsJson = False,
 ) -> None:

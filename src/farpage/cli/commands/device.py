@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from farpage.cli.options import AsJson, State, size_option
+from farpage.cli.options import AsJson, AtATime, Bandwidth, Indirect, MoveInBackground, State, size_option
 
 app = typer.Typer(name="device", help="Paging devices: storage that holds the clients' volumes.")
 
@@ -99,26 +99,13 @@ def replace(
 
 
 @app.command("evacuate", epilog="Example: farpage device evacuate disk1 --at-a-time 4")
-def evacuate(
+def evacuate_device(
     name: Annotated[str, typer.Argument(metavar="DEVICE", help="Name of the device that is to be empty.")],
     *,
-    at_a_time: Annotated[
-        int, typer.Option("--at-a-time", metavar="N", help="Move so many clients beside each other.")
-    ] = 1,
-    indirect: Annotated[
-        bool,
-        typer.Option(
-            "--indirect",
-            help="By intermediate clients, also where the hypervisor reaches both devices itself.",
-        ),
-    ] = False,
-    bandwidth: Annotated[
-        int | None,
-        size_option("--bandwidth", "The most that each intermediate client copies per second."),
-    ] = None,
-    background: Annotated[
-        bool, typer.Option("--background", help="Begin only; 'farpage client move-status NAME' tells more.")
-    ] = False,
+    at_a_time: AtATime = 1,
+    indirect: Indirect = False,
+    bandwidth: Bandwidth = None,
+    background: MoveInBackground = False,
     state: State = None,
     as_json: AsJson = False,
 ) -> None:
@@ -127,14 +114,9 @@ def evacuate(
     Waits for the end, which Ctrl-C does not bring about; exits with 1 when a client could not be moved. Given
     again, it goes on where it was cut short.
     """
-    from farpage.cli.moving import run_evacuation
-    from farpage.cli.output import print_json, print_text
+    from farpage.cli.evacuating import evacuate
     from farpage.cli.wanted import wanted
-    from farpage.cli.wording.move import ended_badly, evacuated
     from farpage.hypervisor.movement import EvacuationStart
 
     order = wanted(EvacuationStart, at_a_time=at_a_time, indirect=indirect, bandwidth_bytes=bandwidth)
-    evacuation = run_evacuation(state, "devices", name, order, wait=not background)
-    print_json(evacuation) if as_json else print_text(*evacuated(evacuation))
-    if any(map(ended_badly, evacuation.clients)):
-        raise typer.Exit(1)
+    evacuate(state, "devices", name, order, wait=not background, as_json=as_json)
