@@ -232,6 +232,46 @@ def test_a_client_is_scrubbed(
     assert farpage("client", "delete", "vm").status == 0
 
 
+def test_a_client_is_moved_and_a_device_emptied(
+    farpage: Farpage, memory_process: subprocess.Popen[str], running_set: RunningSet
+) -> None:
+    def places() -> list[str]:
+        return [folder.parent.parent.name for folder in running_set.state.rglob("volumes/guest")]
+
+    assert farpage("client", "move", "guest", "--to", "aside").status == ExitStatus.NOT_FOUND
+    assert farpage("client", "attach", "guest", "--pid", str(memory_process.pid), "--limit", "4M").status == 0
+    folder = running_set.state / "aside"
+    folder.mkdir()
+    assert farpage("device", "add", f"dir:{folder}", "--name", "aside", "--size", "64M").status == 0
+
+    moved = farpage("client", "move", "guest", "--to", "aside")
+    assert (moved.status, "is on device aside" in moved.out) == (0, True), moved.err
+    assert places() == ["aside"]
+    assert "done" in farpage("client", "move-status", "guest").out
+
+    slowly = ("--indirect", "--bandwidth", "64K", "--background")
+    begun = farpage("device", "evacuate", "aside", *slowly, "--json")
+    assert (begun.status, [info["client"] for info in begun.json["clients"]]) == (0, ["guest"]), begun.err
+    eventually(
+        lambda: farpage("client", "move-status", "guest", "--json").json["stage"],
+        lambda stage: bool(stage == "copying"),
+    )
+    assert "paused" in farpage("client", "pause-move", "guest").out
+    assert farpage("client", "resume-move", "guest", "--bandwidth", "128K").status == 0
+    cancelled = farpage("client", "cancel-move", "guest")
+    assert (cancelled.status, "stays on device aside" in cancelled.out) == (0, True), cancelled.err
+    assert wrong_pages(memory_process) == 0
+
+    emptied = farpage("device", "evacuate", "aside")
+    assert (emptied.status, "done" in emptied.out) == (0, True), emptied.err
+    assert "aside" not in places()
+    again = farpage("device", "evacuate", "aside")
+    assert (again.status, "no client has to be moved" in again.out) == (0, True), again.err
+    assert wrong_pages(memory_process) == 0
+    assert farpage("client", "detach", "guest").status == 0
+    assert farpage("client", "delete", "guest").status == 0
+
+
 def test_a_vios_is_stopped_and_started(farpage: Farpage) -> None:
     stopped = farpage("vios", "stop", "vios2")
     assert (stopped.status, "nothing in flight" in stopped.out) == (0, True), stopped.err
