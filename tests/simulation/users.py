@@ -10,7 +10,8 @@ from typing import Protocol
 from farpage.pager.buffers import BufferPool
 from farpage.pager.client import PagedClient
 from farpage.pager.limit import Limit
-from farpage.pager.table import CLEAN, ENTRY_BYTES, ON_DEVICE, PAGE_BYTES, READING, PageTable
+from farpage.pager.table import CLEAN, ENTRY_BYTES, ON_DEVICE, PAGE_BYTES, READING, STATE_NAMES, PageTable
+from farpage.pager.tier import ENTRY_BYTES as TIER_ENTRY_BYTES
 from farpage.volume.paged import PagedVolume
 from tests.simulation.checker import History
 from tests.simulation.guest import Guest
@@ -183,6 +184,8 @@ class PagerUser:
         self._storage = memoryview(bytearray(self.pages * ENTRY_BYTES))
         self._repair_mark = memoryview(bytearray(8)).cast("Q")
         self._limit = TightLimit(self._chance.randrange(12, 28), self._chance)
+        # Often none, as what it answers tests no device; a page's content takes hardly any room.
+        self._tier_bytes = world.random("tier").choice((0, 0, 5, self.pages)) * TIER_ENTRY_BYTES
         self._detaching: asyncio.Task[None] | None = None
         self._process: Process
         self._client: PagedClient
@@ -202,6 +205,7 @@ class PagerUser:
             repair_mark=self._repair_mark,
         )
         client.space.limit = self._limit
+        client.space.tier.resize(self._tier_bytes)
         if self._started:
             client.recover()
             return
@@ -229,10 +233,12 @@ class PagerUser:
             self.guest.read(page, "the last read")
 
     def wrong_in_store(self, stored: Store) -> list[str]:
-        table = self._client.space.table
+        table, tier = self._client.space.table, self._client.space.tier
         problems = []
         for page in range(table.pages):
             state = table.state[page]
+            if page in tier and state != ON_DEVICE:
+                problems.append(f"page {page} is in the RAM tier, and {STATE_NAMES[state]}")
             if state in (ON_DEVICE, CLEAN, READING) and page not in self.guest.may_be_lost:
                 contents = stored(page)
                 versions = {version_of(page, content, self._number) for content in contents}

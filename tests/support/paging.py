@@ -18,6 +18,7 @@ from farpage.pager.eviction import Eviction
 from farpage.pager.faults import Faults
 from farpage.pager.limit import Limit
 from farpage.pager.memory import PagedMemory
+from farpage.pager.outage import Outage
 from farpage.pager.space import Space
 from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
 from farpage.volume.connector import Endpoint
@@ -292,6 +293,7 @@ class ModelClient:
         limit_pages: int | None = None,
         devices: tuple[str, ...] = ("disk1",),
         paged_to: PagedVolume | None = None,
+        ram_tier_percent: int = 0,
     ) -> None:
         """Make the client within a running event loop; without `paged_to` it has a model of a volume."""
         self.memory = ModelMemory()
@@ -306,9 +308,11 @@ class ModelClient:
             BufferPool(preallocated=1),
             lambda kind, message: self.alarms.append((kind, message)),
             lambda: None,
+            ram_tier_percent,
         )
         self.faults = Faults(self.space)
         self.eviction = Eviction(self.space, self.faults.admit)
+        self.outage = Outage(self.space, self.faults, self.eviction, None, lambda: None)
 
     def read(self, page: int) -> bytes | None:
         """Read a page, with the faults that this takes; None when it has to wait for the volume."""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SLOW = {"pydantic", "fastapi", "starlette", "uvicorn", "httpx", "rich", "typer", "prometheus_client"}
+SLOW = {"pydantic", "fastapi", "starlette", "uvicorn", "httpx", "rich", "typer", "prometheus_client", "lz4"}
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def run_hypervisor(
     no_path_timeout_seconds: float | None,
     resync_bytes_per_second: int,
     default_limit_bytes: int | None,
+    ram_tier_percent: int,
     pool_size_bytes: int | None,
 ) -> None:
     """Run a hypervisor until it is told to stop.
@@ -58,6 +59,7 @@ def run_hypervisor(
         no_path_timeout_seconds=no_path_timeout_seconds,
         resync_bytes_per_second=resync_bytes_per_second,
         default_limit_bytes=default_limit_bytes,
+        ram_tier_percent=ram_tier_percent,
         pool_size_bytes=pool_size_bytes,
     )
     try:

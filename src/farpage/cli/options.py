@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from farpage.terminal.sizes import parse_duration, parse_size
+from farpage.pager.limit import LARGEST_TIER_PERCENT
+from farpage.terminal.sizes import parse_duration, parse_percent, parse_size
 
 State: TypeAlias = Annotated[
     Path | None,
@@ -59,6 +61,17 @@ def size_option(name: str, help_text: str) -> Any:
 def duration_option(name: str, help_text: str) -> Any:
     """Return an option that takes a time such as 250ms; its value is seconds."""
     return typer.Option(name, metavar="TIME", parser=_naming(parse_duration, name), help=help_text)
+
+
+def ram_tier_option() -> Any:
+    """Return the option for the RAM tier's share of a client's limit; its value is percent."""
+    return typer.Option(
+        "--ram-tier",
+        metavar="PERCENT",
+        parser=_naming(partial(parse_percent, most=LARGEST_TIER_PERCENT), "--ram-tier"),
+        help="Share of a client's limit that holds pages which left memory, compressed, so that those that "
+        f"come back soon need no device; 0 for none, at most {LARGEST_TIER_PERCENT}%.",
+    )
 
 
 def _naming(parse: Callable[..., float], name: str) -> Callable[[str | float], float]:

@@ -16,6 +16,7 @@ from farpage.embedded.child import Child, ChildEvent, describe_exit
 from farpage.embedded.control import HypervisorControl, ViosControl
 from farpage.embedded.layout import NoSuchVios, SetDocument, StateLayout
 from farpage.errors import ExitStatus, FarpageError, InvalidInput, Unreachable
+from farpage.pager.limit import DEFAULT_TIER_PERCENT
 from farpage.vios.model import DeviceAdd
 
 READY_SECONDS = 60.0
@@ -78,6 +79,7 @@ class SetSettings:
     no_path_timeout_seconds: float | None = None
     lease_seconds: float = 5.0
     default_limit_bytes: int | None = None
+    ram_tier_percent: int = DEFAULT_TIER_PERCENT
     pool_size_bytes: int | None = None
     placements: Mapping[str, ViosPlacement] = field(default_factory=dict)
     """By name of the VIOS; those not named are as all."""
@@ -302,6 +304,7 @@ class EmbeddedSet:
         for name, vios in self.document.vioses.items():
             arguments += ["--vios", f"{name}={vios.control}"]
         arguments += ["--path-timeout", f"{settings.path_timeout_seconds * 1000:g}ms"]
+        arguments += ["--ram-tier", f"{settings.ram_tier_percent}%"]
         if settings.no_path_timeout_seconds is not None:
             arguments += ["--no-path-timeout", f"{settings.no_path_timeout_seconds * 1000:g}ms"]
         for option, value in (

@@ -113,13 +113,19 @@ class _Operations:
     async def pool(self) -> PoolInfo:
         pool = self._hypervisor.pool
         members = tuple(
-            PoolMember(client=info.name, limit_bytes=info.limit_bytes, resident_bytes=info.resident_bytes)
+            PoolMember(
+                client=info.name,
+                limit_bytes=info.limit_bytes,
+                resident_bytes=info.resident_bytes,
+                ram_tier_bytes=info.ram_tier.taken_bytes,
+            )
             for info in await self.clients()
             if info.attachment is not Attachment.NONE
         )
         return PoolInfo(
             size_bytes=pool.size_bytes,
             resident_bytes=sum(member.resident_bytes for member in members),
+            ram_tier_bytes=sum(member.ram_tier_bytes for member in members),
             default_limit_bytes=pool.default_limit_bytes,
             members=members,
         )

@@ -193,6 +193,7 @@ class Attaching:
             no_path_timeout_seconds=self._settings.no_path_timeout_seconds,
             resync_bytes_per_second=self._settings.resync_bytes_per_second,
             open_timeout_seconds=OPEN_TIMEOUT_SECONDS,
+            ram_tier_percent=self._settings.ram_tier_percent,
             handed_over=found is not None,
         )
         # Known before the worker says so: the client may exit before the answer arrives.

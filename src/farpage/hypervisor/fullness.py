@@ -88,7 +88,9 @@ class FullDevices:
                 continue
             if report:
                 reports[name] = report
-        resident = {name: resident_bytes(report) for name, report in reports.items()}
+        resident = {
+            name: resident_bytes(report) + report.tier.taken_bytes for name, report in reports.items()
+        }
         limits = {name: attached.limit_bytes for name, attached in self._clients.attached.items()}
         full = frozenset(name for name, report in reports.items() if report.device_full)
         wanted = lifted_limits(self._pool.size_bytes, limits, resident, full)

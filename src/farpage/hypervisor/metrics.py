@@ -33,6 +33,7 @@ COUNTERS = {
     "clean_evict_pages": "Pages given back without I/O because the volume had them",
     "cancelled_pages": "Page-outs made useless by a write meanwhile",
     "read_ahead_pages": "Pages read ahead of a fault",
+    "tier_hit_pages": "Pages that came from the RAM tier, without a device",
     "checksum_errors": "Pages that came back with other content than was paged out, or that a scrub found so",
     "scrubbed_pages": "Pages that scrubs compared, once for each replica",
     "poisoned_pages": "Pages lost: every access to them fails",
@@ -229,6 +230,12 @@ class _Collector(Collector):
             "A client's memory by state of its pages",
             labels=["client", "state"],
         )
+        tier = GaugeMetricFamily(
+            "farpage_client_ram_tier_bytes",
+            "The RAM tier: what it takes of the client's limit, its compressed contents alone, and the pages "
+            "that it holds",
+            labels=["client", "what"],
+        )
         limit = GaugeMetricFamily("farpage_client_limit_bytes", "A client's limit", labels=["client"])
         stalled = GaugeMetricFamily(
             "farpage_client_stalled_faults", "Accesses that wait now", labels=["client"]
@@ -254,13 +261,16 @@ class _Collector(Collector):
                 scrub.add_metric([report.client, report.scrub.state], share)
             for state, pages in report.pages_by_state.items():
                 memory.add_metric([report.client, state], pages * PAGE_BYTES)
+            tier.add_metric([report.client, "taken"], report.tier.taken_bytes)
+            tier.add_metric([report.client, "stored"], report.tier.stored_bytes)
+            tier.add_metric([report.client, "held"], report.tier.pages * PAGE_BYTES)
             limit.add_metric([report.client], report.limit_pages * PAGE_BYTES)
             stalled.add_metric([report.client], report.stalled_faults)
             epoch.add_metric([report.client], report.epoch)
             fenced.add_metric([report.client], float(bool(report.fenced)))
             without_path.add_metric([report.client], float(report.without_path_seconds is not None))
             full.add_metric([report.client], float(report.device_full))
-        yield from (memory, limit, stalled, epoch, fenced, without_path, full, scrub)
+        yield from (memory, tier, limit, stalled, epoch, fenced, without_path, full, scrub)
 
     def _paths(self) -> Metric:
         family = GaugeMetricFamily(

@@ -109,6 +109,7 @@ class ClientCounters(Document):
     clean_evict_pages: int = 0
     cancelled_pages: int = 0
     read_ahead_pages: int = 0
+    tier_hit_pages: int = 0
     checksum_errors: int = 0
     repaired_pages: int = 0
     scrubbed_pages: int = 0
@@ -118,6 +119,16 @@ class ClientCounters(Document):
     wrong_by_device: dict[str, int] = Field(default_factory=dict)
     """Pages whose replica was not what was paged out, by the name of the device."""
     repaired_by_device: dict[str, int] = Field(default_factory=dict)
+
+
+class RamTierInfo(Document):
+    """Pages of a client that left memory and are kept there compressed, beside what its device holds."""
+
+    pages: int = 0
+    taken_bytes: int = 0
+    """Memory that they take, which is a part of the client's limit."""
+    stored_bytes: int = 0
+    """Size of their compressed contents alone."""
 
 
 class ScrubStart(Document):
@@ -185,6 +196,7 @@ class ClientInfo(Document):
     memory_bytes: int
     limit_bytes: int
     resident_bytes: int
+    ram_tier: RamTierInfo = RamTierInfo()
     on_device_bytes: int
     zero_bytes: int
     entitlement_bytes: int
@@ -334,6 +346,8 @@ class PoolMember(Document):
     client: Name
     limit_bytes: int
     resident_bytes: int
+    ram_tier_bytes: int = 0
+    """What its RAM tier takes, which is a part of the limit too."""
 
 
 class PoolInfo(Document):
@@ -341,6 +355,7 @@ class PoolInfo(Document):
 
     size_bytes: int
     resident_bytes: int
+    ram_tier_bytes: int = 0
     default_limit_bytes: int | None
     members: tuple[PoolMember, ...]
 

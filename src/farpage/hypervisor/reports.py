@@ -11,6 +11,7 @@ from farpage.hypervisor.model import (
     ClientInfo,
     FailoverInfo,
     PathInfo,
+    RamTierInfo,
     ReleasedInfo,
     ReplicaInfo,
     ScrubInfo,
@@ -48,6 +49,7 @@ def client_info(
         memory_bytes=record.memory_bytes,
         limit_bytes=limit_bytes,
         resident_bytes=resident_bytes(report) if report else 0,
+        ram_tier=_ram_tier(report),
         on_device_bytes=(pages.get("on_device", 0) + pages.get("reading", 0)) * PAGE_BYTES,
         zero_bytes=pages.get("zero", 0) * PAGE_BYTES,
         entitlement_bytes=record.entitlement_bytes,
@@ -70,6 +72,13 @@ def client_info(
         paths=tuple(_path(name, path, report, now_seconds) for path in report.paths) if report else (),
         failovers=_failovers(name, report) if report else (),
     )
+
+
+def _ram_tier(report: ClientReport | None) -> RamTierInfo:
+    if report is None:
+        return RamTierInfo()
+    tier = report.tier
+    return RamTierInfo(pages=tier.pages, taken_bytes=tier.taken_bytes, stored_bytes=tier.stored_bytes)
 
 
 def _released(released: Release | None) -> ReleasedInfo | None:

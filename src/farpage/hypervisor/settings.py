@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.definition.model import Name
 from farpage.pager.launch import worker_count
+from farpage.pager.limit import DEFAULT_TIER_PERCENT, LARGEST_TIER_PERCENT
 
 
 class HypervisorSettings(BaseModel):
@@ -34,11 +35,13 @@ class HypervisorSettings(BaseModel):
     """A data worker that does not answer for so long is killed and replaced."""
     path_timeout_seconds: float = Field(default=1.0, gt=0)
     no_path_timeout_seconds: float | None = Field(default=None, gt=0)
+    """After so long without a path waiting accesses are answered with poison; None for never."""
     resync_bytes_per_second: int = Field(default=100 << 20, gt=0)
     """The most that is copied to a replica which has missed something, for each client."""
-    """After so long without a path waiting accesses are answered with poison; None for never."""
     default_limit_bytes: int | None = Field(default=None, gt=0)
     """Limit of a client that asks for none."""
+    ram_tier_percent: int = Field(default=DEFAULT_TIER_PERCENT, ge=0, le=LARGEST_TIER_PERCENT)
+    """Share of a client's limit that compressed pages may take."""
     pool_size_bytes: int | None = Field(default=None, gt=0)
     """Size of the memory pool; None for all of the host's memory."""
 

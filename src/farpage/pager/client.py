@@ -48,12 +48,15 @@ class PagedClient:
         on_outage: Callable[[], None] = lambda: None,
         no_path_timeout_seconds: float | None = None,
         repair_mark: memoryview | None = None,
+        ram_tier_percent: int = 0,
     ) -> None:
         """`on_outage` is called when the volume stalls, or its device is full, and when no longer.
 
         `repair_mark` is kept with the table (`Space.repair_mark`).
         """
-        self.space = Space(memory, table, volume, Limit(limit_pages), buffers, alarm, on_gone)
+        self.space = Space(
+            memory, table, volume, Limit(limit_pages), buffers, alarm, on_gone, ram_tier_percent
+        )
         if repair_mark is not None:
             self.space.repair_mark = repair_mark
         self.faults = Faults(self.space)
@@ -122,7 +125,7 @@ class PagedClient:
 
     def set_limit(self, limit_pages: int) -> None:
         """Change the limit; page-outs begin at once when it is lower."""
-        self.space.limit = Limit(limit_pages)
+        self.space.set_limit(Limit(limit_pages))
         self.eviction.wake()
         self.faults.admit()
 
@@ -171,6 +174,7 @@ class PagedClient:
         self.stop_scrub()
         self.eviction.stop()
         self.faults.stopped = True
+        self.space.tier.clear()
         # Nothing is written again, and nobody reads the volume after this.
         self._doubts.settle()
         try:
@@ -226,5 +230,6 @@ class PagedClient:
             self._loop.remove_reader(self.space.memory.fileno())
             # These refer to each other in circles; the table's memory must not wait for the collector.
             self.space.table = PageTable(0)
+            self.space.tier.clear()
             self.space.repair_mark = memoryview(bytearray(8)).cast("Q")
             self.space.replacement = Replacement(0)

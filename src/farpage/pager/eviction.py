@@ -63,6 +63,8 @@ class Eviction:
     def drain(self, *, on: bool) -> None:
         """Page out all that there is, whatever the limit; or no more than that again."""
         self._draining = on
+        if on:
+            self._space.tier.clear()
         self.wake()
 
     def _excess(self) -> int:
@@ -131,11 +133,26 @@ class Eviction:
         """Give back pages whose content is on the volume already."""
         space = self._space
         for first, count in runs_of(pages):
+            self._keep_clean(first, count)
             space.memory.release(first, count)
             space.table.move(first, count, CLEAN, ON_DEVICE)
             space.replacement.evicted(first, count)
         space.counters.clean_evict_pages += len(pages)
         return len(pages)
+
+    def _keep_clean(self, first: int, count: int) -> None:
+        """Put clean pages into the RAM tier, as far as it wants them."""
+        space = self._space
+        if wanted := self._tier_wants(count):
+            buffer = space.buffers.take()
+            content = buffer.view[: wanted * PAGE_BYTES]
+            space.memory.read_out(first, content)
+            space.tier.keep(first, content)
+            space.buffers.give(buffer)
+
+    def _tier_wants(self, count: int) -> int:
+        """Return how many pages of a run should go to the RAM tier: none while that would only take room."""
+        return 0 if self._draining or self._space.full else self._space.tier.wanted(count)
 
     def _write(self, pages: list[int]) -> int:
         """Start to write pages out; returns how many were zero and are given back already."""
@@ -175,14 +192,15 @@ class Eviction:
         table.checksums[first : first + count] = page_checksums(content)
         table.move(first, count, DIRTY, WRITING)
         buffer.use()
-        self._space.volume.write(first * PAGE_BYTES, content, partial(self._written, first, count, buffer))
+        written = partial(self._written, first, count, content, buffer)
+        self._space.volume.write(first * PAGE_BYTES, content, written)
 
-    def _written(self, first: int, count: int, buffer: SharedBuffer, error: int) -> None:
+    def _written(self, first: int, count: int, content: memoryview, buffer: SharedBuffer, error: int) -> None:
+        self._acknowledged(first, count, content, error)
         buffer.release()
-        self._acknowledged(first, count, error)
 
     @ends_with_client
-    def _acknowledged(self, first: int, count: int, error: int) -> None:
+    def _acknowledged(self, first: int, count: int, content: memoryview, error: int) -> None:
         """Give back the pages of an acknowledged write, but those that were written to meanwhile."""
         space = self._space
         table = space.table
@@ -198,6 +216,9 @@ class Eviction:
                 # this one could not tell a page that was given back here from one that the balloon took.
                 table.move(start, length, WRITING, CLEAN)
                 if not self._stopped:
+                    if wanted := self._tier_wants(length):
+                        at = (start - first) * PAGE_BYTES
+                        space.tier.keep(start, content[at : at + wanted * PAGE_BYTES])
                     space.memory.release(start, length)
                     table.move(start, length, CLEAN, ON_DEVICE)
                     space.replacement.evicted(start, length)

@@ -192,6 +192,9 @@ class Faults:
         if room <= 0:
             return
         page = fault.page
+        if (content := space.tier.take(page, int(space.table.checksums[page]))) is not None:
+            self._from_tier(fault, content)
+            return
         count = space.table.run(page, min(self._read_ahead.window(page), max(room // 2, 1)), ON_DEVICE)
         self._waiting[page] = fault.began_seconds
         if fault.flags & FLAG_WRITE:
@@ -203,6 +206,16 @@ class Faults:
         self.fetch(page, near)
         if count > near:
             self.fetch(page + near, count - near)
+
+    def _from_tier(self, fault: Fault, content: bytes) -> None:
+        """Answer with what the RAM tier had."""
+        page = fault.page
+        self._waiting[page] = fault.began_seconds
+        if fault.flags & FLAG_WRITE:
+            self._write_wanted.add(page)
+        self._space.counters.tier_hit_pages += 1
+        self._space.table.move(page, 1, ON_DEVICE, READING)
+        self._copy_in(page, 1, address_of(content), memoryview(content))
 
     def _room(self, fault: Fault) -> int:
         """Return the pages that may be brought in; with none, the fault waits for page-outs."""
@@ -233,6 +246,7 @@ class Faults:
     def fetch(self, first: int, count: int) -> None:
         """Bring in `count` pages that are all ON_DEVICE."""
         self._space.table.move(first, count, ON_DEVICE, READING)
+        self._space.tier.forget(first, count)
         self._space.volume.read(first * PAGE_BYTES, count * PAGE_BYTES, partial(self._arrived, first, count))
 
     @ends_with_client
@@ -368,6 +382,7 @@ class Faults:
         space = self._space
         space.alarm("poisoned", f"page {page} is lost: {why}; accesses to it fail")
         space.table.put(page, POISONED)
+        space.tier.forget(page)
         space.counters.poisoned_pages += 1
         self._waiting.pop(page, None)
         self._write_wanted.discard(page)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
+LARGEST_TIER_PERCENT: Final = 50
+"""The most of a limit that compressed pages may take; what is left must hold what a client works with."""
+
+DEFAULT_TIER_PERCENT: Final = 10
+
 SMALLEST_LIMIT_PAGES: Final = 256
 """Below a mebibyte a guest's kernel and the pager's own batches step on each other."""
 

@@ -71,6 +71,8 @@ class Attach(Message, frozen=True, kw_only=True):
     no_path_timeout_seconds: Annotated[float, Meta(gt=0)] | None = None
     """Accesses that waited so long without a path are answered with poison; None for never."""
     open_timeout_seconds: Annotated[float, Meta(gt=0)]
+    ram_tier_percent: Annotated[int, Meta(ge=0, le=50)] = 0
+    """Share of the limit that pages which left memory may take, compressed."""
 
 
 class Detach(Message, frozen=True, kw_only=True):
@@ -237,6 +239,7 @@ class CounterReport(Message, frozen=True, kw_only=True):
     clean_evict_pages: int
     cancelled_pages: int
     read_ahead_pages: int
+    tier_hit_pages: int
     checksum_errors: int
     repaired_pages: int
     scrubbed_pages: int
@@ -278,6 +281,14 @@ class ReplicaReport(Message, frozen=True, kw_only=True):
     since_seconds: float
 
 
+class TierReport(Message, frozen=True, kw_only=True):
+    """The RAM tier of a client: its pages, what they take, and what their contents are compressed to."""
+
+    pages: int = 0
+    taken_bytes: int = 0
+    stored_bytes: int = 0
+
+
 class ClientReport(Message, frozen=True, kw_only=True):
     """A client as its worker sees it: pages by state, waits, paths."""
 
@@ -288,6 +299,7 @@ class ClientReport(Message, frozen=True, kw_only=True):
     client: str
     pages_by_state: dict[str, int]
     limit_pages: int
+    tier: TierReport = TierReport()
     epoch: int
     fenced: str
     """Why another owner has the volume instead; empty while this one has it."""

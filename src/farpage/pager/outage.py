@@ -82,6 +82,7 @@ class Outage:
             return
         self._space.full = full
         if full:
+            self._space.tier.clear()  # its room is for pages that cannot leave
             self._space.alarm(
                 "device_full",
                 "the device has no room for page-outs; pages stay in memory as far as the pool has room",

@@ -12,6 +12,7 @@ from farpage.pager.messages import (
     PathReport,
     ReplicaReport,
     ScrubReport,
+    TierReport,
 )
 from farpage.pager.table import STATE_NAMES
 
@@ -23,6 +24,9 @@ def report_of(client: str, paged: PagedClient) -> ClientReport:
         client=client,
         pages_by_state=dict(zip(STATE_NAMES, space.table.counts, strict=True)),
         limit_pages=space.limit.pages,
+        tier=TierReport(
+            pages=len(space.tier), taken_bytes=space.tier.taken_bytes, stored_bytes=space.tier.stored_bytes
+        ),
         epoch=space.volume.epoch,
         fenced=space.volume.ownership.fenced,
         stalled_faults=paged.faults.stalled,

@@ -94,9 +94,14 @@ class Salvage:
             del search.found[page]
 
     def _look_in_memory(self, search: _Search) -> None:
-        """Take what no replica has from memory: a clean page is protected there, so it does not change."""
+        """Take what no replica has from memory: a clean page is protected there, so it does not change.
+
+        One that is out may be in the RAM tier.
+        """
         space = self._space
         for page in search.missing:
+            if kept := space.tier.look(page, search.expected[page]):
+                search.found[page] = kept
             if space.table.state[page] == CLEAN:
                 content = bytearray(PAGE_BYTES)
                 space.memory.read_out(page, memoryview(content))

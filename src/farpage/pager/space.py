@@ -16,7 +16,8 @@ from farpage.pager.counters import Counters
 from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.replacement import Replacement
-from farpage.pager.table import DIRTY, POISONED, READING, STORED, ZERO, PageTable
+from farpage.pager.table import DIRTY, PAGE_BYTES, POISONED, READING, STORED, ZERO, PageTable
+from farpage.pager.tier import RamTier
 from farpage.volume.paged import PagedVolume
 
 
@@ -31,6 +32,10 @@ class Space:
     buffers: BufferPool
     alarm: Callable[[str, str], None]
     on_gone: Callable[[], None]
+    ram_tier_percent: int = 0
+    """Share of the limit that compressed pages may take."""
+    tier: RamTier = field(init=False)
+    """What left memory and may come back without a device; only pages that are ON_DEVICE."""
     replacement: Replacement = field(init=False)
     counters: Counters = field(default_factory=Counters)
     full: bool = False
@@ -46,11 +51,18 @@ class Space:
 
     def __post_init__(self) -> None:
         self.replacement = Replacement(self.table.pages)
+        self.tier = RamTier()
+        self.set_limit(self.limit)
+
+    def set_limit(self, limit: Limit) -> None:
+        """Change the limit, and with it how much of it may hold compressed pages."""
+        self.limit = limit
+        self.tier.resize(limit.pages * PAGE_BYTES * self.ram_tier_percent // 100)
 
     @property
     def taken(self) -> int:
-        """Pages in memory and on their way into it."""
-        return self.table.resident + self.table.counts[READING]
+        """Pages in memory and on their way into it, and what compressed ones take."""
+        return self.table.resident + self.table.counts[READING] + self.tier.taken_pages
 
     @property
     def room(self) -> int:

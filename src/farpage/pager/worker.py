@@ -244,6 +244,7 @@ class Worker:
             on_outage=partial(self._outage, order.client),
             no_path_timeout_seconds=order.no_path_timeout_seconds,
             repair_mark=state.repair_mark,
+            ram_tier_percent=order.ram_tier_percent,
         )
         attached = self._clients[order.client] = _Attached(paged, client, memory, state, order)
         self._loop.add_reader(client.pidfd, gone)

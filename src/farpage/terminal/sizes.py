@@ -1,4 +1,4 @@
-"""Sizes and times as people write them: `512M`, `1.5G`, `250ms`."""
+"""Sizes, times and shares as people write them: `512M`, `1.5G`, `250ms`, `10%`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from farpage.errors import InvalidInput
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*((?P<unit>[KMGT])(i?B)?|B)?", re.IGNORECASE)
 _DURATION = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>ms|s|m|h)?")
+
+_PERCENT = re.compile(r"(?P<number>[0-9]{1,3})\s*%?")
 
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DURATION_UNITS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600)}
@@ -45,6 +47,18 @@ def parse_duration(text: str, *, field: str = "duration") -> float:
     if not 0 < seconds <= _LONGEST_SECONDS:
         raise InvalidInput(field, f"{text!r} is not between 0 and a year", hint)
     return float(seconds)
+
+
+def parse_percent(text: str, *, field: str = "share", most: int = 100) -> int:
+    """Return percent for `10%` or `10`.
+
+    :raise InvalidInput: naming `field`, for anything else, for parts of a percent and for more than `most`.
+    """
+    match = _PERCENT.fullmatch(text.strip())
+    percent = int(match["number"]) if match else most + 1
+    if percent > most:
+        raise InvalidInput(field, f"{text!r} is not from 0% to {most}%", "write whole percents like 10%")
+    return percent
 
 
 def format_size(size_bytes: int) -> str:

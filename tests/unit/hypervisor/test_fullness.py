@@ -8,7 +8,7 @@ from farpage.definition.model import PAGE_BYTES
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.fullness import FullDevices, lifted_limits
 from farpage.hypervisor.pool import MemoryPool
-from farpage.pager.messages import SetLimit
+from farpage.pager.messages import SetLimit, TierReport
 from farpage.pager.table import STATE_NAMES
 from tests.support.simulated_loop import run_simulated
 
@@ -59,7 +59,7 @@ class OneClient:
 
     async def report(self, client: str) -> Any:
         pages = {**dict.fromkeys(STATE_NAMES, 0), "dirty": 10 * MIB // PAGE_BYTES}
-        return SimpleNamespace(device_full=self.full, pages_by_state=pages)
+        return SimpleNamespace(device_full=self.full, pages_by_state=pages, tier=TierReport())
 
 
 def test_a_limit_is_lifted_while_the_device_is_full_and_given_back_then() -> None:

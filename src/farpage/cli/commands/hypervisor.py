@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from farpage.cli.options import AsJson, DaemonControl, DaemonTls, State, duration_option, size_option
+from farpage.cli.options import (
+    AsJson,
+    DaemonControl,
+    DaemonTls,
+    State,
+    duration_option,
+    ram_tier_option,
+    size_option,
+)
+from farpage.pager.limit import DEFAULT_TIER_PERCENT
 
 app = typer.Typer(
     name="hypervisor", help="The hypervisor: owns the memory pool, pages in and out, picks paths."
@@ -62,6 +71,7 @@ def run(
         ),
     ] = None,
     limit: Annotated[int | None, size_option("--limit", "Limit of clients that name none.")] = None,
+    ram_tier: Annotated[int, ram_tier_option()] = DEFAULT_TIER_PERCENT,
     pool_size: Annotated[int | None, size_option("--pool-size", "Size of the memory pool.")] = None,
 ) -> None:
     """Run a hypervisor in the foreground until SIGTERM or Ctrl-C."""
@@ -80,6 +90,7 @@ def run(
         no_path_timeout_seconds=no_path_timeout,
         resync_bytes_per_second=resync_bandwidth,
         default_limit_bytes=limit,
+        ram_tier_percent=ram_tier,
         pool_size_bytes=pool_size,
     )
 

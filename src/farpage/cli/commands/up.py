@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from farpage.cli.options import AsJson, State, duration_option, size_option
+from farpage.cli.options import AsJson, State, duration_option, ram_tier_option, size_option
+from farpage.pager.limit import DEFAULT_TIER_PERCENT
 
 app = typer.Typer()
 
@@ -55,6 +56,7 @@ def up(
         ),
     ] = 5.0,
     limit: Annotated[int | None, size_option("--limit", "Limit of clients that name none.")] = None,
+    ram_tier: Annotated[int, ram_tier_option()] = DEFAULT_TIER_PERCENT,
     pool_size: Annotated[int | None, size_option("--pool-size", "Size of the memory pool.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -76,6 +78,7 @@ def up(
         no_path_timeout_seconds=no_path_timeout,
         lease_seconds=lease,
         default_limit_bytes=limit,
+        ram_tier_percent=ram_tier,
         pool_size_bytes=pool_size,
     )
     run_set(settings, as_json=as_json)

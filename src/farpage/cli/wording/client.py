@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from farpage.cli.output import fields, table
 from farpage.cli.wording.path import overview as paths_overview
+from farpage.definition.model import PAGE_BYTES
 from farpage.terminal.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -91,6 +92,14 @@ def overview(clients: Sequence[ClientInfo]) -> Table:
     )
 
 
+def _ram_tier(info: ClientInfo) -> str:
+    tier = info.ram_tier
+    if not tier.pages:
+        return format_size(0)
+    ratio = tier.pages * PAGE_BYTES / tier.taken_bytes
+    return f"{format_size(tier.taken_bytes)} for {tier.pages} pages, {ratio:.1f} times as large"
+
+
 def _paths(info: ClientInfo) -> str:
     if info.fenced:
         return f"fenced: {info.fenced}"
@@ -109,6 +118,7 @@ def details(info: ClientInfo) -> Iterator[RenderableType]:
             ("entitlement", format_size(info.entitlement_bytes)),
             ("weight", str(info.weight)),
             ("resident", format_size(info.resident_bytes)),
+            ("RAM tier", _ram_tier(info)),
             ("on device", format_size(info.on_device_bytes)),
             ("zero", format_size(info.zero_bytes)),
             ("redundancy", str(info.redundancy)),

@@ -21,15 +21,21 @@ def details(pool: PoolInfo) -> Iterator[RenderableType]:
         [
             ("size", format_size(pool.size_bytes)),
             ("resident", format_size(pool.resident_bytes)),
+            ("RAM tier", format_size(pool.ram_tier_bytes)),
             ("default limit", "none" if default is None else format_size(default)),
         ]
     )
     if pool.members:
         yield ""
         yield table(
-            ["client", "limit", "resident"],
+            ["client", "limit", "resident", "RAM tier"],
             (
-                (member.client, format_size(member.limit_bytes), format_size(member.resident_bytes))
+                (
+                    member.client,
+                    format_size(member.limit_bytes),
+                    format_size(member.resident_bytes),
+                    format_size(member.ram_tier_bytes),
+                )
                 for member in pool.members
             ),
         )
