@@ -373,9 +373,9 @@ class MirrorVolume:
     def read_replica(
         self, device: str, offset: int, length: int, done: ReadDone, *, other_path: bool = False
     ) -> None:
-        """Read what one replica holds."""
+        """Read what one replica holds; waits for one that has everything and does not answer now."""
         replica = self._replicas.counting(device)
-        if replica is None or not replica.well:
+        if replica is None:
             done(errno.ESTALE, None)
             return
 

@@ -247,6 +247,30 @@ def test_pages_that_a_stale_replica_has_are_read_from_it_when_nothing_else_answe
     run_simulated(main)
 
 
+def test_reading_the_last_replica_for_itself_waits_until_it_answers() -> None:
+    async def scenario(rig: MirrorRig) -> None:
+        written = rig.write(3, 7)
+        await rig.until(lambda: written == [0])
+        rig.vioses["vios1"].kill()
+        await rig.until(lambda: rig.events.stored["disk1"] is STALE)
+        rig.vioses["vios2"].kill()
+        await rig.until(lambda: rig.volume.replicas == ("disk2",) and "path_failed" in rig.events.alarms)
+        answers: list[tuple[int, bytes]] = []
+        rig.volume.read_replica(
+            "disk2",
+            3 * PAGE,
+            PAGE,
+            lambda error, payload: answers.append((error, bytes(payload[:1]) if payload else b"")),
+        )
+        await asyncio.sleep(30)
+        assert answers == []
+        rig.vioses["vios2"].up = True
+        await rig.until(lambda: bool(answers))
+        assert answers == [(0, b"\x07")]
+
+    with_mirror(scenario)
+
+
 def test_a_full_device_lets_the_other_replica_take_the_pages() -> None:
     async def scenario(rig: MirrorRig) -> None:
         rig.vioses["vios1"].write_error = lambda _offset: errno.ENOSPC
