@@ -12,6 +12,8 @@ READY  := $(VENV)/.ready
 
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
+# The tests start hundreds of daemons: each would compile the sources anew where this is set.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: setup packages demo claims test lint bench clean
 
 setup: $(READY)

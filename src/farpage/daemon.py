@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 from farpage.errors import FarpageError
@@ -16,6 +17,17 @@ NICENESS = -10
 """On a host whose cores are all busy a page-in would wait for several time slices otherwise."""
 
 log = get_logger()
+
+
+def begin_to_start() -> None:
+    """Collect no garbage until `started`: what is loaded stays, and looking through it takes time."""
+    gc.disable()
+
+
+def started() -> None:
+    """Collect garbage from now on, but without looking through all that was loaded: pages would wait."""
+    gc.freeze()
+    gc.enable()
 
 
 def prepare_for_paging() -> None:

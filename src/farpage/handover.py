@@ -25,20 +25,21 @@ import hashlib
 import re
 import struct
 from dataclasses import dataclass
-from typing import Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final
 
 from farpage.errors import ExitStatus, FarpageError
+
+if TYPE_CHECKING:  # a VIOS, which only checks handovers, starts without it
+    import numpy as np
+    import numpy.typing as npt
+
+    Bits = npt.NDArray[np.bool_]
+    Checksums = npt.NDArray[np.uint32]
 
 MAGIC: Final = b"farpage handover"
 VERSION: Final = 1
 PAGES_MAX: Final = 1 << 40
 """4 PiB of memory."""
-
-Bits = npt.NDArray[np.bool_]
-Checksums = npt.NDArray[np.uint32]
 
 _HEAD: Final = struct.Struct("<16sIIQQQ32s64s")
 _DIGEST: Final = slice(48, 80)
@@ -78,7 +79,7 @@ class Handover:
     @property
     def on_device_pages(self) -> int:
         """Pages that only the device holds."""
-        return int(np.count_nonzero(self.on_device))
+        return int(self.on_device.sum())
 
 
 def most_bytes(pages: int) -> int:
@@ -88,6 +89,8 @@ def most_bytes(pages: int) -> int:
 
 def encode(handover: Handover) -> bytes:
     """Return the bytes of a handover."""
+    import numpy as np
+
     name = handover.volume.encode()
     head = bytearray(
         _HEAD.pack(
@@ -153,6 +156,8 @@ def decode(encoded: bytes | bytearray | memoryview, *, whose: str) -> Handover:
 
     :raise HandoverDamaged: it is none, of another version, contradicts itself, or was changed.
     """
+    import numpy as np
+
     summary = check(encoded, whose=whose)
     maps = memoryview(encoded)[_HEAD.size :]
     map_bytes = _map_bytes(summary.pages)
@@ -173,6 +178,8 @@ def _map_bytes(pages: int) -> int:
 
 def _bits(packed: memoryview, pages: int) -> Bits | None:
     """Unpack a bitmap; None when there are bits behind the last page."""
+    import numpy as np
+
     bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little").astype(np.bool_)
     return None if bool(bits[pages:].any()) else bits[:pages]
 

@@ -24,7 +24,7 @@ from farpage.kernel.libc import syscall_numbers
 from farpage.kernel.userfaultfd import CREATE_FLAGS
 from tests.support.hammer import hammering
 from tests.support.losses import alarms, heal, kill_all, kill_control, until_client_is_gone, vioses_stopped
-from tests.support.paged_set import RegionProcess, running_set, until_client
+from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set, until_client
 from tests.support.processes import descriptors_of, until_no_injector, until_no_worker, worker_pid
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -55,7 +55,7 @@ async def test_an_attachment_that_was_cut_short_is_undone(
             attaching = asyncio.get_running_loop().create_task(
                 embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
             )
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(DEADLINE_SECONDS):
                 while not userfaultfds(hammer.pid):
                     await asyncio.sleep(0.005)
             await kill_all(embedded)
@@ -78,7 +78,7 @@ async def test_an_attachment_that_its_worker_has_finished_alone_is_adopted(
             embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
         )
         record = embedded.layout.hypervisor_dir / "run" / "clients" / "vm.json"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while b'"order":{' not in (record.read_bytes() if record.exists() else b""):
                 await asyncio.sleep(0.005)
         await asyncio.sleep(0.05)
@@ -149,7 +149,7 @@ async def test_a_userfaultfd_that_nobody_knew_of_is_closed(
             embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
         )
         record = embedded.layout.hypervisor_dir / "run" / "clients" / "vm.json"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while not record.exists():
                 await asyncio.sleep(0.001)
         intent = record.read_text()
@@ -207,7 +207,7 @@ async def test_a_client_whose_state_file_is_lost_waits_until_its_process_ends(
         with pytest.raises(RemoteError):
             await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
         hammer.process.kill()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             while list((embedded.layout.hypervisor_dir / "run" / "clients").iterdir()):
                 await asyncio.sleep(0.02)
     async with hammering(hammer_program, PAGES) as hammer:

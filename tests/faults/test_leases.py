@@ -8,23 +8,32 @@ import signal
 from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 
-from farpage.volume.lease import MARGIN
+from farpage.embedded.set import EmbeddedSet
 from tests.faults.conftest import LIMIT_BYTES, PAGES
 from tests.faults.test_losing_a_vios import SMALL_BYTES, hang_during_page_out
+from tests.support.losses import heal
 from tests.support.paged_set import PagedSet, paged_region, running_set
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LEASE_SECONDS = 1.0
 
 
-@pytest.fixture
-async def leased() -> AsyncIterator[PagedSet]:
-    """A set whose VIOS give short leases, and a client of 16 MiB that may keep a quarter in memory."""
-    async with (
-        running_set(workers=1, lease_seconds=LEASE_SECONDS, path_timeout_seconds=0.25) as embedded,
-        paged_region(embedded, PAGES, LIMIT_BYTES) as set_with_client,
-    ):
-        yield set_with_client
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def leasing() -> AsyncIterator[EmbeddedSet]:
+    """A set whose VIOS give short leases."""
+    async with running_set(workers=1, lease_seconds=LEASE_SECONDS, path_timeout_seconds=0.25) as started:
+        yield started
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def leased(leasing: EmbeddedSet) -> AsyncIterator[PagedSet]:
+    """A client of 16 MiB that may keep a quarter in memory."""
+    await heal(leasing)
+    async with paged_region(leasing, PAGES, LIMIT_BYTES) as with_client:
+        yield with_client
 
 
 def held(paged: PagedSet, vios: str) -> asyncio.Task[None]:
@@ -47,8 +56,8 @@ async def test_page_outs_of_a_hung_vios_are_repeated_when_its_lease_is_over(leas
     assert info.failovers[0].quarantined_pages > 0
     await limiting
     await held(leased, active)
-    # The upper bound is for a busy machine; that it is not sooner is what matters.
-    assert LEASE_SECONDS * 3 / 4 <= loop.time() - stopped <= LEASE_SECONDS * (1 + MARGIN) + 5.0
+    # How much later it may be on a busy machine nobody knows; that it is not sooner is what matters.
+    assert loop.time() - stopped >= LEASE_SECONDS * 3 / 4
     await leased.until(lambda info: info.resident_bytes <= SMALL_BYTES, "within the limit")
     await leased.verify_all()
 

@@ -8,40 +8,50 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
+from farpage.embedded.set import EmbeddedSet
 from tests.support.loopdevice import loop_device
+from tests.support.losses import heal
 from tests.support.nbd import short_folder
 from tests.support.nbdkit import Nbdkit
 from tests.support.paged_set import PagedSet, paged_region, running_set
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PAGES = 2048
 LIMIT_BYTES = PAGES * 4096 // 4
 STORAGE = (PAGES * 4096) + (1 << 20)
 
 
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Nbdkit]:
-    with (tmp_path / "image").open("wb") as file:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Nbdkit]:
+    image = tmp_path_factory.mktemp("remote") / "image"
+    with image.open("wb") as file:
         file.truncate(STORAGE)
     with short_folder() as folder:
-        async with Nbdkit(folder / "s", "file", str(tmp_path / "image")) as server:
+        async with Nbdkit(folder / "s", "file", str(image)) as server:
             yield server
 
 
-@pytest.fixture
-async def remote(server: Nbdkit) -> AsyncIterator[PagedSet]:
-    async with (
-        running_set(devices=(server.uri,)) as embedded,
-        paged_region(embedded, PAGES, LIMIT_BYTES) as paged,
-    ):
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def remote_set(server: Nbdkit) -> AsyncIterator[EmbeddedSet]:
+    async with running_set(workers=1, devices=(server.uri,)) as started:
+        yield started
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def remote(remote_set: EmbeddedSet) -> AsyncIterator[PagedSet]:
+    await heal(remote_set)
+    async with paged_region(remote_set, PAGES, LIMIT_BYTES) as paged:
         yield paged
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def block(tmp_path: Path) -> AsyncIterator[PagedSet]:
     with loop_device(tmp_path / "disk", STORAGE) as path:
         async with (
-            running_set(devices=(f"block:{path}",)) as embedded,
+            running_set(workers=1, devices=(f"block:{path}",)) as embedded,
             paged_region(embedded, PAGES, LIMIT_BYTES) as paged,
         ):
             yield paged

@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
 
 import pytest
-import pytest_asyncio
 
-from farpage.embedded.set import EmbeddedSet
-from tests.support.losses import heal
-from tests.support.paged_set import PagedSet, paged_region, running_set
+from tests.support.paged_set import PagedSet
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-PAGES = 4096
-LIMIT_BYTES = 4 << 20
-
 SMALL_BYTES = 1 << 20
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_set() -> AsyncIterator[EmbeddedSet]:
-    """Leases are long: only what a test does fences a VIOS."""
-    async with running_set(workers=1, lease_seconds=60.0) as started:
-        yield started
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def paged(shared_set: EmbeddedSet) -> AsyncIterator[PagedSet]:
-    await heal(shared_set)
-    async with paged_region(shared_set, PAGES, LIMIT_BYTES) as with_client:
-        yield with_client
 
 
 async def test_a_vios_killed_during_page_in_is_replaced_at_once(paged: PagedSet) -> None:

@@ -6,16 +6,18 @@ import asyncio
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from farpage.api.remote import RemoteError
 from farpage.embedded.set import EmbeddedSet
-from farpage.hypervisor.model import ClientAttach, ClientInfo
+from farpage.hypervisor.model import ClientAttach, ClientInfo, PoolSet
 from tests.integration.attach.scripted import Scripted
 from tests.support.hammer import hammering
+from tests.support.losses import heal
 from tests.support.paged_set import PagedSet, paged_region, running_set, until_client
 from tests.support.qemu_stand_in import QemuStandIn
 from tests.support.scrape import Scrape
@@ -44,10 +46,11 @@ def spoiled():
 """
 
 
-async def kinds(embedded: EmbeddedSet) -> list[str]:
-    return [alarm.kind for alarm in await embedded.hypervisor.alarms() if alarm.client == "client"]
+async def kinds(embedded: EmbeddedSet, client: str = "client") -> list[str]:
+    return [alarm.kind for alarm in await embedded.hypervisor.alarms() if alarm.client == client]
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_an_outage_of_every_path_is_told_with_its_end(paged: PagedSet) -> None:
     await paged.write_all()
     for vios in paged.embedded.vioses:
@@ -66,24 +69,26 @@ async def test_an_outage_of_every_path_is_told_with_its_end(paged: PagedSet) -> 
     assert alarms.index("no_path") < alarms.index("path_back")
 
 
-async def test_a_guest_is_paused_by_qmp_while_no_path_works(hammer_program: Path) -> None:
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_guest_is_paused_by_qmp_while_no_path_works(
+    shared_set: EmbeddedSet, hammer_program: Path
+) -> None:
+    await heal(shared_set)
+    embedded = shared_set
     with tempfile.TemporaryDirectory(prefix="fpqmp-", dir="/tmp") as folder:
         socket = str(Path(folder) / "qmp")
-        async with (
-            running_set(workers=1) as embedded,
-            hammering(hammer_program, 1024) as hammer,
-        ):
+        async with hammering(hammer_program, 1024) as hammer:
             wanted = ClientAttach(pid=hammer.pid, limit_bytes=MIB, qmp=socket)
             with pytest.raises(RemoteError) as refused:
-                await embedded.hypervisor.attach("client", wanted)
+                await embedded.hypervisor.attach("guest", wanted)
             assert (refused.value.code, socket in str(refused.value)) == ("qmp_failed", True)
             async with QemuStandIn(socket) as qemu:
-                await embedded.hypervisor.attach("client", wanted)
+                await embedded.hypervisor.attach("guest", wanted)
                 for vios in embedded.vioses:
                     embedded.supervise_vios(vios, supervised=False)
                     embedded.kill_vios(vios, signal.SIGKILL)
                 info = await until_client(
-                    embedded.hypervisor, "client", lambda info: info.guest_paused, "paused"
+                    embedded.hypervisor, "guest", lambda info: info.guest_paused, "paused"
                 )
                 assert (info.qmp, info.without_path_seconds is not None) == (socket, True)
                 assert qemu.status == "paused"
@@ -91,12 +96,12 @@ async def test_a_guest_is_paused_by_qmp_while_no_path_works(hammer_program: Path
                     await embedded.vios_exited(vios)
                     await embedded.start_vios(vios)
                 await until_client(
-                    embedded.hypervisor, "client", lambda info: not info.guest_paused, "running"
+                    embedded.hypervisor, "guest", lambda info: not info.guest_paused, "running"
                 )
                 assert qemu.status == "running"
-                alarms = await kinds(embedded)
+                alarms = await kinds(embedded, "guest")
                 assert alarms.index("guest_paused") < alarms.index("guest_resumed")
-                await embedded.hypervisor.detach("client")
+                await embedded.hypervisor.detach("guest")
                 assert (await hammer.quit()).wrong == 0
 
 
@@ -123,11 +128,10 @@ async def test_with_a_timeout_accesses_that_wait_for_a_path_fail_and_no_others()
         assert await process.run("[read(0), read(1), spoiled()]") == ["Bad address", 2, []]
 
 
-@pytest.fixture
-def small_device(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def small_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Mount a file system of 32 MiB; needs root."""
-    path = tmp_path / "device"
-    path.mkdir()
+    path = tmp_path_factory.mktemp("device")
     mount = ["mount", "-t", "tmpfs", "-o", f"size={32 * MIB}", "farpage-test", str(path)]
     subprocess.run(mount, check=True)
     try:
@@ -136,44 +140,59 @@ def small_device(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-async def test_on_a_full_device_pages_stay_in_memory_until_there_is_room(small_device: Path) -> None:
-    async with (
-        running_set(workers=1, devices=(f"dir:{small_device}",), pool_size_bytes=64 * MIB) as embedded,
-        paged_region(embedded, PAGES, LIMIT_BYTES) as paged,
-    ):
-        ballast = small_device / "ballast"
-        ballast.write_bytes(bytes(26 * MIB))
-        writing = asyncio.create_task(paged.write_all())
-        await paged.until_alarm("device_full")
-        # The pool has room: the client goes on without paging.
-        await writing
-        info = await paged.until(lambda info: info.resident_bytes > LIMIT_BYTES + 4 * MIB, "above its limit")
-        assert (info.device_full, info.limit_bytes) == (True, LIMIT_BYTES)
-        await paged.verify_all()
-        scrape = await Scrape.of(embedded.document.hypervisor.control)
-        assert scrape.value("farpage_client_device_full", client="client") == 1
-        assert scrape.value("farpage_client_limit_bytes", client="client") > LIMIT_BYTES
-
-        ballast.unlink()
-        await paged.until(lambda info: not info.device_full, "room")
-        await paged.until(lambda info: info.resident_bytes <= LIMIT_BYTES, "within its limit")
-        await paged.verify_all()
-        alarms = await kinds(embedded)
-        assert alarms.index("device_full") < alarms.index("device_room")
-        assert "poisoned" not in alarms
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def small_set(small_device: Path) -> AsyncIterator[EmbeddedSet]:
+    async with running_set(workers=1, devices=(f"dir:{small_device}",)) as started:
+        yield started
 
 
-async def test_on_a_full_device_and_in_a_full_pool_accesses_wait_for_room(small_device: Path) -> None:
-    async with (
-        running_set(workers=1, devices=(f"dir:{small_device}",), pool_size_bytes=LIMIT_BYTES) as embedded,
-        paged_region(embedded, PAGES, LIMIT_BYTES) as paged,
-    ):
-        ballast = small_device / "ballast"
-        ballast.write_bytes(bytes(26 * MIB))
-        paged.client.send(f"write 0 {PAGES}")
-        await paged.until_alarm("device_full")
-        info = await paged.until(lambda info: info.stalled_faults > 0, "an access waits")
-        assert info.resident_bytes < LIMIT_BYTES + MIB
-        ballast.unlink()
-        assert await paged.client.answer() == "done"
-        await paged.verify_all()
+@pytest_asyncio.fixture(loop_scope="module")
+async def small(small_set: EmbeddedSet) -> AsyncIterator[PagedSet]:
+    """A client on the small device."""
+    await heal(small_set)
+    async with paged_region(small_set, PAGES, LIMIT_BYTES) as paged:
+        yield paged
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_on_a_full_device_pages_stay_in_memory_until_there_is_room(
+    small: PagedSet, small_device: Path
+) -> None:
+    embedded = small.embedded
+    await embedded.hypervisor.set_pool(PoolSet(size_bytes=64 * MIB))
+    ballast = small_device / "ballast"
+    ballast.write_bytes(bytes(26 * MIB))
+    writing = asyncio.create_task(small.write_all())
+    await small.until_alarm("device_full")
+    # The pool has room: the client goes on without paging.
+    await writing
+    info = await small.until(lambda info: info.resident_bytes > LIMIT_BYTES + 4 * MIB, "above its limit")
+    assert (info.device_full, info.limit_bytes) == (True, LIMIT_BYTES)
+    await small.verify_all()
+    scrape = await Scrape.of(embedded.document.hypervisor.control)
+    assert scrape.value("farpage_client_device_full", client="client") == 1
+    assert scrape.value("farpage_client_limit_bytes", client="client") > LIMIT_BYTES
+
+    ballast.unlink()
+    await small.until(lambda info: not info.device_full, "room")
+    await small.until(lambda info: info.resident_bytes <= LIMIT_BYTES, "within its limit")
+    await small.verify_all()
+    alarms = await kinds(embedded)
+    assert alarms.index("device_full") < alarms.index("device_room")
+    assert "poisoned" not in alarms
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_on_a_full_device_and_in_a_full_pool_accesses_wait_for_room(
+    small: PagedSet, small_device: Path
+) -> None:
+    await small.embedded.hypervisor.set_pool(PoolSet(size_bytes=LIMIT_BYTES))
+    ballast = small_device / "ballast"
+    ballast.write_bytes(bytes(26 * MIB))
+    small.client.send(f"write 0 {PAGES}")
+    await small.until(lambda info: info.device_full, "full")
+    info = await small.until(lambda info: info.stalled_faults > 0, "an access waits")
+    assert info.resident_bytes < LIMIT_BYTES + MIB
+    ballast.unlink()
+    assert await small.client.answer() == "done"
+    await small.verify_all()

@@ -4,34 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import AsyncIterator
 
 import pytest
-import pytest_asyncio
 
 from farpage.api.remote import RemoteError
-from farpage.embedded.set import EmbeddedSet
-from tests.support.losses import heal
-from tests.support.paged_set import PagedSet, paged_region, running_set
+from tests.support.paged_set import PagedSet
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-PAGES = 4096
-LIMIT_BYTES = 4 << 20
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_set() -> AsyncIterator[EmbeddedSet]:
-    """Leases are long: only what a test does fences a VIOS."""
-    async with running_set(workers=1, lease_seconds=60.0) as started:
-        yield started
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def paged(shared_set: EmbeddedSet) -> AsyncIterator[PagedSet]:
-    await heal(shared_set)
-    async with paged_region(shared_set, PAGES, LIMIT_BYTES) as with_client:
-        yield with_client
 
 
 def last_words(paged: PagedSet, vios: str) -> dict[str, object]:

@@ -9,15 +9,16 @@ import asyncio
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from farpage.guest.image import MEMTESTER, GuestImage, build_image
 from farpage.guest.qemu import GuestOptions, QemuGuest
 
-BOOT_TIMEOUT_SECONDS = 60.0
+BOOT_TIMEOUT_SECONDS = 180.0
 """A boot takes 5 s on an idle machine."""
 
 BootGuest = Callable[[GuestOptions], Awaitable[QemuGuest]]
@@ -29,14 +30,23 @@ def guest_image() -> GuestImage:
     return build_image(programs=[MEMTESTER])
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def boot_guest(guest_image: GuestImage) -> AsyncIterator[BootGuest]:
     """Start guests, without waiting for their boot; they end with the test."""
     async with AsyncExitStack() as stack:
 
         async def boot(options: GuestOptions) -> QemuGuest:
-            folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="farpage-", dir="/tmp"))
-            stack.push_async_callback(asyncio.to_thread, shutil.rmtree, folder)
-            return await stack.enter_async_context(QemuGuest(guest_image, options, folder))
+            return await stack.enter_async_context(booted(guest_image, options))
 
         yield boot
+
+
+@asynccontextmanager
+async def booted(image: GuestImage, options: GuestOptions) -> AsyncIterator[QemuGuest]:
+    """Start a guest, without waiting for its boot."""
+    folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="farpage-", dir="/tmp"))
+    try:
+        async with QemuGuest(image, options, folder) as guest:
+            yield guest
+    finally:
+        await asyncio.to_thread(shutil.rmtree, folder)

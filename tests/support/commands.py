@@ -33,7 +33,7 @@ async def extents_of(io: BlockIO, offset: int, length: int) -> list[Extent]:
     return await future
 
 
-async def condition(holds: Callable[[], bool], timeout_seconds: float = 10.0) -> None:
+async def condition(holds: Callable[[], bool], timeout_seconds: float = 60.0) -> None:
     """Wait until something is so."""
     async with asyncio.timeout(timeout_seconds):
         while not holds():

@@ -43,7 +43,7 @@ async def alarms(embedded: EmbeddedSet) -> list[str]:
 
 
 async def until_client_is_gone(embedded: EmbeddedSet, name: str) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while name in [client.name for client in await embedded.hypervisor.clients()]:
             await asyncio.sleep(0.02)
 

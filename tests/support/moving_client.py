@@ -160,7 +160,7 @@ async def moving_client(pages: int, limit_bytes: int) -> AsyncIterator[MovingCli
             f"{vios}=dir:{folder / name}?size={DEVICE_SIZE}"
             for vios, name in (("vios1", "a"), ("vios2", "b"))
         )
-        async with running_set(devices=devices) as embedded:
+        async with running_set(workers=1, devices=devices) as embedded:
             wanted = ClientCreate(
                 name="client",
                 memory_bytes=pages * 4096,

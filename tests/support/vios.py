@@ -26,7 +26,7 @@ from farpage.vios.settings import ViosSettings
 asyncio.run(run(ViosSettings.model_validate_json(sys.argv[1])))
 """
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 
 
 class ViosProcess:

@@ -7,14 +7,27 @@ import sys
 
 import pytest
 
-SLOW = {"pydantic", "fastapi", "starlette", "uvicorn", "httpx", "rich", "typer", "prometheus_client", "lz4"}
+SLOW = {
+    *(
+        "pydantic",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "httpx",
+        "rich",
+        "typer",
+        "prometheus_client",
+        "lz4",
+        "numpy",
+    )
+}
 
 
 @pytest.mark.parametrize(
     ("module", "may_load"),
     [
-        ("farpage.pager.worker", set[str]()),
-        ("farpage.hypervisor.daemon", {"pydantic"}),
+        ("farpage.pager.worker", {"numpy"}),
+        ("farpage.hypervisor.daemon", {"pydantic", "numpy"}),
         ("farpage.vios.daemon", {"pydantic"}),
     ],
 )

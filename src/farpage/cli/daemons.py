@@ -11,6 +11,7 @@ from pathlib import Path
 
 from farpage.address import UnixAddress, parse_address
 from farpage.api.tls import check_addresses
+from farpage.daemon import begin_to_start
 from farpage.errors import InvalidInput
 from farpage.pager.launch import launch_missing, worker_count, workers_folder
 
@@ -36,6 +37,7 @@ def run_hypervisor(
 
     :raise InvalidInput: naming the option that is wrong.
     """
+    begin_to_start()
     folder = _made(folder)
     run_folder = run_folder.expanduser().absolute() if run_folder else folder / "run"
     controls = _controls(control, folder / "control.sock", tls)
@@ -83,6 +85,7 @@ def run_vios(
 
     :raise InvalidInput: naming the option that is wrong.
     """
+    begin_to_start()
     from farpage.cli.wanted import wanted
     from farpage.nbd.eventloop import DataPlaneLoop
     from farpage.vios.daemon import run

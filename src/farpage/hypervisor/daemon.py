@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from farpage.address import UnixAddress, parse_address
 from farpage.api.tls import check_addresses
 from farpage.attach.listener import AttachListener
+from farpage.daemon import started
 from farpage.errors import InvalidInput
 from farpage.hypervisor.service import Hypervisor
 from farpage.hypervisor.settings import HypervisorSettings
@@ -53,6 +54,7 @@ async def run(settings: HypervisorSettings, launched: Sequence[LaunchedWorker] =
         control = serve.ControlServer(create_api(hypervisor, loop), addresses, settings.tls)
         await control.start()
         await listener.start()
+        started()
         log.info(
             "hypervisor_ready",
             hypervisor=settings.name,

@@ -8,13 +8,14 @@ import mmap
 import os
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final
 
 from farpage.errors import Unsupported
 from farpage.kernel.libc import last_error, libc, syscall_numbers
+
+if TYPE_CHECKING:  # loading it takes a fifth of a worker's start, and a VIOS makes no use of it
+    import numpy as np
+    import numpy.typing as npt
 
 PAGE_SIZE: Final = mmap.PAGESIZE
 """Bytes in one page of this machine."""
@@ -116,7 +117,12 @@ def reserve_addresses(start: int, length: int) -> None:
 
 def address_of(buffer: memoryview | bytearray | mmap.mmap | bytes) -> int:
     """Return the address of a contiguous buffer's first byte; the caller keeps the buffer alive."""
-    return int(np.frombuffer(buffer, np.uint8).ctypes.data)
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    except TypeError:  # it is read-only
+        import numpy as np
+
+        return int(np.frombuffer(buffer, np.uint8).ctypes.data)
 
 
 def process_madvise(pidfd: int, ranges: npt.NDArray[np.uint64], advice: int) -> int:
@@ -126,6 +132,8 @@ def process_madvise(pidfd: int, ranges: npt.NDArray[np.uint64], advice: int) -> 
 
     :raise OSError: with its errno; EPERM without CAP_SYS_NICE or permission to trace it.
     """
+    import numpy as np
+
     vector = np.ascontiguousarray(ranges, np.uint64)
     result: int = libc.syscall(
         ctypes.c_long(syscall_numbers().process_madvise),

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from farpage.daemon import prepare_for_paging
+from farpage.daemon import prepare_for_paging, started
 from farpage.log import configure_logging
 from farpage.pager.worker import run
 
@@ -19,6 +19,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging(worker=str(os.getpid()))
     prepare_for_paging()
+    started()
     asyncio.run(run(int(sys.argv[1]), Path(sys.argv[2])))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from farpage.address import Address, parse_address
 from farpage.api.tls import check_addresses
-from farpage.daemon import prepare_for_paging
+from farpage.daemon import prepare_for_paging, started
 from farpage.definition.database import Database
 from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore, EpochStore
@@ -72,6 +72,7 @@ async def run(settings: ViosSettings) -> None:
         server = await asyncio.to_thread(_control_server, service, control, settings.tls)
         await server.start()
         stack.push_async_callback(server.stop)
+        started()
         log.info(
             "ready",
             control=[str(address) for address in server.addresses],

@@ -27,6 +27,9 @@ for line in sys.stdin:
 """
 
 
+ANSWER_SECONDS = 120.0
+
+
 class Scripted:
     """`await process.run("expression or statements")` returns the value, which JSON can hold."""
 
@@ -50,7 +53,7 @@ class Scripted:
 
     async def answer(self) -> Any:
         assert self.process.stdout is not None
-        line = await asyncio.wait_for(self.process.stdout.readline(), 20)
+        line = await asyncio.wait_for(self.process.stdout.readline(), ANSWER_SECONDS)
         answer = json.loads(line) if line else {"error": "the process ended"}
         if "error" in answer:
             raise AssertionError(answer["error"])

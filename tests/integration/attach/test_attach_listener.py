@@ -57,7 +57,7 @@ class Peer:
     async def at_end(self) -> bool:
         """Wait for the listener to disconnect, by a reset if it left something unread."""
         try:
-            return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.socket, 1), 5) == b""
+            return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.socket, 1), 60) == b""
         except ConnectionResetError:
             return True
 
@@ -69,7 +69,7 @@ class Peer:
         data = b""
         while len(data) < length:
             part = await asyncio.wait_for(
-                asyncio.get_running_loop().sock_recv(self.socket, length - len(data)), 5
+                asyncio.get_running_loop().sock_recv(self.socket, length - len(data)), 60
             )
             if not part:
                 raise EOFError
@@ -169,7 +169,7 @@ async def assert_serves(connect: Connect, handoff: Handoff, attached: Attached) 
     await peer.send(handoff.request(name="good"), [handoff.uffd, handoff.memfd])
     assert await peer.reply() == AttachReply(ok=True, name="good")
     peer.socket.close()
-    assert await asyncio.wait_for(attached.closed.get(), 5) == "good"
+    assert await asyncio.wait_for(attached.closed.get(), 60) == "good"
 
 
 async def test_a_region_is_taken_in_with_what_the_map_says(
@@ -218,7 +218,7 @@ async def test_a_frame_beyond_the_limit_on_the_lifeline_ends_the_region(
     await peer.send(handoff.request(), [handoff.uffd, handoff.memfd])
     await peer.reply()
     await peer.send(HEADER.pack(MAX_FRAME_BYTES + 1))
-    assert await asyncio.wait_for(attached.closed.get(), 5) == "test"
+    assert await asyncio.wait_for(attached.closed.get(), 60) == "test"
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ async def test_random_requests_leave_no_descriptor_behind_and_no_region(
         peer.socket.close()
     attached_by_luck = len(attached.memories)
     for _ in range(attached_by_luck):
-        await asyncio.wait_for(attached.closed.get(), 5)
+        await asyncio.wait_for(attached.closed.get(), 60)
     await assert_serves(connect, handoff, attached)
     after = {file for file in read_descriptors(os.getpid()) if not file.target.startswith("socket:")}
     assert after <= before

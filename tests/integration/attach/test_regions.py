@@ -49,7 +49,7 @@ class TinyHypervisor:
         self.closed.put_nowait(name)
 
     async def ended(self) -> str:
-        return await asyncio.wait_for(self.closed.get(), 5)
+        return await asyncio.wait_for(self.closed.get(), 60)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def farpage(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=60,
+        timeout=120,
         check=False,
     )
 
@@ -75,10 +75,10 @@ def test_ctrl_c_stops_the_daemons_and_leaves_no_socket(state: Path) -> None:
     assert second.returncode == ExitStatus.CONFLICT
     assert str(state) in second.stderr
     up.send_signal(signal.SIGINT)
-    assert up.wait(timeout=60) == 0
+    assert up.wait(timeout=120) == 0
     assert up.stdout is not None
     up.stdout.close()
-    assert watched.still_running(timeout_seconds=5) == 0
+    assert watched.still_running(timeout_seconds=60) == 0
     assert not list(state.rglob("*.sock"))
     assert json.loads((state / "set.json").read_text()) == document
 
@@ -91,7 +91,7 @@ def test_the_daemons_do_not_outlive_a_killed_up(state: Path) -> None:
     up.wait()
     assert up.stdout is not None
     up.stdout.close()
-    assert watched.still_running(timeout_seconds=20) == 0
+    assert watched.still_running(timeout_seconds=60) == 0
 
 
 @pytest.mark.parametrize(

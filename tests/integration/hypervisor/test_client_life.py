@@ -37,7 +37,7 @@ async def volumes(embedded: EmbeddedSet) -> set[str]:
 
 async def until_gone(embedded: EmbeddedSet, *names: str) -> None:
     """Wait until clients and their volumes are gone."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while {client.name for client in await embedded.hypervisor.clients()} & set(names):
             await asyncio.sleep(0.02)
         while await volumes(embedded) & set(names):

@@ -46,14 +46,14 @@ async def signal_all(embedded: EmbeddedSet, number: signal.Signals) -> None:
 
 async def until_reachable(embedded: EmbeddedSet, reachable: bool = True) -> None:
     """Wait until the hypervisor has noticed that all VIOS answer, or that none does."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while {vios.reachable for vios in await embedded.hypervisor.vioses()} != {reachable}:
             await asyncio.sleep(0.02)
 
 
 async def until_forgotten(embedded: EmbeddedSet, name: str) -> None:
     """Wait until every definition is the same, and neither it nor a VIOS knows the client."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             definition = await embedded.hypervisor.definition()
             stored = [await vios.definition() for vios in embedded.vioses.values()]

@@ -7,39 +7,53 @@ import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from farpage.definition.model import Redundancy, ReplicaState
+from farpage.embedded.set import EmbeddedSet
 from farpage.errors import FarpageError
 from farpage.hypervisor.model import ClientCreate, ClientInfo
+from tests.support.losses import heal
 from tests.support.paged_set import PagedSet, paged_region, running_set
 from tests.support.processes import kill_and_wait, worker_pid
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PAGES = 2048
 LIMIT = 512 * 4096
 
 
-@asynccontextmanager
-async def mirrored() -> AsyncIterator[PagedSet]:
-    """Page a region to a device of each of two VIOS."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mirroring() -> AsyncIterator[EmbeddedSet]:
+    """Two VIOS with a device each."""
     folder = Path(tempfile.mkdtemp(prefix="fpmir-", dir="/tmp"))
     for name in ("a", "b"):
         (folder / name).mkdir()
     try:
         async with running_set(
-            devices=(f"vios1=dir:{folder / 'a'}", f"vios2=dir:{folder / 'b'}")
+            workers=1, devices=(f"vios1=dir:{folder / 'a'}", f"vios2=dir:{folder / 'b'}")
         ) as embedded:
-            wanted = ClientCreate(
-                name="client", memory_bytes=PAGES * 4096, limit_bytes=LIMIT, redundancy=Redundancy.MIRROR
-            )
-            await embedded.hypervisor.create_client(wanted)
-            async with paged_region(embedded, PAGES, LIMIT) as paged:
-                yield paged
+            yield embedded
     finally:
         shutil.rmtree(folder)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def paged(mirroring: EmbeddedSet) -> AsyncIterator[PagedSet]:
+    """Page a region to both devices."""
+    await heal(mirroring)
+    hypervisor = mirroring.hypervisor
+    if "client" in [known.name for known in await hypervisor.clients()]:
+        await hypervisor.delete_client("client")
+    wanted = ClientCreate(
+        name="client", memory_bytes=PAGES * 4096, limit_bytes=LIMIT, redundancy=Redundancy.MIRROR
+    )
+    await hypervisor.create_client(wanted)
+    async with paged_region(mirroring, PAGES, LIMIT) as client:
+        yield client
 
 
 def health(info: ClientInfo) -> dict[str, str]:
@@ -54,36 +68,34 @@ async def stored_states(paged: PagedSet, vios: str) -> set[ReplicaState]:
     return {replica.state for replica in definition.clients["client"].volumes[0].replicas}
 
 
-async def test_a_vios_is_killed_and_comes_back_with_its_replica_resynced() -> None:
-    async with mirrored() as paged:
-        await paged.write_all()
-        paged.signal("vios1", signal.SIGKILL)
-        await paged.write_all()
-        await paged.verify_all()
-        info = await paged.info()
-        assert health(info) == {"vios1": "stale", "vios2": "in_sync"}
-        assert await stored_states(paged, "vios2") == {ReplicaState.IN_SYNC, ReplicaState.STALE}
-        missed = next(replica.dirty_pages for replica in info.replicas if replica.state.value == "stale")
-        assert 0 < missed <= PAGES
-        await paged.restart("vios1")
-        await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
-        await paged.until_alarm("replica_resynced")
-        assert await stored_states(paged, "vios2") == {ReplicaState.IN_SYNC}
-        paged.signal("vios2", signal.SIGKILL)
-        await paged.verify_all()
+async def test_a_vios_is_killed_and_comes_back_with_its_replica_resynced(paged: PagedSet) -> None:
+    await paged.write_all()
+    paged.signal("vios1", signal.SIGKILL)
+    await paged.write_all()
+    await paged.verify_all()
+    info = await paged.info()
+    assert health(info) == {"vios1": "stale", "vios2": "in_sync"}
+    assert await stored_states(paged, "vios2") == {ReplicaState.IN_SYNC, ReplicaState.STALE}
+    missed = next(replica.dirty_pages for replica in info.replicas if replica.state.value == "stale")
+    assert 0 < missed <= PAGES
+    await paged.restart("vios1")
+    await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
+    await paged.until_alarm("replica_resynced")
+    assert await stored_states(paged, "vios2") == {ReplicaState.IN_SYNC}
+    paged.signal("vios2", signal.SIGKILL)
+    await paged.verify_all()
 
 
-async def test_a_vios_that_hangs_costs_its_replica_alone() -> None:
-    async with mirrored() as paged:
-        await paged.write_all()
-        paged.signal("vios2", signal.SIGSTOP)
-        await paged.write_all()
-        await paged.verify_all()
-        assert health(await paged.info()) == {"vios1": "in_sync", "vios2": "stale"}
-        paged.embedded.kill_vios("vios2", signal.SIGCONT)
-        await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
-        paged.signal("vios1", signal.SIGKILL)
-        await paged.verify_all()
+async def test_a_vios_that_hangs_costs_its_replica_alone(paged: PagedSet) -> None:
+    await paged.write_all()
+    paged.signal("vios2", signal.SIGSTOP)
+    await paged.write_all()
+    await paged.verify_all()
+    assert health(await paged.info()) == {"vios1": "in_sync", "vios2": "stale"}
+    paged.embedded.kill_vios("vios2", signal.SIGCONT)
+    await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
+    paged.signal("vios1", signal.SIGKILL)
+    await paged.verify_all()
 
 
 async def test_a_mirror_without_two_independent_devices_is_refused() -> None:
@@ -94,29 +106,27 @@ async def test_a_mirror_without_two_independent_devices_is_refused() -> None:
         assert "vm1" not in {client.name for client in await embedded.hypervisor.clients()}
 
 
-async def test_deleting_a_mirrored_client_deletes_both_volumes() -> None:
-    async with mirrored() as paged:
-        await paged.client.stop()
-        async with asyncio.timeout(30):
-            while (await paged.info()).attachment.value != "none":
-                await asyncio.sleep(0.02)
-        await paged.embedded.hypervisor.delete_client("client")
-        for vios in paged.embedded.vioses.values():
-            assert await vios.volumes() == ()
+async def test_deleting_a_mirrored_client_deletes_both_volumes(paged: PagedSet) -> None:
+    await paged.client.stop()
+    async with asyncio.timeout(60):
+        while (await paged.info()).attachment.value != "none":
+            await asyncio.sleep(0.02)
+    await paged.embedded.hypervisor.delete_client("client")
+    for vios in paged.embedded.vioses.values():
+        assert await vios.volumes() == ()
 
 
-async def test_a_worker_killed_with_page_outs_in_flight_leaves_both_replicas_right() -> None:
-    async with mirrored() as paged:
-        await paged.write_all()
-        paged.client.send(f"write 0 {PAGES}")
-        await paged.until(lambda info: any(path.in_flight > 0 for path in info.paths), "in flight")
-        await kill_and_wait(await worker_pid(paged.embedded, "client"))
-        assert await paged.client.answer() == "done"
-        await paged.until_alarm("worker_recovered")
+async def test_a_worker_killed_with_page_outs_in_flight_leaves_both_replicas_right(paged: PagedSet) -> None:
+    await paged.write_all()
+    paged.client.send(f"write 0 {PAGES}")
+    await paged.until(lambda info: any(path.in_flight > 0 for path in info.paths), "in flight")
+    await kill_and_wait(await worker_pid(paged.embedded, "client"))
+    assert await paged.client.answer() == "done"
+    await paged.until_alarm("worker_recovered")
+    await paged.verify_all()
+    await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
+    for lost in ("vios1", "vios2"):
+        paged.signal(lost, signal.SIGKILL)
         await paged.verify_all()
-        await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
-        for lost in ("vios1", "vios2"):
-            paged.signal(lost, signal.SIGKILL)
-            await paged.verify_all()
-            await paged.restart(lost)
-            await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync again")
+        await paged.restart(lost)
+        await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync again")

@@ -8,42 +8,65 @@ import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from farpage.definition.model import Redundancy
+from farpage.embedded.set import EmbeddedSet
 from farpage.errors import FarpageError
 from farpage.hypervisor.model import ClientCreate, DeviceReplacement, ReplaceStage
 from farpage.vios.model import DeviceAdd
+from tests.support.losses import heal
 from tests.support.paged_set import DEADLINE_SECONDS, PagedSet, paged_region, running_set
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PAGES = 2048
 LIMIT = 512 * 4096
 
 
 @asynccontextmanager
-async def paged(redundancy: Redundancy) -> AsyncIterator[tuple[PagedSet, str]]:
-    """Page a region; the set has a device `spare` besides. Yields the device to replace too."""
+async def with_a_spare(*own: str) -> AsyncIterator[EmbeddedSet]:
+    """Run a set with a device `spare` besides those that VIOSes have by their own names, or a common one."""
     folder = Path(tempfile.mkdtemp(prefix="fprep-", dir="/tmp"))
-    for name in ("a", "b", "spare"):
+    for name in (*own, "spare"):
         (folder / name).mkdir()
-    own = (f"vios1=dir:{folder / 'a'}", f"vios2=dir:{folder / 'b'}")
     try:
-        async with running_set(devices=own if redundancy is Redundancy.MIRROR else ()) as embedded:
-            wanted = ClientCreate(
-                name="client", memory_bytes=PAGES * 4096, limit_bytes=LIMIT, redundancy=redundancy
-            )
-            await embedded.hypervisor.create_client(wanted)
+        devices = tuple(f"{vios}=dir:{folder / vios}" for vios in own)
+        async with running_set(workers=1, devices=devices) as embedded:
             for vios in embedded.vioses.values():
                 await vios.add_device(DeviceAdd(spec=f"dir:{folder / 'spare'}", name="spare"))
-            definition = await embedded.hypervisor.refresh_devices()
-            used = definition.clients["client"].volumes[0].replicas[0].device
-            async with paged_region(embedded, PAGES, LIMIT) as client:
-                yield client, definition.devices[used].name
+            await embedded.hypervisor.refresh_devices()
+            yield embedded
     finally:
         shutil.rmtree(folder)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def common() -> AsyncIterator[EmbeddedSet]:
+    async with with_a_spare() as embedded:
+        yield embedded
+
+
+@asynccontextmanager
+async def paged(embedded: EmbeddedSet, redundancy: Redundancy) -> AsyncIterator[tuple[PagedSet, str, str]]:
+    """Page a region; yields the device to replace, and one to take its place, too."""
+    await heal(embedded)
+    hypervisor = embedded.hypervisor
+    for known in await hypervisor.clients():
+        await hypervisor.delete_client(known.name)
+    await hypervisor.create_client(
+        ClientCreate(name="client", memory_bytes=PAGES * 4096, limit_bytes=LIMIT, redundancy=redundancy)
+    )
+    definition = await hypervisor.definition()
+    replicas = definition.clients["client"].volumes[0].replicas
+    used = [definition.devices[replica.device].name for replica in replicas]
+    free = [device.name for device in definition.devices.values() if device.name not in used]
+    async with paged_region(embedded, PAGES, LIMIT) as client:
+        yield client, used[0], free[0]
 
 
 async def ended(paged: PagedSet, old: str) -> DeviceReplacement:
@@ -64,11 +87,17 @@ async def volumes_on(paged: PagedSet, device: str) -> set[str]:
 
 
 @pytest.mark.parametrize("redundancy", [Redundancy.PATH, Redundancy.MIRROR])
-async def test_a_device_is_replaced_under_a_client_that_works(redundancy: Redundancy) -> None:
-    async with paged(redundancy) as (client, old):
+async def test_a_device_is_replaced_under_a_client_that_works(
+    common: EmbeddedSet, redundancy: Redundancy
+) -> None:
+    async with AsyncExitStack() as stack:
+        embedded = common
+        if redundancy is Redundancy.MIRROR:
+            embedded = await stack.enter_async_context(with_a_spare("vios1", "vios2"))
+        client, old, new = await stack.enter_async_context(paged(embedded, redundancy))
         await client.write_all()
         client.client.send(f"write 0 {PAGES}")
-        begun = await client.embedded.hypervisor.replace_device(old, "spare")
+        begun = await client.embedded.hypervisor.replace_device(old, new)
         assert [moved.client for moved in begun.clients] == ["client"]
         assert await client.client.answer() == "done"
         while not (replacement := await client.embedded.hypervisor.replacement(old)).done:
@@ -80,19 +109,19 @@ async def test_a_device_is_replaced_under_a_client_that_works(redundancy: Redund
         info = await client.info()
         devices = {replica.device for replica in info.replicas}
         assert old not in devices
-        assert "spare" in devices
+        assert new in devices
         assert info.redundancy is redundancy
-        assert (await volumes_on(client, old), await volumes_on(client, "spare")) == (set(), {"client"})
+        assert (await volumes_on(client, old), await volumes_on(client, new)) == (set(), {"client"})
         await client.until_alarm("device_replaced")
         if redundancy is Redundancy.MIRROR:
             client.signal("vios2", signal.SIGKILL)
             await client.verify_all()
 
 
-async def test_a_worker_killed_while_it_copies_goes_on_in_another() -> None:
-    async with paged(Redundancy.PATH) as (client, old):
+async def test_a_worker_killed_while_it_copies_goes_on_in_another(common: EmbeddedSet) -> None:
+    async with paged(common, Redundancy.PATH) as (client, old, new):
         await client.write_all()
-        await client.embedded.hypervisor.replace_device(old, "spare")
+        await client.embedded.hypervisor.replace_device(old, new)
         workers = (await client.embedded.hypervisor.info()).workers
         os.kill(next(worker.pid for worker in workers if worker.clients), signal.SIGKILL)
         await client.write_all()
@@ -101,15 +130,15 @@ async def test_a_worker_killed_while_it_copies_goes_on_in_another() -> None:
         await client.verify_all()
 
 
-async def test_a_client_that_is_not_attached_just_gets_its_volume_elsewhere() -> None:
-    async with paged(Redundancy.PATH) as (client, old):
+async def test_a_client_that_is_not_attached_just_gets_its_volume_elsewhere(common: EmbeddedSet) -> None:
+    async with paged(common, Redundancy.PATH) as (client, old, new):
         wanted = ClientCreate(name="idle", memory_bytes=1 << 20, redundancy=Redundancy.PATH)
         hypervisor = client.embedded.hypervisor
         await client.client.stop()
         await hypervisor.create_client(wanted)
         definition = await hypervisor.definition()
         on = definition.devices[definition.clients["idle"].volumes[0].replicas[0].device].name
-        to = "spare" if on == old else old
+        to = new if on == old else old
         with pytest.raises(FarpageError, match="they are one device"):
             await hypervisor.replace_device(on, on)
         await hypervisor.replace_device(on, to)

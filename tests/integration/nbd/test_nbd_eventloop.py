@@ -135,7 +135,7 @@ def test_what_a_direct_reader_schedules_runs() -> None:
 
         loop.add_direct_reader(pair.near, schedule)
         pair.far.send(b"x")
-        await asyncio.wait_for(ran, 30)
+        await asyncio.wait_for(ran, 60)
         pair.close()
 
     run(main())
@@ -152,7 +152,7 @@ def test_reading_directly_and_waiting_to_write_share_a_socket() -> None:
             writable.set_result(None)
 
         loop.add_writer(pair.near, on_writable)
-        await asyncio.wait_for(writable, 30)
+        await asyncio.wait_for(writable, 60)
         pair.far.send(b"abc")
         await asyncio.to_thread(lambda: None)
         assert pair.received == 3
@@ -174,7 +174,7 @@ def test_a_direct_reader_that_raises_is_reported_and_the_loop_goes_on() -> None:
 
         loop.add_direct_reader(pair.near, fail)
         pair.far.send(b"x")
-        assert str(await asyncio.wait_for(reported, 30)) == "a bug"
+        assert str(await asyncio.wait_for(reported, 60)) == "a bug"
         pair.close()
 
     run(main())

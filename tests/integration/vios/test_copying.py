@@ -171,15 +171,15 @@ async def test_orders_and_the_end_of_a_move(moving_volume: MovingSet) -> None:
     waiting = asyncio.ensure_future(write(owner, 100 * PAGE, b"c" * PAGE))
     await s.until(lambda status: status.waiting_commands == 1)
     await s.change(lambda d: moving.cancel(d, CLIENT, claim))
-    assert await asyncio.wait_for(waiting, 30) != 0
+    assert await asyncio.wait_for(waiting, 60) != 0
     await both_know(s)
     for connection in (owner, fill, reader):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not connection.ended:
                 await asyncio.sleep(0.01)
     with pytest.raises(ServerRefused, match="not being copied"):
         await s.first.connect(s.owner_export(6))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while list((s.folder / "one" / "presence").iterdir()):
             await asyncio.sleep(0.01)
     back = await s.second.connect(f"{CLIENT}@7:{OWNER}")
@@ -194,7 +194,7 @@ async def test_what_needs_the_relay_waits_for_it_and_the_rest_goes_on(moving_vol
     owner = await s.first.connect(s.owner_export(5))
     waiting = asyncio.ensure_future(write(owner, 10 * PAGE, b"w" * PAGE))
     async with relaying(s) as relay:
-        assert await asyncio.wait_for(waiting, 30) == 0
+        assert await asyncio.wait_for(waiting, 60) == 0
         assert await read_bytes(owner, 20 * PAGE, 4 * PAGE) == before[20 * PAGE : 24 * PAGE]
         await s.until(lambda status: status.present_pages == 5)
         assert relay.counters.writes == 1
@@ -205,8 +205,8 @@ async def test_what_needs_the_relay_waits_for_it_and_the_rest_goes_on(moving_vol
     changed = asyncio.ensure_future(write(owner, 20 * PAGE, b"x" * PAGE))
     await s.until(lambda status: status.waiting_commands == 2)
     async with relaying(s) as relay:
-        assert await asyncio.wait_for(absent, 30) == before[23 * PAGE : 26 * PAGE]
-        assert await asyncio.wait_for(changed, 30) == 0
+        assert await asyncio.wait_for(absent, 60) == before[23 * PAGE : 26 * PAGE]
+        assert await asyncio.wait_for(changed, 60) == 0
         # A second connection of the relay would leave the first one nothing to do.
         name = f"{CLIENT}/{s.source}@5:{OWNER}+{PRINCIPAL}"
         again = await s.second.connect(name)
@@ -229,7 +229,7 @@ async def test_what_needs_the_relay_waits_for_it_and_the_rest_goes_on(moving_vol
 
         # Somebody else takes the volume on the source: its owner is cut off here too, in the same words.
         other = await s.second.connect(f"{CLIENT}@9:00000000000000bb")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not owner.ended:
                 await asyncio.sleep(0.01)
         with pytest.raises(ServerRefused, match="another_owner 9"):

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import xxhash
 
 BLOCK_BYTES: Final = 4096
@@ -94,6 +93,8 @@ class Presence:
         bits, checksum = block[:_BITS_BYTES], block[_BITS_BYTES:]
         if checksum != _checksum(bits, index, key):
             return False
+        import numpy as np
+
         start = (index - 1) * BLOCK_PAGES
         end = min(start + BLOCK_PAGES, self.pages)
         found = np.unpackbits(np.frombuffer(bits, np.uint8), count=end - start, bitorder="little")
@@ -102,6 +103,8 @@ class Presence:
         return True
 
     def _block(self, index: int, key: PresenceKey) -> bytes:
+        import numpy as np
+
         start = index * BLOCK_PAGES
         pages = np.frombuffer(bytes(self.present[start : start + BLOCK_PAGES]), np.uint8)
         bits = np.packbits(pages, bitorder="little").tobytes().ljust(_BITS_BYTES, b"\0")

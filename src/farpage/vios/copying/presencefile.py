@@ -37,6 +37,10 @@ class PresenceFile:
 
         :raise OSError: the file can neither be read nor made.
         """
+        # What bits are packed with: a VIOS starts without it, and a client must not wait for it at the first
+        # block that is stored.
+        import numpy  # noqa: F401
+
         self.path.parent.mkdir(mode=0o700, exist_ok=True)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         presence = Presence(self._key.pages)
