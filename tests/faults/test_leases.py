@@ -24,7 +24,7 @@ LEASE_SECONDS = 1.0
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def leasing() -> AsyncIterator[EmbeddedSet]:
     """A set whose VIOS give short leases."""
-    async with running_set(workers=1, lease_seconds=LEASE_SECONDS, path_timeout_seconds=0.25) as started:
+    async with running_set(workers=1, lease_seconds=LEASE_SECONDS, path_timeout_seconds=0.5) as started:
         yield started
 
 

@@ -23,7 +23,7 @@ from farpage.guest.reports import Ended, PassDone
 from farpage.hypervisor.model import ClientAttach, ClientCreate, ClientInfo
 from farpage.volume.state import ReplicaHealth
 from tests.guest.support import BOOT_TIMEOUT_SECONDS, BootGuest
-from tests.guest.test_paging_a_guest import next_pass
+from tests.guest.test_paging_a_guest import attach_while_it_boots, next_pass
 from tests.support.paged_set import until_client
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
@@ -77,9 +77,9 @@ async def lose_the_host_daemons(embedded: EmbeddedSet) -> None:
 async def test_guests_go_on_while_their_hypervisor_is_killed_and_restarted_three_times(
     embedded: EmbeddedSet, boot_guest: BootGuest
 ) -> None:
-    tested = await boot_guest(MEMTESTER)
     guest = await verifying(embedded, boot_guest)
-    await embedded.hypervisor.attach("vm2", ClientAttach(pid=tested.pid, limit_bytes=32 * MIB))
+    tested = await boot_guest(MEMTESTER)
+    await attach_while_it_boots(embedded, tested, "vm2")
     for _ in range(3):
         await lose_the_host_daemons(embedded)
         await next_pass(guest)

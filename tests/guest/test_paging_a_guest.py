@@ -54,18 +54,19 @@ async def test_memtester_finds_nothing_wrong_in_a_guest_paged_to_a_quarter(
     embedded: EmbeddedSet, boot_guest: BootGuest
 ) -> None:
     tested = await boot_guest(
-        GuestOptions(memory_mib=128, commands=("MEMTESTER_TEST_MASK=0x07 memtester 48M 1",))
+        GuestOptions(memory_mib=128, commands=("MEMTESTER_TEST_MASK=0x03 memtester 48M 1",))
     )
-    await attach_while_it_boots(embedded, tested)
+    await attach_while_it_boots(embedded, tested, "tested")
     assert await tested.command_statuses(400.0) == [0], "\n".join(tested.console)
 
 
-async def attach_while_it_boots(embedded: EmbeddedSet, guest: QemuGuest) -> None:
-    """Attach a guest as soon as QEMU has mapped its memory."""
+async def attach_while_it_boots(embedded: EmbeddedSet, guest: QemuGuest, name: str) -> None:
+    """Attach a guest, as the client of that name, as soon as QEMU has mapped its memory."""
+    wanted = ClientAttach(pid=guest.pid, limit_bytes=32 * MIB)
     async with asyncio.timeout(BOOT_TIMEOUT_SECONDS):
         while True:
             try:
-                await embedded.hypervisor.attach("tested", ClientAttach(pid=guest.pid, limit_bytes=32 * MIB))
+                await embedded.hypervisor.attach(name, wanted)
             except RemoteError as error:
                 assert error.code == "no_shared_memory", error
                 await asyncio.sleep(0.05)

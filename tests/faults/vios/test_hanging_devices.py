@@ -30,7 +30,7 @@ async def test_exports_are_listed_and_pages_served_while_one_device_hangs(
         release.wait()
         return []
 
-    monkeypatch.setattr(answering, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(answering, "ANSWER_SECONDS", 2.0)
     database = Database(folder / "vios.db")
     volumes = Volumes("one", DefinitionStore(database), EpochStore(database))
     devices = [await open_device(f"dir:{folder}/{name}?size=16M") for name in ("hung", "well")]

@@ -19,14 +19,15 @@ from farpage.volume.ownership import Ownership
 from tests.support.vios import ViosProcess, vios_processes
 from tests.support.volumes import trim, write, zero
 
-LEASE_SECONDS = 0.4
+LEASE_SECONDS = 2.0
+"""Long enough for a busy machine to keep the lease up until it is to run out."""
 SIZE = 1 << 20
 OWNER = Ownership("00000000000000aa", 1)
 CHANGES = 3
 
 
 async def under_a_lease(vios: ViosProcess, leases: Leases) -> Connection:
-    lease = await leases.at(Endpoint(vios.name, vios.data, "disk"), 5.0)
+    lease = await leases.at(Endpoint(vios.name, vios.data, "disk"), 60.0)
     assert lease is not None
     return await vios.connect(OWNER.export_name("vm1", 1, lease.identifier))
 

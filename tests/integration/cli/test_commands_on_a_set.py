@@ -50,11 +50,13 @@ def test_a_client_is_made_listed_and_deleted(farpage: Farpage) -> None:
     assert [one["name"] for one in farpage("client", "list", "--json").json] == ["web1"]
     assert "8 MiB" in farpage("client", "list").out
     assert "entitlement" in farpage("client", "show", "web1").out
-    definitions = [
-        Definition.model_validate(farpage("definition", "show", *options, "--json").json)
-        for options in ([], ["--vios", "vios1"], ["--vios", "vios2"])
-    ]
-    assert definitions[0] == definitions[1] == definitions[2]
+    definitions = eventually(
+        lambda: [
+            Definition.model_validate(farpage("definition", "show", *options, "--json").json)
+            for options in ([], ["--vios", "vios1"], ["--vios", "vios2"])
+        ],
+        lambda found: found[0] == found[1] == found[2],
+    )
     assert "web1" in definitions[0].clients
     assert "web1" in farpage("definition", "show").out
     deleted = farpage("client", "delete", "web1")
@@ -68,10 +70,12 @@ def test_a_running_process_is_attached_limited_and_detached(
     attached = farpage("client", "attach", "job", "--pid", str(memory_process.pid), "--limit", "4M", "--json")
     assert attached.status == 0, attached.err
     assert ClientInfo.model_validate(attached.json).pid == memory_process.pid
-    paths = [
-        PathInfo.model_validate(one) for one in farpage("path", "list", "--client", "job", "--json").json
-    ]
-    assert sorted(path.state for path in paths) == ["active", "standby"]
+    eventually(
+        lambda: [
+            PathInfo.model_validate(one) for one in farpage("path", "list", "--client", "job", "--json").json
+        ],
+        lambda paths: sorted(path.state for path in paths) == ["active", "standby"],
+    )
     assert "active" in farpage("path", "list").out
     explained = farpage("path", "explain", "job", "--json").json
     assert (explained["way"], explained["first_vioses"]) == ("direct", ["vios1", "vios2"])
@@ -280,9 +284,11 @@ def test_a_vios_is_stopped_and_started(farpage: Farpage) -> None:
     assert (started.status, "has started" in started.out) == (0, True), started.err
     # It is used from then on, not from the hypervisor's next look at it.
     assert farpage("client", "create", "early", "--memory", "4M").status == 0
-    shown = [farpage("definition", "show", "--vios", vios, "--json").json for vios in ("vios1", "vios2")]
+    shown = eventually(
+        lambda: [farpage("definition", "show", "--vios", vios, "--json").json for vios in ("vios1", "vios2")],
+        lambda found: bool(found[0] == found[1]),
+    )
     assert "early" in shown[0]["clients"]
-    assert shown[0] == shown[1]
     assert farpage("client", "delete", "early").status == 0
     assert farpage("vios", "start", "vios2", "--json").json["was_running"]
     assert farpage("vios", "show", "vios2").status == 0
