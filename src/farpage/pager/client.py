@@ -20,7 +20,17 @@ from farpage.pager.releasing import Freeze
 from farpage.pager.replacement import Replacement
 from farpage.pager.scrub import Scrub
 from farpage.pager.space import Space
-from farpage.pager.table import DIRTY, ON_DEVICE, READING, REWRITTEN, WRITING, ZERO, PageTable, runs_of
+from farpage.pager.table import (
+    DIRTY,
+    ON_DEVICE,
+    POISONED,
+    READING,
+    REWRITTEN,
+    WRITING,
+    ZERO,
+    PageTable,
+    runs_of,
+)
 from farpage.volume.paged import PagedVolume
 
 DETACH_WINDOW_PAGES: Final = 64
@@ -182,6 +192,7 @@ class PagedClient:
             while self._still_moving():
                 await self._settle()
                 await self._bring_in_all()
+            await self._mark_lost()
         except VolumeFenced:
             self.faults.stopped = False
             self.eviction.resume()
@@ -209,6 +220,12 @@ class PagedClient:
             while table.counts[READING] > DETACH_READS * DETACH_WINDOW_PAGES:
                 await self._settle()
         self.space.volume.push()
+
+    async def _mark_lost(self) -> None:
+        """See that every page that was given up fails accesses from now on, also those never asked for."""
+        for page in self.space.table.where(POISONED).tolist():
+            while not self.faults.mark_lost(page):
+                await self._settle()
 
     async def _settle(self) -> None:
         """Wait for the volume to answer something."""

@@ -389,10 +389,13 @@ class Faults:
         self._poison(page)
 
     def _poison(self, page: int) -> None:
+        if not self.mark_lost(page):
+            self._loop.call_later(RETRY_SECONDS, self._again, Fault(page, 0, self._loop.time()))
+
+    def mark_lost(self, page: int) -> bool:
+        """Have accesses to a page that was given up fail; False when that is to be tried again."""
         try:
-            done = self._space.memory.poison(page)
+            return bool(self._space.memory.poison(page))
         except FileExistsError:
             self._space.memory.wake(page, 1)
-            return
-        if not done:
-            self._loop.call_later(RETRY_SECONDS, self._again, Fault(page, 0, self._loop.time()))
+            return True
