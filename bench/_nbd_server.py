@@ -1,4 +1,4 @@
-"""`python -m bench._nbd_server SOCKET DEVICE VOLUME`: a volume behind farpage's data plane alone.
+"""`python -m bench._nbd_server ADDRESS DEVICE VOLUME`: a volume behind farpage's data plane alone.
 
 Ends with its standard input.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from farpage.address import UnixAddress
+from farpage.address import parse_address
 from farpage.blockio import BlockIO
 from farpage.device.open import open_device
 from farpage.nbd.eventloop import DataPlaneLoop
@@ -32,11 +32,11 @@ class _OneVolume:
         return [("", "")]
 
 
-async def _serve(socket_path: str, device_spec: str, volume_name: str) -> None:
+async def _serve(address: str, device_spec: str, volume_name: str) -> None:
     device = await open_device(device_spec)
-    volume = await device.open_volume(volume_name, None)
+    volume = await device.open_volume(volume_name, device.volume(volume_name).claim.epoch)
     server = Server(_OneVolume(volume))
-    await server.start([UnixAddress(socket_path)])
+    await server.start([parse_address(address)])
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await server.close()
     await volume.close()

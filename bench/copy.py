@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict
 
 from bench._machine import describe_disk, describe_machine, describe_placement, put_ahead, put_back
 from bench._moves import Moves
+from bench._nbd_contenders import Place, Served, running
 from bench._rounds import Spread, ratio, turns
-from bench.nbd import running
 from farpage.cli.report import report
 from farpage.errors import FarpageError
 from farpage.terminal.sizes import parse_size
@@ -121,19 +121,19 @@ async def _nbdcopy(folder: Path, source: Path, size_bytes: int) -> float:
     target = folder / "peer"
     with target.open("wb") as file:
         file.truncate(size_bytes)
-    sockets = [folder / "from.sock", folder / "to.sock"]
+    served = Served(folder, direct=False, tcp=False)
+    places = [Place(served, "from"), Place(served, "to")]
     servers = [
-        ["nbdkit", "-f", "-r", "-U", "{socket}", "file", str(source)],
-        ["nbdkit", "-f", "-U", "{socket}", "file", str(target)],
+        ["nbdkit", "-f", "-r", "-U", str(places[0].socket), "file", str(source)],
+        ["nbdkit", "-f", "-U", str(places[1].socket), "file", str(target)],
     ]
-    async with running(servers[0], sockets[0], None), running(servers[1], sockets[1], None):
+    async with running(servers[0], places[0]), running(servers[1], places[1]):
         began = time.monotonic()
-        uris = [f"nbd+unix:///?socket={socket}" for socket in sockets]
-        process = await asyncio.create_subprocess_exec("nbdcopy", "--flush", *uris)
+        process = await asyncio.create_subprocess_exec("nbdcopy", "--flush", *(place.uri for place in places))
         if await process.wait():
             raise SystemExit("nbdcopy failed")
         took = time.monotonic() - began
-    for path in (target, *sockets):
+    for path in (target, *(place.socket for place in places)):
         path.unlink(missing_ok=True)
     return took
 

@@ -21,6 +21,8 @@ from farpage.device.spans import SpanGate
 from farpage.device.volumefile import NOT_SUPPORTED, Access, VolumeFile
 from farpage.kernel.memory import AlignedBuffer, address_of
 
+_preadv, _RWF_NOWAIT = os.preadv, os.RWF_NOWAIT
+
 FEATURES: Final = (
     Feature.FLUSH
     | Feature.FUA
@@ -87,7 +89,7 @@ class FileVolume:
         if not self._nowait:
             return False
         try:
-            return os.preadv(self._descriptor, [into], self._origin + offset, os.RWF_NOWAIT) == len(into)
+            return _preadv(self._descriptor, (into,), self._origin + offset, _RWF_NOWAIT) == len(into)
         except BlockingIOError:
             return False
         except OSError as error:

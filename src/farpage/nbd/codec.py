@@ -15,6 +15,8 @@ from farpage.blockio import Allocation, Extent
 from farpage.nbd import protocol as p
 
 REQUEST: Final = struct.Struct(">IHHQQI")
+REQUEST_IN_WORDS: Final = struct.Struct(">QQQI")
+"""`REQUEST` with magic number, flags and command in one word, which one comparison looks at."""
 """NBD_REQUEST_MAGIC, command flags, command, cookie, offset, length."""
 SIMPLE_REPLY: Final = struct.Struct(">IIQ")
 """NBD_SIMPLE_REPLY_MAGIC, error, cookie."""

@@ -21,10 +21,14 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 DirectReader: TypeAlias = Callable[[], bool]
 """Called when the socket is readable; returns whether it may have scheduled anything on the loop."""
+
+
+_EVENTS_MAX: Final = 64
+"""Descriptors that one wait tells of; epoll turns to the others the next time."""
 
 
 class DirectSelector(selectors.BaseSelector):
@@ -91,17 +95,26 @@ class DirectSelector(selectors.BaseSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait, and serve direct readers meanwhile; `timeout` in seconds, None for ever."""
+        poll, direct = self._epoll.poll, self._direct
+        may_stay = timeout is None or timeout > 0
         deadline = time.monotonic() + timeout if timeout is not None and timeout > 0 else None
         while True:
             # Rounded up to the milliseconds of epoll_wait(2), so that no wait ends before its timer is due.
             wait = -1.0 if timeout is None else math.ceil(max(timeout, 0) * 1000) / 1000
-            events = self._epoll.poll(wait)
-            stay = bool(events) and (timeout is None or timeout > 0)
+            events = poll(wait, _EVENTS_MAX)
+            stay = may_stay and bool(events)
             ready: list[tuple[selectors.SelectorKey, int]] = []
             for descriptor, event in events:
-                reader = self._direct.get(descriptor)
-                if reader is not None and event & ~select.EPOLLOUT and self._call(reader):
-                    stay = False
+                reader = direct.get(descriptor)
+                if reader is not None and event & ~select.EPOLLOUT:
+                    try:
+                        if reader():
+                            stay = False
+                    except Exception as failure:
+                        self._failed(failure)
+                        stay = False
+                    if event == select.EPOLLIN:
+                        continue  # a direct reader is the only one of its descriptor
                 key = self._keys.get(descriptor)
                 if key is not None:
                     happened = (selectors.EVENT_READ if event & ~select.EPOLLOUT else 0) | (
@@ -122,13 +135,6 @@ class DirectSelector(selectors.BaseSelector):
         self._direct.clear()
         self._masks.clear()
         self._epoll.close()
-
-    def _call(self, reader: DirectReader) -> bool:
-        try:
-            return reader()
-        except Exception as failure:
-            self._failed(failure)
-            return True
 
     def _watch(self, descriptor: int) -> None:
         """Tell epoll what a descriptor is watched for now."""

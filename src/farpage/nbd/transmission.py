@@ -36,13 +36,19 @@ LINGER_SECONDS: Final = 10.0
 
 _RECEIVES_MAX: Final = 8
 """Receives in one turn of the loop, so that a busy client does not keep the others waiting."""
+TURN_COST_MAX: Final = 64
+"""Requests of one connection that are answered in one turn of the loop before others have theirs."""
+_COST_SHIFT: Final = 14
+"""A long READ counts as one more request for each 16 KiB."""
 _GATHERED_BYTES: Final = 32 << 10
 """Replies are gathered over several receives up to here: waking the other end for each few costs it more
 than it gains by having them early."""
 _REQUEST_BYTES: Final = codec.REQUEST.size
 _DATA_HEADER_BYTES: Final = codec.DATA_CHUNK.size
 _SIMPLE_HEADER_BYTES: Final = codec.SIMPLE_REPLY.size
-_unpack_request = codec.REQUEST.unpack_from
+_unpack_request = codec.REQUEST_IN_WORDS.unpack_from
+_PLAIN_READ: Final = p.NBD_REQUEST_MAGIC << 32 | p.NBD_CMD_READ
+"""First word of a READ without flags."""
 _pack_data = codec.DATA_CHUNK.pack_into
 _pack_simple = codec.SIMPLE_REPLY.pack_into
 
@@ -80,8 +86,11 @@ class Transmission:
         self._export = export
         self._read_now = export.io.read_now
         self._size_bytes = export.io.size_bytes
+        self._receive_into = sock.recv_into
+        self._send = sock.send
         self._pool = pool
         self._structured = structured_replies
+        self._header_bytes = _DATA_HEADER_BYTES if structured_replies else _SIMPLE_HEADER_BYTES
         self._on_ended = on_ended
         self._commands = Commands(
             export,
@@ -95,6 +104,8 @@ class Transmission:
         self._reading = False
         self._scheduled = False
         """Whether, since this was last reset, anything was done but answering from what is at hand."""
+        self._cost_left = TURN_COST_MAX
+        """What this connection may still do in this turn of the loop."""
         self._parsing = False
         self._gathering = False
         """Whether whoever called will push."""
@@ -209,11 +220,30 @@ class Transmission:
     def _on_readable(self) -> bool:
         """Serve what has come; return whether anything may have been scheduled on the loop."""
         self._scheduled = False
+        self._cost_left = TURN_COST_MAX
+        first = 0
+        if not self._input_end and self._sink is None and not self._discard_bytes:
+            try:
+                first = self._receive_into(self._input)
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError:
+                self._close()
+                return True
+            if first == _REQUEST_BYTES and self._answer_one():
+                return self._scheduled
+            if not first:
+                self._drain()
+                return True
         self._gathering = True
         received = 0
         try:
             for _ in range(_RECEIVES_MAX):
-                more = self._receive()
+                if first:
+                    more, self._input_end, first = first, first, 0
+                    self._parse()
+                else:
+                    more = self._receive()
                 received += more
                 # A client that has several requests under way has probably sent more meanwhile: asking costs
                 # less than waiting to be told. One that sends a request at a time has not.
@@ -225,11 +255,51 @@ class Transmission:
             self._push()
         return self._scheduled
 
+    def _answer_one(self) -> bool:
+        """Answer the one request that has come, if it is a READ of what is at hand and nothing is before it.
+
+        A client that waits for each reply makes a turn of the loop for each page, so this is what `_parse`,
+        `_parse_requests` and `_push` do in such a turn and no more.
+        """
+        commands, output = self._commands, self._output
+        word, cookie, offset, length = _unpack_request(self._input, 0)
+        start = self._header_bytes
+        stop = start + length
+        if (
+            word != _PLAIN_READ
+            or not 0 < length <= commands.inline_max_bytes
+            or offset + length > self._size_bytes
+            or (offset | length) & commands.misaligned
+            or output.end
+            or output.queued_bytes
+            or not self._read_now(offset, output.view[start:stop])
+        ):
+            return False
+        if self._structured:
+            _pack_data(output.area, 0, p.NBD_STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset)
+        else:
+            _pack_simple(output.area, 0, p.NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
+        counters = self._export.counters
+        counters.reads += 1
+        counters.read_bytes += length
+        try:
+            sent = self._send(output.view[:stop])
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._close()
+            return True
+        if sent < stop:
+            output.start, output.end = sent, stop
+            self._push()
+            self._scheduled = True
+        return True
+
     def _receive(self) -> int:
         """Receive once and carry out what came; return the bytes received."""
         try:
             if self._sink is None:
-                received = self._socket.recv_into(self._input_view[self._input_end :])
+                received = self._receive_into(self._input_view[self._input_end :])
             else:
                 received = self._socket.recvmsg_into((self._sink, self._input_view))[0]
         except (BlockingIOError, InterruptedError):
@@ -289,20 +359,23 @@ class Transmission:
         commands, output = self._commands, self._output
         buffer, view, area = self._input, output.view, output.area
         read_now, size_bytes, structured = self._read_now, self._size_bytes, self._structured
-        header_bytes = _DATA_HEADER_BYTES if structured else _SIMPLE_HEADER_BYTES
+        header_bytes = self._header_bytes
         misaligned, inline_max = commands.misaligned, commands.inline_max_bytes
         position = self._input_start
         reads = read_bytes = 0
+        cost_left = self._cost_left
         going = True
         while going and self._input_end - position >= _REQUEST_BYTES:
-            magic, flags, command, cookie, offset, length = _unpack_request(buffer, position)
+            if cost_left <= 0:
+                self._scheduled = True  # `_push` sees to it that this goes on after the others
+                going = False
+                break
+            word, cookie, offset, length = _unpack_request(buffer, position)
             if (
-                command == 0  # NBD_CMD_READ
-                and not flags
+                word == _PLAIN_READ
                 and 0 < length <= inline_max
                 and offset + length <= size_bytes
                 and not (offset | length) & misaligned
-                and magic == p.NBD_REQUEST_MAGIC
             ):
                 at = output.end
                 start = at + header_bytes
@@ -319,15 +392,17 @@ class Transmission:
                     reads += 1
                     read_bytes += length
                     position += _REQUEST_BYTES
+                    cost_left -= 1 + (length >> _COST_SHIFT)
                     continue
             self._input_start = position + _REQUEST_BYTES
-            if magic != p.NBD_REQUEST_MAGIC:
+            if word >> 32 != p.NBD_REQUEST_MAGIC:
                 self._violated("a request does not begin with NBD_REQUEST_MAGIC")
                 going = False
             else:
-                going = self._begin(Request(flags, command, cookie, offset, length))
+                cost_left -= 1
+                going = self._begin(Request(word >> 16 & 0xFFFF, word & 0xFFFF, cookie, offset, length))
             position = self._input_start
-        self._input_start = position
+        self._input_start, self._cost_left = position, cost_left
         self._export.counters.reads += reads
         self._export.counters.read_bytes += read_bytes
         return going or self._sink is not None or self._discard_bytes > 0
@@ -464,4 +539,5 @@ class Transmission:
 
     def _resume(self) -> None:
         self._resume_scheduled = False
+        self._cost_left = TURN_COST_MAX
         self._parse()

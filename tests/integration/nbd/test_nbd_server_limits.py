@@ -19,6 +19,7 @@ from farpage.nbd.transmission import (
     COMMANDS_IN_FLIGHT_MAX,
     DISCARDED_PAYLOAD_MAX_BYTES,
     PAYLOAD_IN_FLIGHT_MAX_BYTES,
+    TURN_COST_MAX,
 )
 from tests.support.blockio import MemoryIO
 from tests.support.commands import condition, read_bytes
@@ -456,3 +457,27 @@ async def test_an_export_whose_limits_the_wire_cannot_say_is_given_back() -> Non
             await client.close()
         await condition(lambda: serving_.provider.closed == ["v", "v"])
         assert serving_.server.connections == ()
+
+
+async def test_a_client_with_many_requests_lets_anothers_read_come_between() -> None:
+    class Recorded(MemoryIO):
+        served: list[int] = []  # noqa: RUF012 (one object, one test)
+
+        def read_now(self, offset: int, into: memoryview) -> bool:
+            self.served.append(offset)
+            return super().read_now(offset, into)
+
+    many, apart = 4000, SIZE - 1
+    volume = Recorded(SIZE)
+    async with serving({"v": volume}) as serving_:
+        greedy, modest = await entered(serving_), await entered(serving_)
+        # The server runs in this loop, so all of it is in its sockets before it looks at any.
+        for number in range(many):
+            greedy.request(p.NBD_CMD_READ, number, number, 1)
+        modest.request(p.NBD_CMD_READ, 0, apart, 1)
+        assert await modest.simple_reply(1) == (0, 0, bytes(1))
+        for number in range(many):
+            assert await greedy.simple_reply(1) == (0, number, bytes(1))
+        assert volume.served.index(apart) <= 2 * TURN_COST_MAX
+        await greedy.close()
+        await modest.close()
