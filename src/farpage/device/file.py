@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -32,6 +33,10 @@ FEATURES: Final = (
     | Feature.EXTENTS
     | Feature.MULTI_CONN
 )
+
+READS_OF_ONE_MAX: Final = 64
+"""Reads of one opened volume that the device has at a time: enough to keep it busy, while those of another
+do not come after thousands."""
 
 _CLIENT_ERRNO: Final = {
     errno.EDQUOT: errno.ENOSPC,
@@ -79,6 +84,10 @@ class FileVolume:
         self._reader = engine.reader if access is Access.DIRECT else None
         self._buffers = engine.buffers
         self._gate = gate
+        self._reading = 0
+        """Reads begun and not finished."""
+        self._waiting: deque[tuple[Done, AlignedBuffer, int, int]] = deque()
+        """Reads that came while too many were under way, in their order."""
         self._in_flight = 0
         self._idle: asyncio.Future[None] | None = None
 
@@ -107,6 +116,9 @@ class FileVolume:
         buffer = self._buffers.take(end - start)
 
         def finished(error: int) -> None:
+            self._reading -= 1
+            if self._waiting:
+                self._begin_read(*self._waiting.popleft())
             try:
                 if error:
                     done(error, None)
@@ -116,8 +128,10 @@ class FileVolume:
             finally:
                 self._buffers.give_back(buffer)
 
-        if self._reader is None or not self._start_read(self._reader, finished, buffer, start, end - start):
-            self._submit(finished, self._file.read, buffer, start, end - start)
+        if self._reading < READS_OF_ONE_MAX:
+            self._begin_read(finished, buffer, start, end - start)
+        else:
+            self._waiting.append((finished, buffer, start, end - start))
 
     def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
         """Write without a copy where `data`, its place and its length are multiples of a block."""
@@ -236,6 +250,11 @@ class FileVolume:
     def _submit(self, done: Done, work: Callable[..., int], *arguments: Any) -> None:
         self._in_flight += 1
         self._threads.submit(partial(self._finish, done), work, *arguments)
+
+    def _begin_read(self, done: Done, buffer: AlignedBuffer, offset: int, length: int) -> None:
+        self._reading += 1
+        if self._reader is None or not self._start_read(self._reader, done, buffer, offset, length):
+            self._submit(done, self._file.read, buffer, offset, length)
 
     def _start_read(
         self, reader: RingReader, done: Done, buffer: AlignedBuffer, offset: int, length: int

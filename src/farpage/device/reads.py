@@ -10,6 +10,7 @@ from farpage.errors import Unsupported
 from farpage.kernel.io_uring import Ring
 from farpage.kernel.memory import AlignedBuffer
 from farpage.log import get_logger
+from farpage.nbd import eventloop
 
 log = get_logger()
 
@@ -20,7 +21,7 @@ READS_IN_FLIGHT: Final = 256
 class RingReader:
     """Direct reads of one device; made, used and closed in the running event loop's thread.
 
-    Reads that are started in one turn of the loop go to the kernel in one system call.
+    Reads that are started together go to the kernel in one system call.
     """
 
     def __init__(self, ring: Ring) -> None:
@@ -29,9 +30,10 @@ class RingReader:
         self._reads: dict[int, tuple[Callable[[int], None], AlignedBuffer]] = {}
         """By token; the buffer is kept while the kernel writes to it."""
         self._next_token = 0
-        self._submission: asyncio.Handle | None = None
+        self._submitting = False
+        self._closed = False
         self._idle: asyncio.Future[None] | None = None
-        self._loop.add_reader(ring.fileno(), self._deliver)
+        eventloop.add_reader(self._loop, ring.fileno(), self._deliver)
 
     @classmethod
     def open(cls) -> RingReader | None:
@@ -54,17 +56,21 @@ class RingReader:
             return False
         self._next_token += 1
         self._reads[token] = (done, buffer)
-        if self._submission is None:
-            self._submission = self._loop.call_soon(self._submit)
+        if not self._submitting:
+            self._submitting = True
+            eventloop.defer(self._loop, self._submit)
         return True
 
     def _submit(self) -> None:
-        self._submission = None
+        if self._closed:
+            return
+        self._submitting = False
         try:
             self._ring.submit()
         except OSError as error:  # no memory at the moment; what is in flight brings some back
             log.warning("reads_delayed", problem=str(error))
-            self._submission = self._loop.call_later(0.001, self._submit)
+            self._submitting = True
+            self._loop.call_later(0.001, self._submit)
 
     def _deliver(self) -> None:
         for token, result in self._ring.completions():
@@ -81,7 +87,6 @@ class RingReader:
         if self._reads:
             self._idle = self._loop.create_future()
             await self._idle
-        if self._submission:
-            self._submission.cancel()
-        self._loop.remove_reader(self._ring.fileno())
+        self._closed = True
+        eventloop.remove_reader(self._loop, self._ring.fileno())
         self._ring.close()

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
 from farpage.log import get_logger
+from farpage.nbd import eventloop
 
 log = get_logger()
 
@@ -35,7 +36,7 @@ class IoThreads:
         self._finished: deque[tuple[Callable[[int], None], int]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._woken = False
-        self._loop.add_reader(self._wake, self._deliver)
+        eventloop.add_reader(self._loop, self._wake, self._deliver)
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{index}", daemon=True) for index in range(count)
         ]
@@ -126,5 +127,5 @@ class IoThreads:
         await self._ended
         for thread in threads:
             thread.join()
-        self._loop.remove_reader(self._wake)
+        eventloop.remove_reader(self._loop, self._wake)
         os.close(self._wake)

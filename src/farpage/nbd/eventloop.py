@@ -1,9 +1,9 @@
 """asyncio's event loop with a short cut for readers whose work leaves nothing behind for the loop.
 
 A turn of asyncio's loop costs about as much as answering a page's read. `DataPlaneLoop` is the same loop
-over a selector that calls *direct* readers itself, while it waits: as long as they say that they scheduled
-nothing, and nothing else is ready or due, it goes on waiting without a turn of the loop. Everything else
-works as ever:
+over a selector that calls *direct* readers itself, while it waits: as long as they schedule nothing on the
+loop, and nothing else is ready or due, it goes on waiting without a turn of the loop. What they want done
+once after all of them, they leave with `defer`. Everything else works as ever:
 
     with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
         runner.run(main())
@@ -20,13 +20,18 @@ import select
 import selectors
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeAlias
+from contextvars import Context
+from typing import Any, Final, TypeAlias, TypeVarTuple
 
-DirectReader: TypeAlias = Callable[[], bool]
-"""Called when the socket is readable; returns whether it may have scheduled anything on the loop."""
+DirectReader: TypeAlias = Callable[[], object]
+"""Called when the descriptor is readable."""
 
 
+Readable: TypeAlias = socket.socket | int
+"""A socket, or a descriptor of another kind."""
+Arguments = TypeVarTuple("Arguments")
 _EVENTS_MAX: Final = 64
 """Descriptors that one wait tells of; epoll turns to the others the next time."""
 
@@ -41,6 +46,12 @@ class DirectSelector(selectors.BaseSelector):
         self._keys: dict[int, selectors.SelectorKey] = {}
         self._direct: dict[int, DirectReader] = {}
         self._masks: dict[int, int] = {}
+        self.disturbed = False
+        """Whether anything was scheduled on the loop since it began to wait."""
+        self.dispatching = False
+        """Whether direct readers are being called."""
+        self.deferred: deque[Callable[[], object]] = deque()
+        """Called after the direct readers that are being called."""
 
     def set_direct(self, descriptor: int, reader: DirectReader | None) -> None:
         """Have `reader` called while the descriptor is readable; None takes it back."""
@@ -95,24 +106,23 @@ class DirectSelector(selectors.BaseSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait, and serve direct readers meanwhile; `timeout` in seconds, None for ever."""
-        poll, direct = self._epoll.poll, self._direct
-        may_stay = timeout is None or timeout > 0
+        self.disturbed = False
+        poll, direct, deferred = self._epoll.poll, self._direct, self.deferred
+        may_stay = timeout is None or timeout > 0  # else callbacks are ready
         deadline = time.monotonic() + timeout if timeout is not None and timeout > 0 else None
         while True:
             # Rounded up to the milliseconds of epoll_wait(2), so that no wait ends before its timer is due.
             wait = -1.0 if timeout is None else math.ceil(max(timeout, 0) * 1000) / 1000
             events = poll(wait, _EVENTS_MAX)
-            stay = may_stay and bool(events)
             ready: list[tuple[selectors.SelectorKey, int]] = []
+            self.dispatching = True
             for descriptor, event in events:
                 reader = direct.get(descriptor)
                 if reader is not None and event & ~select.EPOLLOUT:
                     try:
-                        if reader():
-                            stay = False
+                        reader()
                     except Exception as failure:
                         self._failed(failure)
-                        stay = False
                     if event == select.EPOLLIN:
                         continue  # a direct reader is the only one of its descriptor
                 key = self._keys.get(descriptor)
@@ -122,7 +132,13 @@ class DirectSelector(selectors.BaseSelector):
                     )
                     if happened & key.events:
                         ready.append((key, happened & key.events))
-            if ready or not stay:
+            while deferred:
+                try:
+                    deferred.popleft()()
+                except Exception as failure:
+                    self._failed(failure)
+            self.dispatching = False
+            if ready or not events or self.disturbed or not may_stay:
                 return ready
             if deadline is not None:
                 timeout = deadline - time.monotonic()
@@ -163,32 +179,65 @@ class DataPlaneLoop(asyncio.SelectorEventLoop):
         self._direct_selector = DirectSelector(self._direct_failed)
         super().__init__(self._direct_selector)
 
-    def add_direct_reader(self, sock: socket.socket, reader: DirectReader) -> None:
-        """Have `reader` called while the socket is readable, outside of any task and without a context."""
-        self._direct_selector.set_direct(sock.fileno(), reader)
+    def call_soon(
+        self, callback: Callable[[*Arguments], object], *args: *Arguments, context: Context | None = None
+    ) -> asyncio.Handle:
+        """Schedule a callback, as ever."""
+        self._direct_selector.disturbed = True
+        return super().call_soon(callback, *args, context=context)
 
-    def remove_direct_reader(self, sock: socket.socket) -> None:
-        """Take a direct reader back; before the socket is closed."""
-        self._direct_selector.set_direct(sock.fileno(), None)
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*Arguments], object],
+        *args: *Arguments,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Schedule a callback for later, as ever."""
+        self._direct_selector.disturbed = True
+        return super().call_at(when, callback, *args, context=context)
+
+    def add_direct_reader(self, readable: Readable, reader: DirectReader) -> None:
+        """Have `reader` called while the descriptor is readable, outside of any task."""
+        self._direct_selector.set_direct(_descriptor(readable), reader)
+
+    def remove_direct_reader(self, readable: Readable) -> None:
+        """Take a direct reader back; before the descriptor is closed."""
+        self._direct_selector.set_direct(_descriptor(readable), None)
+
+    def defer(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called after the direct readers that are being called; else in the next turn."""
+        if self._direct_selector.dispatching:
+            self._direct_selector.deferred.append(callback)
+        else:
+            self.call_soon(callback)
 
     def _direct_failed(self, failure: Exception) -> None:
         self.call_exception_handler({"message": "a direct reader raised", "exception": failure})
 
 
-def add_reader(loop: asyncio.AbstractEventLoop, sock: socket.socket, reader: DirectReader) -> None:
+def add_reader(loop: asyncio.AbstractEventLoop, readable: Readable, reader: DirectReader) -> None:
     """Add a direct reader where the loop has them, else an ordinary one."""
     if isinstance(loop, DataPlaneLoop):
-        loop.add_direct_reader(sock, reader)
+        loop.add_direct_reader(readable, reader)
     else:
-        loop.add_reader(sock, reader)
+        loop.add_reader(readable, reader)
 
 
-def remove_reader(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+def remove_reader(loop: asyncio.AbstractEventLoop, readable: Readable) -> None:
     """Take back what `add_reader` added."""
     if isinstance(loop, DataPlaneLoop):
-        loop.remove_direct_reader(sock)
+        loop.remove_direct_reader(readable)
     else:
-        loop.remove_reader(sock)
+        loop.remove_reader(readable)
+
+
+def defer(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    """Have `callback` called once what is ready now has been seen to, or in the next turn of the loop."""
+    if isinstance(loop, DataPlaneLoop):
+        loop.defer(callback)
+    else:
+        loop.call_soon(callback)
 
 
 def _descriptor(fileobj: Any) -> int:

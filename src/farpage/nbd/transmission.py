@@ -103,7 +103,7 @@ class Transmission:
         self._phase = _Phase.OPEN
         self._reading = False
         self._scheduled = False
-        """Whether, since this was last reset, anything was done but answering from what is at hand."""
+        """Whether `_push` has something to look after although there may be nothing to send."""
         self._cost_left = TURN_COST_MAX
         """What this connection may still do in this turn of the loop."""
         self._parsing = False
@@ -217,8 +217,8 @@ class Transmission:
             eventloop.remove_reader(self._loop, self._socket)
             self._reading = False
 
-    def _on_readable(self) -> bool:
-        """Serve what has come; return whether anything may have been scheduled on the loop."""
+    def _on_readable(self) -> None:
+        """Serve what has come."""
         self._scheduled = False
         self._cost_left = TURN_COST_MAX
         first = 0
@@ -226,15 +226,15 @@ class Transmission:
             try:
                 first = self._receive_into(self._input)
             except (BlockingIOError, InterruptedError):
-                return False
+                return
             except OSError:
                 self._close()
-                return True
+                return
             if first == _REQUEST_BYTES and self._answer_one():
-                return self._scheduled
+                return
             if not first:
                 self._drain()
-                return True
+                return
         self._gathering = True
         received = 0
         try:
@@ -253,7 +253,6 @@ class Transmission:
             self._gathering = False
         if self._output.end or self._scheduled:
             self._push()
-        return self._scheduled
 
     def _answer_one(self) -> bool:
         """Answer the one request that has come, if it is a READ of what is at hand and nothing is before it.
@@ -292,7 +291,6 @@ class Transmission:
         if sent < stop:
             output.start, output.end = sent, stop
             self._push()
-            self._scheduled = True
         return True
 
     def _receive(self) -> int:
@@ -504,10 +502,10 @@ class Transmission:
         return True
 
     def _schedule_push(self) -> None:
-        """Gather the replies of one turn of the loop into one send."""
+        """Gather the replies to what is finished by now into one send."""
         if not self._parsing and not self._push_scheduled:
             self._push_scheduled = True
-            self._loop.call_soon(self._scheduled_push)
+            eventloop.defer(self._loop, self._scheduled_push)
 
     def _scheduled_push(self) -> None:
         self._push_scheduled = False

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from farpage.blockio import read_bytes, wait_done
+from farpage.blockio import BlockIO, read_bytes, wait_done
 from farpage.device import reads
 from farpage.device.open import open_device
 from farpage.device.reads import RingReader
@@ -39,6 +39,26 @@ async def test_many_reads_at_once_are_all_answered(
     await volume.close()
     await device.close()
     assert found == [page.to_bytes(2, "little") * 2048 for page in range(PAGES)]
+
+
+async def test_a_read_does_not_come_after_all_those_of_another_client(tmp_path: Path) -> None:
+    device = await open_device(f"dir:{tmp_path}")
+    for name in ("greedy", "modest"):
+        await device.run(device.create_volume, name, PAGES * 4096)
+    greedy, modest = await device.open_volume("greedy", 1), await device.open_volume("modest", 1)
+    finished: list[str] = []
+
+    async def read(volume: BlockIO, name: str, page: int) -> None:
+        await read_bytes(volume, page * 4096, 4096)
+        finished.append(name)
+
+    commands = [read(greedy, "greedy", page) for page in range(PAGES)]
+    await asyncio.gather(*commands, read(modest, "modest", 0))
+    await greedy.close()
+    await modest.close()
+    await device.close()
+    assert len(finished) == PAGES + 1
+    assert finished.index("modest") < PAGES // 2
 
 
 async def test_closing_waits_for_reads_in_flight(tmp_path: Path) -> None:

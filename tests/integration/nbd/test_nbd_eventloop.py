@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
@@ -137,6 +138,37 @@ def test_what_a_direct_reader_schedules_runs() -> None:
         pair.far.send(b"x")
         await asyncio.wait_for(ran, 60)
         pair.close()
+
+    run(main())
+
+
+def test_what_direct_readers_defer_is_called_once_after_all_of_them() -> None:
+    async def main() -> None:
+        loop, calls = the_loop(), list[str]()
+        done = loop.create_future()
+        first, second, third = (Pair(scheduled=False) for _ in range(3))
+
+        def reader(pair: Pair) -> None:
+            pair.near.recv(100)
+            calls.append("read")
+            if calls == ["read"]:
+                loop.defer(lambda: calls.append("deferred"))
+                loop.defer(lambda: third.far.send(b"x"))
+
+        def read_after_that() -> None:
+            third.near.recv(100)
+            calls.append("read after that")
+            done.set_result(None)
+
+        loop.add_direct_reader(third.near, read_after_that)
+        for pair in (first, second):
+            loop.add_direct_reader(pair.near, partial(reader, pair))
+        first.far.send(b"x")
+        second.far.send(b"x")
+        await asyncio.wait_for(done, 60)
+        assert calls == ["read", "read", "deferred", "read after that"]
+        for pair in (first, second, third):
+            pair.close()
 
     run(main())
 
