@@ -8,18 +8,16 @@ import sys
 import pytest
 
 SLOW = {
-    *(
-        "pydantic",
-        "fastapi",
-        "starlette",
-        "uvicorn",
-        "httpx",
-        "rich",
-        "typer",
-        "prometheus_client",
-        "lz4",
-        "numpy",
-    )
+    "pydantic",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "httpx",
+    "rich",
+    "typer",
+    "prometheus_client",
+    "lz4",
+    "numpy",
 }
 
 
