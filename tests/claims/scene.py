@@ -150,7 +150,7 @@ class Scene:
         await process.until_said("hypervisor_ready")
         async with asyncio.timeout(DEADLINE_SECONDS):
             while not await self._recorded(control, vioses):
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
         self.hypervisors[name] = control
         return control
 
@@ -226,7 +226,7 @@ class Scene:
         async with asyncio.timeout(DEADLINE_SECONDS):
             for vios in self.vioses.values():
                 while await vios.definition() != definition:
-                    await asyncio.sleep(0.02)
+                    await asyncio.sleep(0.05)
 
     async def create_volume(self, vios: str, name: str, device: str, size_bytes: int) -> VolumeInfo:
         async with self.control(vios) as client:

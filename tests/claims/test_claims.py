@@ -177,7 +177,7 @@ async def until_wanted(hypervisor: HypervisorControl) -> list[str]:
     """Wait until the hypervisor asks for an intermediate client, and return the command that it gives."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         while not (wanted := [a for a in await hypervisor.alarms() if a.kind == "intermediary_wanted"]):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
     command = shlex.split(wanted[0].message.partition(": farpage ")[2])
     assert command[:3] == ["intermediary", "run", "client"]
     return command
@@ -198,7 +198,7 @@ async def until_handed_over(scene: Scene, device: str) -> None:
             try:
                 await vios.request("GET", "/v1/volumes/client/handover", params={"device": device})
             except RemoteError:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
             else:
                 return
 
@@ -219,7 +219,7 @@ async def until_copy(scene: Scene, device: str, condition: Callable[[CopyStatus]
     """Wait until the copy at the first VIOS fulfils a condition."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         while not condition(copy := await scene.copy("client", device)):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
     return copy
 
 
@@ -531,7 +531,7 @@ async def test_c7_intermediate_access(claim: Claim, evidence: Evidence) -> None:
     for vios in scene.vioses:
         async with asyncio.timeout(DEADLINE_SECONDS):
             while (definition := await scene.definition(vios)) != await claim.definition():
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
         granted = {
             (grant.volume, grant.access, grant.device)
             for grant in definition.grants

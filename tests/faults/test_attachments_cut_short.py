@@ -209,7 +209,7 @@ async def test_a_client_whose_state_file_is_lost_waits_until_its_process_ends(
         hammer.process.kill()
         async with asyncio.timeout(DEADLINE_SECONDS):
             while list((embedded.layout.hypervisor_dir / "run" / "clients").iterdir()):
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
     async with hammering(hammer_program, PAGES) as hammer:
         await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
         await embedded.hypervisor.detach("vm")

@@ -82,7 +82,7 @@ async def test_a_worker_that_was_stopped_for_longer_than_its_leases_goes_on(leas
         leased.client.send(f"write 0 {leased.pages}")
         for vios in leased.embedded.vioses.values():
             while (await vios.health()).leases:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
     finally:
         os.kill(worker.pid, signal.SIGCONT)
     assert await leased.client.answer() == "done"

@@ -38,7 +38,7 @@ async def until_recovered(embedded: EmbeddedSet, before: int, more: int = 1) -> 
     """Wait until some more have got one than before."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         while await recoveries(embedded) < before + more:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
 
 async def test_a_worker_killed_while_its_client_works_is_replaced(paged: PagedSet) -> None:

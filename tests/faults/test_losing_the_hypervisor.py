@@ -116,7 +116,7 @@ async def test_what_happened_without_a_control_process_is_made_up_for(paged: Pag
     assert info.epoch > before
     async with asyncio.timeout(DEADLINE_SECONDS):
         while (await embedded.hypervisor.definition()).clients["client"].epoch < info.epoch:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
     assert "path_failed" in await alarms(embedded)
     await paged.restart(active)
 
@@ -195,7 +195,7 @@ async def test_a_set_that_is_killed_whole_leaves_no_process_once_its_clients_are
         # The spare, which has no clients, ends with the control process.
         async with asyncio.timeout(DEADLINE_SECONDS):
             while len(workers_running(embedded)) > 1:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
         hammer.process.kill()
         await until_no_worker(embedded)
         assert list((embedded.layout.hypervisor_dir / "run" / "workers").iterdir()) == []

@@ -194,7 +194,7 @@ class FarpageProcess:
         while words not in self.log():
             assert self.running, f"{self.name} ended: {self.log()}"
             assert time.monotonic() < deadline, f"{self.name} never said {words!r}: {self.log()}"
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
     async def ended(self) -> int:
         """Wait for its end and return its exit status."""

@@ -45,7 +45,7 @@ async def alarms(embedded: EmbeddedSet) -> list[str]:
 async def until_client_is_gone(embedded: EmbeddedSet, name: str) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
         while name in [client.name for client in await embedded.hypervisor.clients()]:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
 
 async def heal(embedded: EmbeddedSet) -> None:
@@ -62,4 +62,4 @@ async def heal(embedded: EmbeddedSet) -> None:
     await embedded.hypervisor.refresh_devices()
     async with asyncio.timeout(DEADLINE_SECONDS):
         while any(client.attachment != "none" for client in await embedded.hypervisor.clients()):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)

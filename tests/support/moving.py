@@ -71,7 +71,7 @@ class IntermediaryProcess:
         async with asyncio.timeout(DEADLINE_SECONDS):
             while event not in self.events():
                 assert self.process.poll() is None, self.log()
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
 
     async def status(self) -> IntermediaryStatus:
         async with ControlClient(self.control) as client:
@@ -205,7 +205,7 @@ class Moved:
         """Wait until the copy is as it should be."""
         async with asyncio.timeout(DEADLINE_SECONDS):
             while not holds(status := await self.copy_status()):
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
         return status
 
     async def finish(self) -> None:

@@ -91,7 +91,7 @@ class MovingClient:
         deadline = loop.time() + DEADLINE_SECONDS
         while not holds(info := await self.progress()):
             assert loop.time() < deadline, f"never {what}: {info}"
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
         return info
 
     async def still(self) -> MoveInfo:
@@ -117,7 +117,7 @@ class MovingClient:
                 replicas = definition.clients["client"].volumes[0].replicas
                 if device not in [definition.devices[replica.device].name for replica in replicas]:
                     return
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
 
     async def whole_on(self, device: str) -> None:
         """Check that the client's volume is on one device alone, and that its memory is right from there."""

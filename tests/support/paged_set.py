@@ -118,13 +118,13 @@ class PagedSet:
         async with asyncio.timeout(DEADLINE_SECONDS):
             for vios in self.embedded.vioses.values():
                 while await vios.definition() != definition:
-                    await asyncio.sleep(0.02)
+                    await asyncio.sleep(0.05)
 
     async def until_alarm(self, kind: str) -> None:
         """Wait until the hypervisor has raised an alarm."""
         async with asyncio.timeout(DEADLINE_SECONDS):
             while kind not in [alarm.kind for alarm in await self.embedded.hypervisor.alarms()]:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
 
     def signal(self, vios: str, number: signal.Signals) -> None:
         """Send a signal to a VIOS; one that dies of it stays dead until it is started."""
@@ -160,7 +160,7 @@ async def until_client(
         if condition(info):
             return info
         assert loop.time() < deadline, f"never {what}: {info}"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
 
 
 @asynccontextmanager

@@ -39,7 +39,7 @@ async def until_no_worker(embedded: EmbeddedSet) -> None:
     """Wait until no data worker of a set is left."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         while workers_running(embedded):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
 
 def descriptors_of(pid: int) -> list[str]:
@@ -68,7 +68,7 @@ async def until_no_injector(pid: int) -> None:
         return False
 
     while injecting():
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
 
 
 async def kill_and_wait(pid: int) -> None:

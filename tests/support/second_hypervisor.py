@@ -46,7 +46,7 @@ async def second_hypervisor(embedded: EmbeddedSet, *only: str) -> AsyncIterator[
         async with asyncio.timeout(DEADLINE_SECONDS):
             while not await answers(control):
                 assert process.poll() is None, "it ended"
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
         yield Other(layout.root, control, document)
     finally:
         await control.close()

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic.warnings import UnsupportedFieldAttributeWarning
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from farpage.api.framework import FastAPI, JSONResponse, Request, RequestValidationError
 from farpage.api.limit import BodyLimit
 from farpage.api.model import ErrorAnswer, ErrorBody
 from farpage.api.remote import HTTP_STATUS

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from farpage.address import Address, TcpAddress, UnixAddress
+from farpage.api.framework import FastAPI, Request
 from farpage.api.sockets import listen_tcp, listen_unix, remove_own_socket
 from farpage.api.tls import needed, server_context
 

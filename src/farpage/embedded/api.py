@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import FastAPI, Path
-
 from farpage import __version__
 from farpage.api.errors import create_app
+from farpage.api.framework import FastAPI, Path
 from farpage.definition.model import Name
 from farpage.embedded.model import ViosStarted
 from farpage.embedded.set import EmbeddedSet

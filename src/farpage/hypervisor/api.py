@@ -9,11 +9,11 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Path, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from farpage import __version__
 from farpage.api.errors import create_app
+from farpage.api.framework import FastAPI, Path, Response
 from farpage.definition.errors import ClientMissing
 from farpage.definition.model import Definition, Name
 from farpage.errors import FarpageError, InvalidInput

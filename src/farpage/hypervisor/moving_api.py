@@ -6,8 +6,7 @@ from collections.abc import Coroutine
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol, TypeVar
 
-from fastapi import FastAPI, Path, Query
-
+from farpage.api.framework import FastAPI, Path, Query
 from farpage.definition.model import Name
 from farpage.hypervisor.model import DeviceReplace, DeviceReplacement
 from farpage.hypervisor.movement import (

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from farpage import __version__
 from farpage.api.errors import create_app
+from farpage.api.framework import FastAPI, Response
 from farpage.intermediary.model import IntermediaryStatus
 from farpage.intermediary.service import Intermediary
 

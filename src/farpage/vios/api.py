@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import FastAPI, Path, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from farpage import __version__
 from farpage.api.errors import create_app
+from farpage.api.framework import FastAPI, Path, Query, Request, Response
 from farpage.api.limit import body_of
 from farpage.definition.document import canonical_json
 from farpage.definition.model import NUMBER_MAX, Definition, DeviceId, Name

@@ -50,7 +50,7 @@ async def test_what_was_sent_to_a_stopped_vios_is_refused_after_the_lease(folder
         )
         endpoint = Endpoint(vios.name, vios.data, "disk")
         while leases.ends_at(endpoint) is not None:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
         vios.signal(signal.SIGCONT)
         assert list(await late) == [errno.ESHUTDOWN] * CHANGES
         assert await read_bytes(connection, 0, 4096) == b"old!" * 1024

@@ -57,7 +57,7 @@ async def until_answers(embedded: EmbeddedSet, vios: str, pid_before: int) -> in
                 pid = pid_before
             if pid != pid_before:
                 return pid
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -39,9 +39,9 @@ async def until_gone(embedded: EmbeddedSet, *names: str) -> None:
     """Wait until clients and their volumes are gone."""
     async with asyncio.timeout(60):
         while {client.name for client in await embedded.hypervisor.clients()} & set(names):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
         while await volumes(embedded) & set(names):
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
 
 async def until_within(embedded: EmbeddedSet, name: str, limit_bytes: int) -> None:
@@ -169,7 +169,7 @@ async def test_processes_that_are_killed_leave_nothing_behind(
     await round_of_processes()
     async with asyncio.timeout(60):
         while [descriptors(pid) for pid in pids] != before:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
     assert (await hypervisor.pool()).members == ()
 
 

@@ -115,7 +115,7 @@ async def test_a_stop_that_is_carried_out_after_the_path_is_back_is_taken_back(r
     await rig.qemu.connected.wait()
     await rig.until(lambda: rig.qemu.commands == ["query-status"] or bool(rig.remembered))
     rig.qemu.hung.clear()  # its main loop waits for a page now
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.05)
     pause.outage(False)
     await asyncio.sleep(0.05)
     rig.qemu.hung.set()

@@ -30,13 +30,13 @@ async def alarm(other: Other, kind: str) -> str:
             for found in await other.control.alarms():
                 if found.kind == kind:
                     return found.message
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
 
 async def ended(other: Other) -> MoveInfo:
     async with asyncio.timeout(DEADLINE_SECONDS):
         while (info := await other.control.move_progress("client")).stage is not MoveStage.DONE:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
     return info
 
 
@@ -97,6 +97,6 @@ async def attached(other: Other, address: str, vios: ViosControl, device: str) -
             try:
                 await client.request("GET", "/v1/volumes/client/handover", params={"device": found})
             except FarpageError:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
             else:
                 return await RegionProcess.start(other.state, PAGES, LIMIT, version=1)

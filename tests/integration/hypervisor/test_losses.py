@@ -48,7 +48,7 @@ async def until_reachable(embedded: EmbeddedSet, reachable: bool = True) -> None
     """Wait until the hypervisor has noticed that all VIOS answer, or that none does."""
     async with asyncio.timeout(60):
         while {vios.reachable for vios in await embedded.hypervisor.vioses()} != {reachable}:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
 
 async def until_forgotten(embedded: EmbeddedSet, name: str) -> None:
@@ -60,7 +60,7 @@ async def until_forgotten(embedded: EmbeddedSet, name: str) -> None:
             volumes = {volume.name for vios in embedded.vioses.values() for volume in await vios.volumes()}
             if stored == [definition] * len(stored) and name not in {*definition.clients, *volumes}:
                 return
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
 
 async def test_with_every_vios_dead_nothing_is_made(embedded: EmbeddedSet) -> None:
@@ -124,9 +124,9 @@ async def test_a_definition_that_somebody_else_has_stored_is_taken_over(embedded
         await vios2.put("/v1/definition", changed, Definition, params=params)
     async with asyncio.timeout(60):
         while (await embedded.hypervisor.definition()) != changed:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
         while (await embedded.vioses["vios1"].definition()) != changed:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
 
 
 async def test_a_killed_worker_is_told_and_the_clients_of_the_other_go_on(
@@ -142,7 +142,7 @@ async def test_a_killed_worker_is_told_and_the_clients_of_the_other_go_on(
         os.kill(pids[lost.worker], signal.SIGKILL)
         async with asyncio.timeout(60):
             while "worker_lost" not in [alarm.kind for alarm in await hypervisor.alarms()]:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
         (alarm,) = [alarm for alarm in await hypervisor.alarms() if alarm.kind == "worker_lost"]
         assert alarm.client == "unlucky"
         assert str(lost.worker) in alarm.message

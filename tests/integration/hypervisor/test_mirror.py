@@ -110,7 +110,7 @@ async def test_deleting_a_mirrored_client_deletes_both_volumes(paged: PagedSet) 
     await paged.client.stop()
     async with asyncio.timeout(60):
         while (await paged.info()).attachment.value != "none":
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
     await paged.embedded.hypervisor.delete_client("client")
     for vios in paged.embedded.vioses.values():
         assert await vios.volumes() == ()

@@ -73,7 +73,7 @@ async def ended(paged: PagedSet, old: str) -> DeviceReplacement:
     """Wait until a replacement has ended."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         while not (replacement := await paged.embedded.hypervisor.replacement(old)).done:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.05)
     return replacement
 
 

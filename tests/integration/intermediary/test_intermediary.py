@@ -79,7 +79,7 @@ async def test_holes_are_neither_read_nor_written(moved: Moved) -> None:
     intermediary = moved.intermediary()
     await intermediary.until("copied")
     while not (status := await intermediary.status()).present_bytes:
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.05)
     status = await intermediary.status()
     assert (status.read_bytes, status.written_bytes) == (data, data)
     assert status.zeroed_bytes == PAGES * PAGE - data

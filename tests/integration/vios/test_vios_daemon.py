@@ -86,14 +86,14 @@ async def test_a_remote_device_that_is_away_or_hangs_at_the_start_is_served_when
         assert [device.name for device in await devices_of(vios)] == ["disk"]
         async with server:
             while {device.kind for device in await devices_of(vios)} != {"dir", "nbd"}:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
             vios.stop()
             server.signal(signal.SIGSTOP)
             vios.start()
             assert [device.name for device in await devices_of(vios)] == ["disk"]
             server.signal(signal.SIGCONT)
             while {device.kind for device in await devices_of(vios)} != {"dir", "nbd"}:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
 
 
 async def devices_of(vios: ViosProcess) -> tuple[DeviceInfo, ...]:
