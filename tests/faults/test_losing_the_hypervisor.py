@@ -33,7 +33,7 @@ PAGES = 2048
 async def test_clients_go_on_without_a_control_process_and_are_adopted(paged: PagedSet) -> None:
     embedded = paged.embedded
     worker = await worker_pid(embedded, "client")
-    for turn in range(5):
+    for turn in range(3):
         await kill_control(embedded)
         await paged.write_all()
         await paged.verify_all()

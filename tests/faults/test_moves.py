@@ -19,10 +19,10 @@ from tests.support.moving_client import MovingClient, moving_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-PAGES = 2048
-LIMIT = 512 * 4096
+PAGES = 1024
+LIMIT = 256 * 4096
 BANDWIDTH = 4 << 20
-LATEST_SECONDS = 2.0
+LATEST_SECONDS = 1.0
 """By then a move has copied everything."""
 
 KILLS = int(os.environ.get("FARPAGE_MOVE_KILLS", "1"))
