@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from farpage.embedded.set import EmbeddedSet
+from farpage.embedded.set import DaemonFailed, EmbeddedSet
 from tests.support.paged_set import DEADLINE_SECONDS
 from tests.support.processes import kill_and_wait, workers_running
 
@@ -51,15 +52,19 @@ async def until_client_is_gone(embedded: EmbeddedSet, name: str) -> None:
 async def heal(embedded: EmbeddedSet) -> None:
     """Have every process of a set run, and wait until the hypervisor uses them and nobody is attached."""
     for vios in embedded.vioses:
-        if embedded.vios_pid(vios) is None:
-            await embedded.start_vios(vios)
-        else:
-            embedded.kill_vios(vios, signal.SIGCONT)
-    if embedded.hypervisor_pid is None:
-        await embedded.start_hypervisor()
-    else:
-        embedded.kill_hypervisor(signal.SIGCONT)
+        embedded.kill_vios(vios, signal.SIGCONT)
+        await _running(partial(embedded.start_vios, vios))
+    embedded.kill_hypervisor(signal.SIGCONT)
+    await _running(embedded.start_hypervisor)
     await embedded.hypervisor.refresh_devices()
     async with asyncio.timeout(DEADLINE_SECONDS):
         while any(client.attachment != "none" for client in await embedded.hypervisor.clients()):
             await asyncio.sleep(0.05)
+
+
+async def _running(start: Callable[[], Awaitable[None]]) -> None:
+    """Have a daemon run that may do so already, or be about to end."""
+    try:
+        await start()
+    except DaemonFailed:
+        await start()
