@@ -20,7 +20,9 @@ PAGE_CLUSTER: Final = Path("/proc/sys/vm/page-cluster")
 TOOLS: Final = ("mkswap", "swapon", "swapoff")
 HIGHEST_PRIORITY: Final = 32767
 """Of swap areas; this one is filled before any that the host has already."""
+ZRAM_CONTROL: Final = Path("/sys/class/zram-control")
 _CHUNK_BYTES: Final = 1 << 20
+_PAGE_BYTES: Final = 4096
 _PREFIX: Final = "farpage-bench-"
 
 
@@ -77,14 +79,42 @@ def swap_file(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def swapping_on(path: Path) -> Iterator[None]:
-    """Let the host swap to the file; returns after everything in it was taken back."""
+def swapping_on(path: Path, priority: int = HIGHEST_PRIORITY) -> Iterator[None]:
+    """Let the host swap to the file or device; returns after everything in it was taken back."""
     try:
-        _run("swapon", "--priority", str(HIGHEST_PRIORITY), str(path))
+        _run("swapon", "--priority", str(priority), str(path))
         yield
     finally:
         if _is_swap(path):
             _run("swapoff", str(path))
+
+
+def why_no_zram() -> str:
+    """Return why zram cannot be measured here; empty when it can."""
+    if why := why_unavailable():
+        return why
+    return "" if ZRAM_CONTROL.exists() else "this kernel has no zram"
+
+
+@contextlib.contextmanager
+def zram_swapping_on(size_bytes: int) -> Iterator[None]:
+    """Make a zram device of LZ4 for so much, let the host swap to it first, and remove it.
+
+    :raise Unsupported: it cannot be made.
+    """
+    number = int((ZRAM_CONTROL / "hot_add").read_text())
+    try:
+        settings = Path(f"/sys/block/zram{number}")
+        try:
+            (settings / "comp_algorithm").write_text("lz4")
+            (settings / "disksize").write_text(str(size_bytes // _PAGE_BYTES * _PAGE_BYTES))
+        except OSError as error:
+            raise Unsupported("zram with LZ4", str(error), "use a kernel that has it") from error
+        _run("mkswap", f"/dev/zram{number}")
+        with swapping_on(Path(f"/dev/zram{number}")):
+            yield
+    finally:
+        (ZRAM_CONTROL / "hot_remove").write_text(str(number))
 
 
 def _is_swap(path: Path) -> bool:

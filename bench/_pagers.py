@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Final
 
 from bench._hostswap import (
+    HIGHEST_PRIORITY,
     MemoryCgroup,
     memory_cgroup,
     page_cluster,
     pages_swapped_in,
     swapping_on,
+    zram_swapping_on,
 )
 from bench._toucher import MemoryKind, Phase, PhaseReport, Toucher, WrongPages
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.hypervisor.model import ClientAttach
+from farpage.pager.limit import DEFAULT_TIER_PERCENT
 
 CLIENT: Final = "touched"
+COMPRESSED_TO: Final = 2
+"""How many bytes of a phase that is compressible one byte of zram holds."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,20 @@ class Work:
     limit_bytes: int
     seconds: float
     phases: tuple[Phase, ...]
+    ram_tier_percent: int = DEFAULT_TIER_PERCENT
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One phase of one contender; `page_ins` are pages brought in, those of read-ahead included."""
+    """One phase of one contender; `page_ins` are pages brought in from a device, those read ahead included.
+
+    `wasted` are pages that were read ahead in vain, where the contender knows.
+    """
 
     phase: Phase
     report: PhaseReport
     page_ins: int
+    wasted: int = 0
 
 
 class Pager(ABC):
@@ -63,6 +73,10 @@ class Pager(ABC):
     @abstractmethod
     async def page_ins(self) -> int:
         """Return a count of pages brought in; only differences mean something."""
+
+    async def wasted(self) -> int:
+        """Return a count of pages that were read ahead in vain."""
+        return 0
 
 
 class HostSwap(Pager):
@@ -95,6 +109,29 @@ class HostSwap(Pager):
         return pages_swapped_in()
 
 
+class Zram(HostSwap):
+    """A share of the limit for zram with LZ4, and the swap file for what that does not hold.
+
+    The limit is what the process and zram's compressed pages may have together, as a limit of farpage is for
+    resident pages and the RAM tier; so both have the same budget, and divide it in the same way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, 0)
+        self.name = "zram"
+
+    @asynccontextmanager
+    async def ready(self, work: Work) -> AsyncIterator[None]:
+        """Switch zram on, and the swap file below it."""
+        share_bytes = work.limit_bytes * work.ram_tier_percent // 100
+        with ExitStack() as undo:
+            undo.enter_context(page_cluster(0))
+            undo.enter_context(zram_swapping_on(share_bytes * COMPRESSED_TO))
+            undo.enter_context(swapping_on(self._path, HIGHEST_PRIORITY - 1))
+            self._cgroup = undo.enter_context(memory_cgroup(work.limit_bytes - share_bytes))
+            yield
+
+
 class Farpage(Pager):
     """A set of two VIOSes with a common device in a folder; the toucher is attached while it runs."""
 
@@ -122,7 +159,8 @@ class Farpage(Pager):
     async def running(self, work: Work, devices: tuple[str, ...] = ()) -> AsyncIterator[None]:
         """Run a set with these devices, by default a common one."""
         folder = work.folder / "set"
-        embedded = EmbeddedSet(SetSettings(state_dir=folder, devices=devices))
+        settings = SetSettings(state_dir=folder, devices=devices, ram_tier_percent=work.ram_tier_percent)
+        embedded = EmbeddedSet(settings)
         try:
             await embedded.start()
             self._set = embedded
@@ -144,6 +182,11 @@ class Farpage(Pager):
         assert self._set is not None
         return (await self._set.hypervisor.client(CLIENT)).counters.page_in_pages
 
+    async def wasted(self) -> int:
+        """Return what the client's worker counts."""
+        assert self._set is not None
+        return (await self._set.hypervisor.client(CLIENT)).counters.read_ahead_wasted_pages
+
 
 async def measure(pager: Pager, work: Work, seed: int) -> list[Measured]:
     """Run all phases once under one contender.
@@ -157,9 +200,12 @@ async def measure(pager: Pager, work: Work, seed: int) -> list[Measured]:
     ):
         await pager.take(toucher, work)
         for phase in work.phases:
-            before = await pager.page_ins()
+            if phase.warmed:
+                await toucher.run(phase, work.seconds)
+            before, wasted_before = await pager.page_ins(), await pager.wasted()
             report = await toucher.run(phase, work.seconds)
             if report.wrong_pages:
                 raise WrongPages(pager.name, report.wrong_pages, phase.name)
-            measured.append(Measured(phase, report, await pager.page_ins() - before))
+            page_ins, wasted = await pager.page_ins() - before, await pager.wasted() - wasted_before
+            measured.append(Measured(phase, report, page_ins, wasted))
     return measured

@@ -19,12 +19,14 @@ FIGURES: dict[str, Figure] = {
     "wait_p99_us": lambda measured: measured.report.waited.p99_us,
     "touch_p99_us": lambda measured: measured.report.all.p99_us,
     "pages_in_per_second": lambda measured: measured.page_ins / measured.report.seconds,
+    "wasted_percent": lambda measured: 100 * measured.wasted / max(measured.page_ins, 1),
 }
 SHOWN = {
     "touches_per_second": "touches/s",
     "waits_per_second": "waits/s",
     "wait_p50_us": "wait p50 us",
     "wait_p99_us": "wait p99 us",
+    "wasted_percent": "wasted %",
 }
 """The figures that tables show, and their headings; the document has all."""
 
@@ -61,6 +63,7 @@ class PagingResult(_Document):
     access: str
     memory_bytes: int
     limit_bytes: int
+    ram_tier_percent: int
     seconds: float
     rounds: int
     without_swap: str
@@ -116,10 +119,13 @@ def as_text(result: PagingResult) -> str:
         f"machine    {result.machine}",
         f"placement  {result.placement}",
         f"disk       {result.disk}; farpage's device is read and written: {result.access}",
-        f"memory     {result.memory_bytes >> 20} MiB, {result.limit_bytes >> 20} MiB of it resident at most",
+        f"memory     {result.memory_bytes >> 20} MiB, {result.limit_bytes >> 20} MiB of it resident at most, "
+        f"{result.ram_tier_percent}% of that for compressed pages",
         f"rounds     {result.rounds}, contenders in turn; median (lowest-highest)",
         "",
         "A wait is a touch of a page that was not in memory. touches/s includes the check of every page.",
+        "Wasted: of the pages brought in from a device those that farpage read ahead and nobody is known to "
+        "have used; host swap does not say.",
         *([result.without_swap] if result.without_swap else []),
     ]
     for key in dict.fromkeys((row.phase, row.threads) for row in result.results):

@@ -35,22 +35,30 @@ class Pattern(enum.StrEnum):
 
     POPULATE = "populate"
     SEQUENTIAL = "sequential"
+    STRIDED = "strided"
     RANDOM = "random"
+    ZIPF = "zipf"
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One thing to measure; `write_percent` of the touches store, the others load."""
+    """One thing to measure; `write_percent` of the touches store, the others load.
+
+    `compressible` populates with pages that LZ4 makes half as large. A phase that is `warmed` runs twice and
+    is measured the second time: what is in memory at its beginning is its own then.
+    """
 
     pattern: Pattern
     write_percent: int = 0
     threads: int = 1
+    compressible: bool = False
+    warmed: bool = False
 
     @property
     def name(self) -> str:
         """What it is called in tables."""
         if self.pattern is Pattern.POPULATE:
-            return "populate"
+            return "populate, compressible" if self.compressible else "populate"
         return (
             f"{self.pattern} {self.write_percent}% writes" if self.write_percent else f"{self.pattern} reads"
         )
@@ -128,7 +136,10 @@ def build(folder: Path) -> Path:
         raise Unsupported("a C compiler", "neither cc nor gcc is in PATH", "install gcc and libc6-dev")
     program = folder / "touch"
     done = subprocess.run(
-        [compiler, *FLAGS, "-o", str(program), str(SOURCE)], capture_output=True, text=True, check=False
+        [compiler, *FLAGS, "-o", str(program), str(SOURCE), "-lm"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         first = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
@@ -181,13 +192,13 @@ class Toucher:
         return self._process.pid
 
     async def run(self, phase: Phase, seconds: float) -> PhaseReport:
-        """Run one phase; random ones for `seconds`, others once through the memory.
+        """Run one phase: sequential ones once through the memory, others for `seconds`.
 
         :raise ToucherFailed: it ended meanwhile.
         """
-        command = "populate"
+        command = "populate compressible" if phase.compressible else "populate"
         if phase.pattern is not Pattern.POPULATE:
-            limit = seconds if phase.pattern is Pattern.RANDOM else SWEEP_SECONDS
+            limit = SWEEP_SECONDS if phase.pattern is Pattern.SEQUENTIAL else seconds
             command = f"run {phase.pattern} {phase.write_percent} {phase.threads} {limit}"
         assert self._process.stdin is not None
         with contextlib.suppress(ConnectionError):

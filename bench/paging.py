@@ -1,12 +1,15 @@
 """farpage beside the host's own swap, on the same disk and under the same limit.
 
-    python -m bench.paging [--rounds 5] [--seconds 2] [--memory 512M] [--limit 128M] [--dir DIR] [--json]
+    python -m bench.paging [--rounds 5] [--seconds 2] [--memory 512M] [--limit 128M] [--ram-tier 10%]
+                           [--only PATTERN]... [--dir DIR] [--json]
 
 Every contender pages the memory of the same program, `touch.c`, which checks every page it touches:
 
 - `farpage`: a set as `farpage up` starts it, two VIOSes on a common `dir:` device; the program is attached
   while it runs, as `farpage client attach --pid` does it;
-- `swap-3`, `swap-0`: a swap file and a memory cgroup, with vm.page-cluster 3 (the kernel's default) and 0.
+- `swap-3`, `swap-0`: a swap file and a memory cgroup, with vm.page-cluster 3 (the kernel's default) and 0;
+- `zram`, where pages are compressible: a share of the limit as large as farpage's RAM tier for zram with LZ4,
+  the same swap file for the rest.
 
 The exit status is 0, 1 when a page came back wrong, or 6 when host swap could not take part.
 """
@@ -21,18 +24,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import _hostswap
 from bench._machine import describe_disk, describe_machine, describe_placement
-from bench._pagers import Farpage, HostSwap, Pager, Work, measure
+from bench._pagers import Farpage, HostSwap, Pager, Work, Zram, measure
 from bench._paging_report import PagingResult, Rounds, as_text, ratios, results
 from bench._rounds import turns
 from bench._toucher import Pattern, Phase, build
 from farpage.cli.report import report
 from farpage.errors import ExitStatus, FarpageError, InvalidInput, Unsupported
-from farpage.terminal.sizes import parse_size
+from farpage.pager.limit import DEFAULT_TIER_PERCENT, LARGEST_TIER_PERCENT
+from farpage.terminal.sizes import parse_percent, parse_size
 
 PHASES = (
     Phase(Pattern.POPULATE, write_percent=100),
@@ -41,10 +45,15 @@ PHASES = (
         for threads in (1, 4)
         for pattern, write_percent in (
             (Pattern.SEQUENTIAL, 0),
+            (Pattern.STRIDED, 0),
             (Pattern.RANDOM, 0),
             (Pattern.RANDOM, 50),
         )
     ),
+)
+COMPRESSIBLE_PHASES = (
+    Phase(Pattern.POPULATE, write_percent=100, compressible=True),
+    *(Phase(Pattern.ZIPF, 20, threads, compressible=True, warmed=True) for threads in (1, 4)),
 )
 CLUSTERS = (3, 0)
 SWAP_SHARE = 1.25
@@ -60,6 +69,9 @@ class Settings:
     rounds: int
     seconds: float
     folder: Path
+    ram_tier_percent: int = DEFAULT_TIER_PERCENT
+    only: frozenset[Pattern] = frozenset()
+    """What is measured, after the memory is populated; empty for everything."""
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
@@ -97,21 +109,27 @@ async def run(settings: Settings) -> PagingResult:
             memory_bytes=settings.memory_bytes,
             limit_bytes=settings.limit_bytes,
             seconds=settings.seconds,
-            phases=PHASES,
+            phases=(),
+            ram_tier_percent=settings.ram_tier_percent,
         )
         farpage = Farpage()
-        contenders: list[Pager] = [farpage]
+        swaps: list[Pager] = []
+        compressing: list[Pager] = []
         without_swap = ""
         try:
-            contenders += _host_swap(undo, work)
+            swaps, compressing = _host_swap(undo, work)
         except Unsupported as problem:
             without_swap = str(problem)
             _tell(without_swap)
-        rounds: Rounds = {pager.name: [] for pager in contenders}
-        for number in range(settings.rounds):
-            for pager in turns(contenders, number):
-                _tell(f"round {number + 1} of {settings.rounds}: {pager.name}")
-                rounds[pager.name].append(await measure(pager, work, seed=number + 1))
+        parts = [
+            (_chosen(PHASES, settings.only), [farpage, *swaps]),
+            (_chosen(COMPRESSIBLE_PHASES, settings.only), [farpage, *swaps, *compressing]),
+        ]
+        found = [
+            (phases, await _rounds(replace(work, phases=phases), contenders, settings.rounds))
+            for phases, contenders in parts
+            if phases
+        ]
         return PagingResult(
             machine=describe_machine(),
             placement=f"nothing is pinned: touching threads, workers and VIOSes share {describe_placement()}",
@@ -119,16 +137,34 @@ async def run(settings: Settings) -> PagingResult:
             access=farpage.access,
             memory_bytes=settings.memory_bytes,
             limit_bytes=settings.limit_bytes,
+            ram_tier_percent=settings.ram_tier_percent,
             seconds=settings.seconds,
             rounds=settings.rounds,
             without_swap=without_swap,
-            results=results(rounds, PHASES),
-            ratios=ratios(rounds, PHASES, farpage.name),
+            results=tuple(row for phases, rounds in found for row in results(rounds, phases)),
+            ratios=tuple(row for phases, rounds in found for row in ratios(rounds, phases, farpage.name)),
         )
 
 
-def _host_swap(undo: ExitStack, work: Work) -> list[Pager]:
-    """Make the swap file, and try once whether it and the limit can be used.
+def _chosen(phases: tuple[Phase, ...], only: frozenset[Pattern]) -> tuple[Phase, ...]:
+    """Return the phases of some patterns behind the one that populates the memory; none without any."""
+    populate, *others = phases
+    chosen = [phase for phase in others if not only or phase.pattern in only]
+    return (populate, *chosen) if chosen or Pattern.POPULATE in only else ()
+
+
+async def _rounds(work: Work, contenders: list[Pager], count: int) -> Rounds:
+    """Give every contender its turn in each round."""
+    rounds: Rounds = {pager.name: [] for pager in contenders}
+    for number in range(count):
+        for pager in turns(contenders, number):
+            _tell(f"round {number + 1} of {count}: {pager.name}, {work.phases[-1].name} and before")
+            rounds[pager.name].append(await measure(pager, work, seed=number + 1))
+    return rounds
+
+
+def _host_swap(undo: ExitStack, work: Work) -> tuple[list[Pager], list[Pager]]:
+    """Make the swap file, and try once whether it and the limit can be used; the second list needs zram.
 
     :raise Unsupported: they cannot.
     """
@@ -137,7 +173,9 @@ def _host_swap(undo: ExitStack, work: Work) -> list[Pager]:
     path = undo.enter_context(_hostswap.swap_file(work.folder, int(work.memory_bytes * SWAP_SHARE)))
     with _hostswap.swapping_on(path), _hostswap.memory_cgroup(work.limit_bytes):
         pass
-    return [HostSwap(path, exponent) for exponent in CLUSTERS]
+    if why := _hostswap.why_no_zram():
+        _tell(f"without zram: {why}")
+    return [HostSwap(path, exponent) for exponent in CLUSTERS], [] if why else [Zram(path)]
 
 
 def _tell(message: str) -> None:
@@ -180,6 +218,19 @@ def main() -> int:
         "--memory", default="512M", metavar="SIZE", help="memory that is touched (%(default)s)"
     )
     parser.add_argument("--limit", default="128M", metavar="SIZE", help="most of it resident (%(default)s)")
+    parser.add_argument(
+        "--ram-tier",
+        default=f"{DEFAULT_TIER_PERCENT}%",
+        metavar="PERCENT",
+        help="share of the limit for farpage's RAM tier, and for zram (by default 10%%)",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        choices=[pattern.value for pattern in Pattern],
+        help="measure just this pattern; may be given again",
+    )
     parser.add_argument("--rounds", default=5, type=int, help="times that everybody has a turn (%(default)s)")
     parser.add_argument("--seconds", default=2.0, type=float, help="length of a random phase (%(default)s)")
     parser.add_argument(
@@ -194,6 +245,8 @@ def main() -> int:
             rounds=options.rounds,
             seconds=options.seconds,
             folder=options.dir,
+            ram_tier_percent=parse_percent(options.ram_tier, field="--ram-tier", most=LARGEST_TIER_PERCENT),
+            only=frozenset(map(Pattern, options.only)),
         )
         return int(asyncio.run(_main(settings, as_json=options.json)))
     except asyncio.CancelledError:

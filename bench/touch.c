@@ -11,19 +11,24 @@
  * Commands on stdin, each answered by one line of JSON on stdout:
  *
  *   populate                                              write every page for the first time, in order
+ *   populate compressible                                 the same with pages that LZ4 makes half as large
  *   run sequential WRITE_PERCENT THREADS SECONDS          one sweep, the threads side by side
+ *   run strided WRITE_PERCENT THREADS SECONDS             every 7th page, then every 7th from the next one on,
+ *                                                         and so on, until the time is over
  *   run random WRITE_PERCENT THREADS SECONDS              pages drawn uniformly, until the time is over
+ *   run zipf WRITE_PERCENT THREADS SECONDS                pages drawn with Zipf's law of exponent 0.99
  *
  * It ends at the end of stdin. A phase also ends when a thread has taken CAPACITY times.
  *
  * A touch is one load or store of a page's first word. Before each, mincore(2) tells whether the page is in
  * memory (for anonymous memory: mapped or in the swap cache), so that touches that had to wait for a page
  * are told from the others without a threshold on their latency. After each, the whole page is compared with
- * what it must hold: its number and version at both ends, in between incompressible words that depend on the
- * number. Neither is part of a latency; both are part of the touches per second, equally for everybody.
+ * what it must hold: its number and version at both ends, in between words that depend on the number, which are
+ * incompressible, or the same in every other half kibibyte. Neither is part of a latency; both are part of the touches per second, equally for everybody.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <math.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -44,7 +49,11 @@
 #define CAPACITY (1u << 19)
 #define WRONG_SHOWN_MAX 5
 
-enum pattern { POPULATE, SEQUENTIAL, RANDOM };
+#define STRIDE 7
+#define EXPONENT 0.99
+
+enum pattern { POPULATE, SEQUENTIAL, STRIDED, RANDOM, ZIPF };
+static const char *const names[] = {"populate", "sequential", "strided", "random", "zipf"};
 
 /* A thread's times in nanoseconds: of touches that waited for a page from the front, of others from the back. */
 struct worker {
@@ -69,6 +78,8 @@ static size_t pages;
 static uint32_t *versions; /* of every page; a page belongs to one thread in a phase, so nothing races */
 static uint32_t *merged;
 static uint64_t seed;
+static bool compressible;
+static struct { size_t ranks; double zeta, power, eta; } zipf;
 static volatile uint64_t sink;
 
 static void fail(const char *what)
@@ -105,6 +116,8 @@ static inline uint64_t stamp(size_t page, uint32_t version)
 
 static inline uint64_t filler(size_t page, size_t word)
 {
+    if (compressible && word & 64)
+        word = 0;
     uint64_t x = (page * WORDS + word + 1) * 0x9e3779b97f4a7c15u;
     return (x ^ (x >> 32)) * 0xbf58476d1ce4e5b9u;
 }
@@ -169,19 +182,49 @@ static uint64_t touch(struct worker *worker, size_t page, bool write)
     return ended;
 }
 
+/* Zipf's law over `ranks`: Gray et al., Quickly generating billion-record synthetic databases (SIGMOD 1994). */
+static void prepare_zipf(size_t ranks)
+{
+    if (zipf.ranks == ranks)
+        return;
+    zipf.ranks = ranks;
+    zipf.zeta = 0;
+    for (size_t rank = 1; rank <= ranks; rank++)
+        zipf.zeta += pow((double)rank, -EXPONENT);
+    zipf.power = 1 / (1 - EXPONENT);
+    zipf.eta = (1 - pow(2.0 / (double)ranks, 1 - EXPONENT)) / (1 - (1 + pow(0.5, EXPONENT)) / zipf.zeta);
+}
+
+/* Ranks are spread over the memory: neighbours in rank are none in memory. */
+static size_t zipf_index(uint64_t random)
+{
+    double u = (double)(random >> 11) * 0x1p-53, uz = u * zipf.zeta;
+    size_t rank = 0;
+    if (uz >= 1)
+        rank = uz < 1 + pow(0.5, EXPONENT) ? 1 : (size_t)((double)zipf.ranks * pow(zipf.eta * u - zipf.eta + 1, zipf.power));
+    return rank % zipf.ranks * 2654435761u % zipf.ranks;
+}
+
 static void *work(void *argument)
 {
     struct worker *worker = argument;
     size_t share = pages / phase.threads;
     size_t first = share * worker->number;
     size_t end = worker->number + 1 == phase.threads ? pages : first + share;
+    size_t lap = share / STRIDE;
     uint64_t now = 0;
     for (size_t step = 0; worker->waited + worker->present < CAPACITY && now < phase.end_ns; step++) {
         uint64_t random = next_random(worker);
         bool write = phase.pattern == POPULATE || random % 100 < phase.write_percent;
-        if (phase.pattern != RANDOM && first + step == end)
+        size_t page = first + step;
+        if (phase.pattern == RANDOM)
+            page = (random >> 16) % share * phase.threads + worker->number;
+        else if (phase.pattern == ZIPF)
+            page = zipf_index(next_random(worker)) * phase.threads + worker->number;
+        else if (phase.pattern == STRIDED)
+            page = first + (step % lap * STRIDE + step / lap % STRIDE);
+        else if (page == end)
             break;
-        size_t page = phase.pattern == RANDOM ? (random >> 16) % share * phase.threads + worker->number : first + step;
         now = touch(worker, page, write);
     }
     return NULL;
@@ -264,17 +307,21 @@ static void obey(const char *line)
     phase.pattern = POPULATE;
     phase.threads = 1;
     phase.write_percent = 100;
-    if (!strcmp(line, "populate\n")) {
+    if (!strcmp(line, "populate\n") || !strcmp(line, "populate compressible\n")) {
+        compressible = strlen(line) > strlen("populate\n");
         run_phase(3600);
         return;
     }
     bool read = sscanf(line, "run %15s %u %u %lf", pattern, &phase.write_percent, &phase.threads, &seconds) == 4;
-    phase.pattern = !strcmp(pattern, "random") ? RANDOM : SEQUENTIAL;
-    phase.name = phase.pattern == RANDOM ? "random" : "sequential";
+    for (phase.pattern = ZIPF; phase.pattern > SEQUENTIAL && strcmp(pattern, names[phase.pattern]);)
+        phase.pattern--;
+    phase.name = names[phase.pattern];
     if (!read || strcmp(pattern, phase.name) || phase.threads < 1 || phase.threads > THREADS_MAX) {
         fprintf(stderr, "touch: not a command: %s", line);
         exit(2);
     }
+    if (phase.pattern == ZIPF)
+        prepare_zipf(pages / phase.threads);
     run_phase(seconds);
 }
 

@@ -33,6 +33,7 @@ COUNTERS = {
     "clean_evict_pages": "Pages given back without I/O because the volume had them",
     "cancelled_pages": "Page-outs made useless by a write meanwhile",
     "read_ahead_pages": "Pages read ahead of a fault",
+    "read_ahead_wasted_pages": "Pages read ahead of which nobody is known to have used any",
     "tier_hit_pages": "Pages that came from the RAM tier, without a device",
     "checksum_errors": "Pages that came back with other content than was paged out, or that a scrub found so",
     "scrubbed_pages": "Pages that scrubs compared, once for each replica",

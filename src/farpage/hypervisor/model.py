@@ -109,6 +109,7 @@ class ClientCounters(Document):
     clean_evict_pages: int = 0
     cancelled_pages: int = 0
     read_ahead_pages: int = 0
+    read_ahead_wasted_pages: int = 0
     tier_hit_pages: int = 0
     checksum_errors: int = 0
     repaired_pages: int = 0

@@ -23,6 +23,7 @@ class Counters:
     clean_evict_pages: int = 0
     cancelled_pages: int = 0
     read_ahead_pages: int = 0
+    read_ahead_wasted_pages: int = 0
     tier_hit_pages: int = 0
     """Pages that came from the RAM tier, without a device."""
     checksum_errors: int = 0

@@ -239,6 +239,7 @@ class CounterReport(Message, frozen=True, kw_only=True):
     clean_evict_pages: int
     cancelled_pages: int
     read_ahead_pages: int
+    read_ahead_wasted_pages: int
     tier_hit_pages: int
     checksum_errors: int
     repaired_pages: int
