@@ -19,6 +19,7 @@ from farpage.pager.checksum import page_checksums
 from farpage.pager.readahead import ReadAhead
 from farpage.pager.salvage import Salvage, Salvaged
 from farpage.pager.space import Space, ends_with_client
+from farpage.pager.streams import Ahead, Streams, pieces
 from farpage.pager.table import (
     CLEAN,
     DIRTY,
@@ -59,7 +60,7 @@ class Faults:
         self.on_pressure: Callable[[], None] = lambda: None
         """Called after pages were brought in."""
         self._loop = asyncio.get_running_loop()
-        self._read_ahead = ReadAhead()
+        self._streams = Streams(space.table.pages)
         self._zero_ahead = ReadAhead()
         self._write_ahead = ReadAhead(WRITE_AHEAD_PAGES, gaps=False)
         self._waiting: dict[int, float] = {}
@@ -112,6 +113,8 @@ class Faults:
             self._waiting.setdefault(page, fault.began_seconds)
             if fault.flags & FLAG_WRITE:
                 self._write_wanted.add(page)
+            if page in self._streams.markers:
+                self._read_ahead(fault, self._ahead(page, self._space.room))
         elif state == POISONED:
             self._poison(page)
         else:
@@ -192,30 +195,48 @@ class Faults:
         if room <= 0:
             return
         page = fault.page
-        if (content := space.tier.take(page, int(space.table.checksums[page]))) is not None:
-            self._from_tier(fault, content)
-            return
-        count = space.table.run(page, min(self._read_ahead.window(page), max(room // 2, 1)), ON_DEVICE)
-        self._waiting[page] = fault.began_seconds
-        if fault.flags & FLAG_WRITE:
-            # A sequential writer is about to write to what is read ahead for it, too.
-            self._write_wanted.update(range(page, page + count))
-        space.counters.read_ahead_pages += count - 1
-        # The page that is waited for comes with a few others, not at the end of the whole window.
-        near = min(count, NEAR_PAGES)
-        self.fetch(page, near)
-        if count > near:
-            self.fetch(page + near, count - near)
-
-    def _from_tier(self, fault: Fault, content: bytes) -> None:
-        """Answer with what the RAM tier had."""
-        page = fault.page
+        marker = page in self._streams.markers
+        ahead = self._ahead(page, room)
         self._waiting[page] = fault.began_seconds
         if fault.flags & FLAG_WRITE:
             self._write_wanted.add(page)
-        self._space.counters.tier_hit_pages += 1
-        self._space.table.move(page, 1, ON_DEVICE, READING)
-        self._copy_in(page, 1, address_of(content), memoryview(content))
+        if (content := space.tier.take(page, int(space.table.checksums[page]))) is not None:
+            if not marker:
+                space.counters.tier_hit_pages += 1
+            space.table.move(page, 1, ON_DEVICE, READING)
+            self._copy_in(page, 1, address_of(content), memoryview(content))
+        elif ahead and ahead.first == page + 1 and ahead.step == 1:
+            # The page that is waited for comes with a few others, not at the end of the whole window.
+            near = space.table.run(page, min(ahead.length + 1, NEAR_PAGES), ON_DEVICE)
+            space.counters.read_ahead_pages += near - 1
+            if fault.flags & FLAG_WRITE:
+                self._write_wanted.update(range(page, page + near))
+            self.fetch(page, near)
+        else:
+            self.fetch(page, 1)
+        self._read_ahead(fault, ahead)
+
+    def _ahead(self, page: int, room: int) -> Ahead | None:
+        """Return what should be read ahead, now that somebody asks for a page."""
+        if self.stopped:
+            return None
+        limit = self._space.limit.pages
+        ahead = self._streams.fault(page, min(room // 2, max(limit // 16, NEAR_PAGES)))
+        self._space.counters.read_ahead_wasted_pages = self._streams.wasted_pages
+        return ahead
+
+    def _read_ahead(self, fault: Fault, ahead: Ahead | None) -> None:
+        """Bring in what is not in memory of a window."""
+        if ahead is None:
+            return
+        for first, count in pieces(ahead):
+            for start, length, state in self._space.table.runs(first, count):
+                if state == ON_DEVICE:
+                    self._space.counters.read_ahead_pages += length
+                    if fault.flags & FLAG_WRITE:
+                        # A sequential writer is about to write to what is read ahead for it, too.
+                        self._write_wanted.update(range(start, start + length))
+                    self.fetch(start, length)
 
     def _room(self, fault: Fault) -> int:
         """Return the pages that may be brought in; with none, the fault waits for page-outs."""
@@ -266,10 +287,33 @@ class Faults:
             if wrong := [page for page in pages if found[page - first] != expected[page - first]]:
                 self._mismatched(wrong)
         source = address_of(payload)
+        if self._streams.markers:
+            good = self._without_markers(good, first, payload)
         for start, length in good:
             self._copy_in(start, length, source + (start - first) * PAGE_BYTES, payload)
         space.counters.page_in_pages += count
         self.on_pressure()
+
+    def _without_markers(
+        self, runs: list[tuple[int, int]], first: int, payload: memoryview
+    ) -> list[tuple[int, int]]:
+        """Keep markers back until somebody asks for them; returns what is left of the runs."""
+        space = self._space
+        kept = {
+            page
+            for page in self._streams.markers
+            if page not in self._waiting and any(start <= page < start + length for start, length in runs)
+        }
+        if not kept or self.stopped:
+            return runs
+        for page in kept:
+            at = (page - first) * PAGE_BYTES
+            space.tier.hold(page, bytes(payload[at : at + PAGE_BYTES]))
+            space.table.move(page, 1, READING, ON_DEVICE)
+            self._write_wanted.discard(page)
+        return runs_of(
+            [page for start, length in runs for page in range(start, start + length) if page not in kept]
+        )
 
     def _still_reading(self, first: int, count: int) -> list[tuple[int, int]]:
         """Return the runs of a range that is being read without the pages that were given up meanwhile."""

@@ -19,6 +19,9 @@ from farpage.pager.table import PAGE_BYTES
 ENTRY_BYTES: Final = 320
 """What an entry takes beside its content: measured, a dictionary's link and key, and what malloc adds."""
 
+MOST_HELD: Final = 16
+"""Pages that are held as they are."""
+
 FAILURES: Final = 8
 """After so many pages in a row that do not compress, only samples are tried."""
 SAMPLE_EVERY: Final = 32
@@ -37,6 +40,7 @@ class RamTier:
     def __init__(self, most_bytes: int = 0) -> None:
         self._most_bytes = most_bytes
         self._entries: OrderedDict[int, bytes] = OrderedDict()
+        self._held: dict[int, bytes] = {}
         self._appetite = _Appetite()
         self.stored_bytes = 0
         """Size of all contents as they are kept."""
@@ -47,7 +51,7 @@ class RamTier:
 
     def __contains__(self, page: int) -> bool:
         """Tell whether it holds a page."""
-        return page in self._entries
+        return page in self._entries or page in self._held
 
     @property
     def taken_bytes(self) -> int:
@@ -57,7 +61,8 @@ class RamTier:
     @property
     def taken_pages(self) -> int:
         """The same in pages, rounded up."""
-        return (self.stored_bytes + len(self._entries) * ENTRY_BYTES + PAGE_BYTES - 1) // PAGE_BYTES
+        entry_bytes = self.stored_bytes + len(self._entries) * ENTRY_BYTES
+        return (entry_bytes + PAGE_BYTES - 1) // PAGE_BYTES + len(self._held)
 
     def wanted(self, count: int) -> int:
         """Return how many pages of a run that leaves memory are to be offered to `keep`: its first ones."""
@@ -78,11 +83,21 @@ class RamTier:
                 break
         self._trim()
 
+    def hold(self, page: int, content: bytes) -> None:
+        """Take in one page as it is: it was read ahead, and is about to be asked for.
+
+        A few of them are held at a time, whatever there is room for.
+        """
+        self.forget(page)
+        if len(self._held) >= MOST_HELD:
+            del self._held[next(iter(self._held))]
+        self._held[page] = content
+
     def take(self, page: int, checksum: int) -> bytes | None:
         """Give a page and hold it no more; None when it is not here, or is not what has this checksum."""
         packed = self._entries.pop(page, None)
         if packed is None:
-            return None
+            return _checked(self._held.pop(page, None), checksum)
         self.stored_bytes -= len(packed)
         self._appetite.hits += 1
         return _opened(packed, checksum)
@@ -90,11 +105,14 @@ class RamTier:
     def look(self, page: int, checksum: int) -> bytes | None:
         """Return a page and go on holding it; None as for `take`."""
         packed = self._entries.get(page)
-        return None if packed is None else _opened(packed, checksum)
+        return _checked(self._held.get(page), checksum) if packed is None else _opened(packed, checksum)
 
     def forget(self, first: int, count: int = 1) -> None:
         """Drop those of a range of pages that are here."""
-        entries = self._entries
+        entries, held = self._entries, self._held
+        if held:
+            for page in range(first, first + count):
+                held.pop(page, None)
         if not entries:
             return
         for page in range(first, first + count):
@@ -110,6 +128,7 @@ class RamTier:
     def clear(self) -> None:
         """Drop everything."""
         self._entries.clear()
+        self._held.clear()
         self.stored_bytes = 0
 
     def _trim(self) -> None:
@@ -124,7 +143,11 @@ def _opened(packed: bytes, checksum: int) -> bytes | None:
         content = unpack(packed)
     except ValueError:
         return None
-    return content if page_checksum(memoryview(content)) == checksum else None
+    return _checked(content, checksum)
+
+
+def _checked(content: bytes | None, checksum: int) -> bytes | None:
+    return content if content and page_checksum(memoryview(content)) == checksum else None
 
 
 class _Appetite:
