@@ -29,7 +29,7 @@ SMALLEST_CAP_PAGES: Final = 2
 SLACK_PAGES: Final = 5
 """So far behind its window's end a stream may be seen next: pages in between may be in memory."""
 STREAMS: Final = 8
-CANDIDATES: Final = 8
+CANDIDATES: Final = 16
 WASTED_SHARE: Final = 10
 """A stream that wastes more than one page of so many that it used wastes too much."""
 
@@ -46,12 +46,11 @@ class Ahead(NamedTuple):
         return range(self.first, self.first + self.length * self.step, self.step)
 
 
-@dataclass(slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """A fault, and how far from the one before it was that may belong to it; 0 when there is none."""
 
     page: int
-    step: int = 0
+    step: int
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +79,8 @@ class Streams:
         self.markers: set[int] = set()
         """Pages that are to be brought in only when they are asked for."""
         self._streams: list[_Stream] = []
-        self._candidates: list[_Candidate] = []
+        self._candidates: dict[int, _Candidate] = {}
+        """By page // LARGEST_STEP_PAGES, the newest last."""
         self._cap = LARGEST_WINDOW_PAGES
         self._wasted = 0
 
@@ -102,22 +102,31 @@ class Streams:
             # One amid the window is not of the stream, which has there what it was given.
             if steps == 1 or steps > stream.pending or page == stream.marker:
                 return self._go_on(stream, page, steps, most)
-        for candidate in self._candidates:
-            step = page - candidate.page
-            if step == candidate.step or step in (1, -1):
-                self._candidates.remove(candidate)
-                return self._begin(page, step, most)
-            if -LARGEST_STEP_PAGES <= step <= LARGEST_STEP_PAGES and step:
-                candidate.page, candidate.step = page, step
-                return None
-        if len(self._candidates) >= CANDIDATES:
-            del self._candidates[0]
-        self._candidates.append(_Candidate(page))
+        return self._compare(page, most)
+
+    def _compare(self, page: int, most: int) -> Ahead | None:
+        """Look for a fault nearby, and begin a stream with it if both are of one."""
+        candidates = self._candidates
+        place = page // LARGEST_STEP_PAGES
+        step = 0
+        for near in (place, place - 1, place + 1):
+            candidate = candidates.get(near)
+            if candidate is None:
+                continue
+            distance = page - candidate.page
+            if distance and (distance == candidate.step or distance in (1, -1)):
+                del candidates[near]
+                return self._begin(page, distance, most)
+            if -LARGEST_STEP_PAGES <= distance <= LARGEST_STEP_PAGES:
+                del candidates[near]
+                step = distance
+                break
+        if len(candidates) >= CANDIDATES:
+            del candidates[next(iter(candidates))]
+        candidates[place] = _Candidate(page, step)
         return None
 
     def _begin(self, page: int, step: int, most: int) -> Ahead | None:
-        if not step:
-            return None
         if len(self._streams) >= STREAMS:
             self._forget(self._streams[0])
         stream = _Stream(page, step, page + step)
