@@ -10,8 +10,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from farpage.errors import FarpageError, Unsupported
@@ -21,6 +23,8 @@ FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread")
 SWEEP_SECONDS = 300.0
 """A sequential phase ends after one sweep; this only ends one that makes no progress."""
 END_SECONDS = 10.0
+
+Waits: TypeAlias = npt.NDArray[np.uint64]
 
 
 class MemoryKind(enum.StrEnum):
@@ -200,11 +204,18 @@ class Toucher:
         if phase.pattern is not Pattern.POPULATE:
             limit = SWEEP_SECONDS if phase.pattern is Pattern.SEQUENTIAL else seconds
             command = f"run {phase.pattern} {phase.write_percent} {phase.threads} {limit}"
+        await self._send(command)
+        return PhaseReport.model_validate_json(await self._answer())
+
+    async def trace(self, path: Path) -> None:
+        """Append every wait of the phases from now on to a file; `waits_of` reads it."""
+        await self._send(f"trace {path}")
+
+    async def _send(self, command: str) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(ConnectionError):
             self._process.stdin.write(f"{command}\n".encode())
             await self._process.stdin.drain()
-        return PhaseReport.model_validate_json(await self._answer())
 
     async def stop(self) -> None:
         """End it; safe to call twice."""
@@ -220,3 +231,8 @@ class Toucher:
             last_words = self._log.read_text(errors="replace").strip().splitlines()
             raise ToucherFailed(status, last_words[-1] if last_words else "it said nothing")
         return line
+
+
+def waits_of(path: Path) -> Waits:
+    """Read a trace: in each row when a wait ended, by CLOCK_MONOTONIC, and how long it took, in ns."""
+    return np.fromfile(path, np.uint64).reshape(-1, 2)

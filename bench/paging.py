@@ -19,15 +19,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shutil
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import _hostswap
+from bench._interrupts import cancelled_by_signals
 from bench._machine import describe_disk, describe_machine, describe_placement
 from bench._pagers import Farpage, HostSwap, Pager, Work, Zram, measure
 from bench._paging_report import PagingResult, Rounds, as_text, ratios, results
@@ -182,27 +181,9 @@ def _tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _cancelled_by_signals(task: asyncio.Task[PagingResult]) -> Iterator[None]:
-    """Have the first signal end the task in order; more of them must not interrupt its clean-up."""
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def cancel() -> None:
-        for number in numbers:
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
-        _tell("interrupted; cleaning up")
-        task.cancel()
-
-    for number in numbers:
-        loop.add_signal_handler(number, cancel)
-    yield
-
-
 async def _main(settings: Settings, *, as_json: bool) -> ExitStatus:
     task = asyncio.get_running_loop().create_task(run(settings))
-    with _cancelled_by_signals(task):
+    with cancelled_by_signals(task):
         result = await task
     print(result.model_dump_json(indent=2) if as_json else as_text(result))
     return ExitStatus.UNSUPPORTED if result.without_swap else ExitStatus.OK

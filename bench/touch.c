@@ -17,6 +17,11 @@
  *                                                         and so on, until the time is over
  *   run random WRITE_PERCENT THREADS SECONDS              pages drawn uniformly, until the time is over
  *   run zipf WRITE_PERCENT THREADS SECONDS                pages drawn with Zipf's law of exponent 0.99
+ *   trace FILE                                            from the next phase on, append every wait to a file;
+ *                                                         not answered
+ *
+ * A wait in that file is two 64-bit numbers: when it ended, by CLOCK_MONOTONIC, and how long it took, in
+ * nanoseconds; those of one thread are in their order.
  *
  * It ends at the end of stdin. A phase also ends when a thread has taken CAPACITY times.
  *
@@ -60,6 +65,7 @@ struct worker {
     uint64_t random_state;
     uint64_t wrong_pages;
     uint32_t *times;
+    uint64_t *ends; /* of the waits, where they are traced */
     uint32_t waited, present;
     unsigned number;
     pthread_t thread;
@@ -80,6 +86,7 @@ static uint32_t *merged;
 static uint64_t seed;
 static bool compressible;
 static struct { size_t ranks; double zeta, power, eta; } zipf;
+static FILE *trace;
 static volatile uint64_t sink;
 
 static void fail(const char *what)
@@ -166,6 +173,8 @@ static uint64_t touch(struct worker *worker, size_t page, bool write)
         ended = now_ns();
     }
     uint32_t taken = ended - began < UINT32_MAX ? (uint32_t)(ended - began) : UINT32_MAX;
+    if (waits && worker->ends)
+        worker->ends[worker->waited] = ended;
     if (waits)
         worker->times[worker->waited++] = taken;
     else
@@ -279,6 +288,32 @@ static void print_phase(double seconds, long major_faults)
     fflush(stdout);
 }
 
+static void *allocate(size_t bytes)
+{
+    void *got = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (got == MAP_FAILED)
+        fail("mmap");
+    return got;
+}
+
+static void begin_trace(const char *path)
+{
+    trace = fopen(path, "a");
+    if (!trace)
+        fail(path);
+    for (unsigned i = 0; i < THREADS_MAX; i++)
+        workers[i].ends = allocate(CAPACITY * sizeof *workers[i].ends);
+}
+
+static void write_trace(const struct worker *worker)
+{
+    for (uint32_t i = 0; i < worker->waited; i++) {
+        uint64_t wait[2] = {worker->ends[i], worker->times[i]};
+        if (fwrite(wait, sizeof wait, 1, trace) != 1)
+            fail("the trace");
+    }
+}
+
 static void run_phase(double seconds)
 {
     struct rusage before, after;
@@ -296,13 +331,21 @@ static void run_phase(double seconds)
         pthread_join(workers[i].thread, NULL);
     double taken = (double)(now_ns() - began) / 1e9;
     getrusage(RUSAGE_SELF, &after);
+    for (unsigned i = 0; trace && i < phase.threads; i++)
+        write_trace(&workers[i]);
+    if (trace && fflush(trace))
+        fail("the trace");
     print_phase(taken, after.ru_majflt - before.ru_majflt);
 }
 
 static void obey(const char *line)
 {
-    char pattern[16];
+    char pattern[16], path[256];
     double seconds;
+    if (sscanf(line, "trace %255s", path) == 1) {
+        begin_trace(path);
+        return;
+    }
     phase.name = "populate";
     phase.pattern = POPULATE;
     phase.threads = 1;
@@ -323,14 +366,6 @@ static void obey(const char *line)
     if (phase.pattern == ZIPF)
         prepare_zipf(pages / phase.threads);
     run_phase(seconds);
-}
-
-static void *allocate(size_t bytes)
-{
-    void *got = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-    if (got == MAP_FAILED)
-        fail("mmap");
-    return got;
 }
 
 static void map_memory(bool shared)
@@ -370,7 +405,7 @@ int main(int count, char **arguments)
     map_memory(shared);
     printf("{\"pid\": %d, \"pages\": %zu}\n", getpid(), pages);
     fflush(stdout);
-    char line[128];
+    char line[512];
     while (fgets(line, sizeof line, stdin))
         obey(line);
     return 0;

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from bench._toucher import MemoryKind, Pattern, Phase, Toucher, ToucherFailed, build
+from bench._toucher import MemoryKind, Pattern, Phase, Toucher, ToucherFailed, build, waits_of
 
 PAGE_BYTES = 4096
 MEMORY_BYTES = 4 << 20
@@ -78,6 +79,21 @@ async def test_a_touch_of_a_page_that_is_not_in_memory_counts_as_a_wait(toucher:
         os.close(memory)
     swept = await toucher.run(SWEEP, 1)
     assert swept.waited.count == PAGES // 2
+
+
+async def test_a_trace_has_the_waits_of_all_phases_that_follow_with_their_times(
+    toucher: Toucher, tmp_path: Path
+) -> None:
+    began_ns = time.monotonic_ns()
+    await toucher.trace(tmp_path / "trace")
+    populated = await toucher.run(POPULATE, 1)
+    await toucher.run(SWEEP, 1)  # in which nothing waits
+    waits = waits_of(tmp_path / "trace")
+    assert len(waits) == PAGES
+    ends, took = waits[:, 0], waits[:, 1]
+    assert (ends[1:] >= ends[:-1]).all()
+    assert began_ns < ends[0] < ends[-1] < time.monotonic_ns()
+    assert took.max() / 1e3 == pytest.approx(populated.waited.longest_us, abs=0.01)
 
 
 async def test_its_end_is_reported_with_its_last_words(program: Path, tmp_path: Path) -> None:
