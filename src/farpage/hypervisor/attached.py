@@ -9,6 +9,7 @@ from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.hypervisor.model import Attachment
 from farpage.hypervisor.runfolder import AttachmentRecord
 from farpage.hypervisor.workers import WorkerProcess
+from farpage.pager.messages import ReplicaSpec
 from farpage.pager.statefile import StateFile
 
 ATTACHMENTS = {ClientKind.PROCESS: Attachment.PROCESS, ClientKind.REGION: Attachment.REGION}
@@ -25,6 +26,8 @@ class Attached:
     limit_bytes: int
     attaching: bool = False
     """Its worker has not said yet that it pages it; should that end first, whoever asked it sees to that."""
+    served: tuple[ReplicaSpec, ...] = ()
+    """The replicas that its worker uses, or may use; the order in `record` has those of the next one."""
     paged: asyncio.Event = field(default_factory=asyncio.Event)
     """It has a worker: cleared while a lost one is replaced."""
 

@@ -198,7 +198,7 @@ class Attaching:
         )
         # Known before the worker says so: the client may exit before the answer arrives.
         attached = self._clients.attached[client] = Attached(
-            record, memory, state, worker, limit, attaching=True
+            record, memory, state, worker, limit, attaching=True, served=replicas
         )
         worker.clients.add(client)
         try:

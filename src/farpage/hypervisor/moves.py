@@ -35,6 +35,7 @@ from farpage.hypervisor.moverecords import MoveRecords
 from farpage.hypervisor.replacing import DeviceReplacements
 from farpage.hypervisor.replicas import ClientReplicas
 from farpage.log import get_logger
+from farpage.pager.messages import ReplicaSpec
 from farpage.vios.model import CopyStatus
 from farpage.volume.resolve import Direct, Indirect, Unreachable, resolve
 
@@ -255,7 +256,7 @@ class Moves:
         # A worker that was told of it otherwise is still to be told that it has gone.
         attached = self._clients.attached.get(client)
         return client not in self._clients.unrecovered and not (
-            attached and _order_has(attached, device, source=False)
+            attached and _served(attached, device, source=False)
         )
 
     async def stop(self) -> None:
@@ -278,7 +279,7 @@ class Moves:
             driven.move = move or driven.move
             try:
                 if move is None:
-                    await self._clear(client, driven)
+                    await self._clear(client)
                     break
                 await self._step(client, driven, move)
                 driven.problem = ""
@@ -329,7 +330,7 @@ class Moves:
         """Use the target over all of its VIOS, have the source deleted, and forget the move."""
         clients, attached = self._clients, self._clients.attached.get(client)
         async with clients.only(client, WHAT):
-            if attached is not None and _order_has(attached, move.target, source=True):
+            if attached is not None and _served(attached, move.target, source=True):
                 await self._replicas.go_over(client, attached)
             freed = driven.status and driven.status.intermediary and driven.status.intermediary.freed
             reaching = {reach.vios for reach in self._keeper.current.devices[move.source].reached_by}
@@ -349,7 +350,7 @@ class Moves:
             client, "client_moved", f"it is on device {info.target}, and not on {info.source} any more"
         )
 
-    async def _clear(self, client: str, driven: _Driven) -> None:
+    async def _clear(self, client: str) -> None:
         """Have the pager go back after a cancelled move, and delete what is on the target."""
         async with self._clients.only(client, "cancel its move"):
             if not self._was_given_up(client):
@@ -357,20 +358,13 @@ class Moves:
             device = self._records.left_on(client)
             assert device is not None
             attached = self._clients.attached.get(client)
-            if attached is not None and _order_has(attached, device, source=True):
-                order = attached.record.order
-                assert order is not None
+            if attached is not None and (served := _served(attached, device, source=True)):
                 # What the target's VIOS may still do to the source goes over the source's VIOS of the move.
-                over = driven.move.source_vios if driven.move else self._source_vios(client)
                 await self._replicas.go_over(
-                    client, attached, over=over, fences=order.replicas[0].endpoints[0].vios
+                    client, attached, over=served.source_vios, fences=served.endpoints[0].vios
                 )
             await self._records.clear(client, device)
         log.info("volume_cleared", client=client, device=self._name(device))
-
-    def _source_vios(self, client: str) -> str:
-        way = resolve(self._keeper.current, client, "", self._clients.records.view())
-        return way.paths[0].vios if isinstance(way, Direct) else ""
 
     # The intermediate client
 
@@ -433,9 +427,7 @@ def _at_end(info: MoveInfo, stage: MoveStage) -> MoveInfo:
     return info.model_copy(update={"stage": stage, "problem": "", "rate_bytes": 0.0, "eta_seconds": None})
 
 
-def _order_has(attached: Attached, device: str, *, source: bool) -> bool:
-    """Tell whether a client's worker was told to use a device that is being moved to."""
-    order = attached.record.order
-    return order is not None and any(
-        spec.device == device and bool(spec.source) is source for spec in order.replicas
-    )
+def _served(attached: Attached, device: str, *, source: bool) -> ReplicaSpec | None:
+    """Return the replica on a device that a client's worker uses: one that is moved there, or another."""
+    found = (spec for spec in attached.served if spec.device == device and bool(spec.source) is source)
+    return next(found, None)

@@ -418,12 +418,13 @@ class ClientRecords:
         record = None if self._keeper.unproven else self._keeper.current.clients.get(client)
         return {replica.device: replica.state for replica in record.volumes[0].replicas} if record else {}
 
-    def replicas(self, client: str, turn: int) -> tuple[ReplicaSpec, ...]:
+    def replicas(self, client: str, turn: int, *, over: str = "") -> tuple[ReplicaSpec, ...]:
         """List the replicas of the volume with the ways to each, beginning with another VIOS at each turn.
 
-        So clients share the VIOS. A client that is being moved has one way alone, over the target's VIOS.
+        So clients share the VIOS. With `over` that VIOS is the first way. A client that is being moved has
+        one way alone, over the target's VIOS.
 
-        :raise NoDirectAccess: no VIOS that the hypervisor reaches serves the device.
+        :raise NoDirectAccess: no VIOS that the hypervisor reaches serves the device, or `over` does not.
         """
         record = self.of(client)
         if (move := self._keeper.current.moves.get(client)) and move.state is not MoveState.RETIRING:
@@ -436,16 +437,19 @@ class ClientRecords:
             access = resolve(self._keeper.current, client, device, Viewpoint(self._vioses.keys()))
             if not isinstance(access, Direct):
                 raise NoDirectAccess(client, self._device_name(device), self._why(access))
-            first = turn % len(access.paths)
+            vioses = [path.vios for path in access.paths]
+            if over and over not in vioses:
+                raise NoDirectAccess(client, self._device_name(device), f"VIOS {over} is out of reach")
+            first = vioses.index(over) if over else turn % len(access.paths)
             ordered = [*access.paths[first:], *access.paths[:first]]
             if record.redundancy is Redundancy.NONE:
                 ordered = ordered[:1]
-            vioses = self._keeper.current.vioses
+            known = self._keeper.current.vioses
             endpoints = tuple(
                 EndpointSpec(
                     vios=path.vios,
                     address=path.data[0],
-                    lease_seconds=vioses[path.vios].lease_seconds,
+                    lease_seconds=known[path.vios].lease_seconds,
                 )
                 for path in ordered
             )
@@ -467,6 +471,7 @@ class ClientRecords:
             state=ReplicaState.COPYING,
             endpoints=(EndpointSpec(vios=move.target_vios, address=data[0]),),
             source=move.source,
+            source_vios=move.source_vios,
         )
 
     def _why(self, decision: Indirect | Unreachable) -> str:

@@ -146,6 +146,7 @@ class Recovery:
         )
         record = attached.record.model_copy(update={"order": order, "worker": worker.identity})
         self._clients.keep(attached, record)
+        attached.served = order.replicas
         # While `attaching`, it is seen to here if this worker ends too.
         attached.attaching = True
         worker.clients.add(client)
@@ -221,6 +222,7 @@ class Recovery:
         # What the worker goes by may be lifted, while a device is full.
         limit_pages = record.order.limit_pages if record.order else handed.limit_pages
         attached = Attached(record, memory, state, worker, limit_pages * PAGE_BYTES)
+        attached.served = order.replicas
         self._clients.take_in(attached)
         attached.paged.set()
         self.counts.adopted += 1

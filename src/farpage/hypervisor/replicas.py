@@ -69,6 +69,7 @@ class ClientReplicas:
             spec for spec in self._clients.records.replicas(client, turn=0) if spec.device == device
         )
         self._store(attached, device, replica)
+        attached.served = (*_without(attached.served, device), replica)
         await self._clients.command(
             client, attached, "add_replica", AddReplica(client=client, replica=replica)
         )
@@ -78,6 +79,7 @@ class ClientReplicas:
         await self._clients.command(
             client, attached, "retire_replica", RetireReplica(client=client, device=device)
         )
+        attached.served = _without(attached.served, device)
         if self._clients.records.replica_states(client).get(device) is ReplicaState.RETIRED:
             self._store(attached, device)
 
@@ -86,21 +88,26 @@ class ClientReplicas:
 
         Whoever takes the worker's place opens it there too, from when this begins.
 
+        :raise NoDirectAccess: VIOS `over` is out of reach.
         :raise FarpageError: it cannot be opened there, or the client has ended.
         """
-        (replica,) = self._clients.records.replicas(client, turn=0)
+        (replica,) = self._clients.records.replicas(client, turn=0, over=over)
         self._store(attached, None, replica)
         order = GoOver(client=client, replica=replica, over=over, fences=fences)
         await self._clients.command(client, attached, "go_over", order)
+        attached.served = (replica,)
 
     def _store(self, attached: Attached, without: str | None, *more: ReplicaSpec) -> None:
         """Keep what a worker that takes over has to know, should no VIOS tell it then; None: without any."""
         order = attached.record.order
         if order is not None and attached.record.client in self._clients.attached:
-            kept = () if without is None else order.replicas
-            left = tuple(spec for spec in kept if spec.device != without)
+            left = () if without is None else _without(order.replicas, without)
             order = order.model_copy(update={"replicas": (*left, *more)})
             self._clients.keep(attached, attached.record.model_copy(update={"order": order}))
+
+
+def _without(replicas: tuple[ReplicaSpec, ...], device: str) -> tuple[ReplicaSpec, ...]:
+    return tuple(spec for spec in replicas if spec.device != device)
 
 
 def _with_states(order: Attach, states: Mapping[str, ReplicaState]) -> Attach:

@@ -28,7 +28,8 @@ class ReplicaSpec(Message, frozen=True, kw_only=True):
     """A replica of the client's volume: `device` is the device's identifier, `name` what users call it.
 
     `state` is the one of the definition, `endpoints` the VIOS that serve it, in the order of preference.
-    `source` is the identifier of the device that it is being moved from; empty when it is not.
+    `source` is the identifier of the device that it is being moved from, and `source_vios` the VIOS over
+    which the target's VIOS gets at that; empty when it is not being moved.
     """
 
     device: str
@@ -36,6 +37,7 @@ class ReplicaSpec(Message, frozen=True, kw_only=True):
     state: ReplicaState
     endpoints: tuple[EndpointSpec, ...]
     source: str = ""
+    source_vios: str = ""
 
 
 class Attach(Message, frozen=True, kw_only=True):

@@ -100,7 +100,7 @@ async def go_over(volume: PagedVolume, order: GoOver) -> None:
     :raise SeveralReplicas: it is a mirror.
     """
     replica, endpoints = order.replica, _endpoints(order.replica)
-    first = [endpoint for endpoint in endpoints if endpoint.vios == order.over] or endpoints
+    first = [endpoint for endpoint in endpoints if order.over in ("", endpoint.vios)]
     await volume.go_over(first, replica.device, replica.name, order.fences)
     await volume.go_over(endpoints, replica.device, replica.name)
 
