@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from farpage.embedded.control import HypervisorControl
@@ -24,6 +24,29 @@ class Other:
     state: Path
     control: HypervisorControl
     document: SetDocument
+    command: Sequence[str]
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    async def start(self) -> None:
+        """Start its control process and wait until that answers."""
+        with (self.state / "log").open("ab") as log:
+            self.process = subprocess.Popen(self.command, stderr=log, stdout=log)  # noqa: ASYNC220
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not await answers(self.control):
+                assert self.process.poll() is None, "it ended"
+                await asyncio.sleep(0.05)
+
+    async def restart(self) -> None:
+        """Kill the control process, and start another one."""
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait, DEADLINE_SECONDS)
+        await self.start()
+
+    async def stop(self) -> None:
+        """End it in order."""
+        await self.control.close()
+        self.process.terminate()
+        await asyncio.to_thread(self.process.wait, DEADLINE_SECONDS)
 
 
 @asynccontextmanager
@@ -39,19 +62,12 @@ async def second_hypervisor(embedded: EmbeddedSet, *only: str) -> AsyncIterator[
     arguments += ["--dir", str(layout.hypervisor_dir), "--workers", "1"]
     for name, vios in vioses.items():
         arguments += ["--vios", f"{name}={vios.control}"]
-    with (layout.root / "log").open("wb") as log:
-        process = subprocess.Popen(arguments, stderr=log, stdout=log)  # noqa: ASYNC220
-    control = HypervisorControl(document.hypervisor.control)
+    other = Other(layout.root, HypervisorControl(document.hypervisor.control), document, arguments)
     try:
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while not await answers(control):
-                assert process.poll() is None, "it ended"
-                await asyncio.sleep(0.05)
-        yield Other(layout.root, control, document)
+        await other.start()
+        yield other
     finally:
-        await control.close()
-        process.terminate()
-        await asyncio.to_thread(process.wait, DEADLINE_SECONDS)
+        await other.stop()
 
 
 async def answers(control: HypervisorControl) -> bool:

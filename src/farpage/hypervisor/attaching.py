@@ -25,16 +25,24 @@ from farpage.hypervisor.model import ClientAttach, ClientCreate
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.runfolder import AttachmentRecord
 from farpage.hypervisor.settings import HypervisorSettings
+from farpage.hypervisor.unstarted import UnstartedReleases
 from farpage.hypervisor.workers import WorkerPool
 from farpage.kernel.inject import ProcessNotFound
 from farpage.kernel.process import identify
+from farpage.log import get_logger
 from farpage.pager.channel import PeerGone
 from farpage.pager.messages import Attach, Nothing
 from farpage.pager.statefile import StateFile
 
+log = get_logger()
+
 OPEN_TIMEOUT_SECONDS = 10.0
 QMP_SECONDS = 5.0
 """How long QEMU may take to answer when a client is attached."""
+
+
+class ExitedMeanwhile(ProcessNotFound):
+    """The process exited when it was paged already: its pages may have been changed by then."""
 
 
 class Attaching:
@@ -48,6 +56,7 @@ class Attaching:
         pool: MemoryPool,
         *,
         handovers: Handovers,
+        unstarted: UnstartedReleases,
         recover: Callable[[str, Attached], Awaitable[None]],
         make_reachable: Callable[[str], Awaitable[None]],
     ) -> None:
@@ -60,6 +69,7 @@ class Attaching:
         self._workers = workers
         self._pool = pool
         self._handovers = handovers
+        self._unstarted = unstarted
         self._recover = recover
         self._make_reachable = make_reachable
         self._regions = 0
@@ -70,7 +80,7 @@ class Attaching:
         :raise FarpageError: the process goes on as before then.
         """
         async with self._clients.only(client, "attach"):
-            self._check_free(client)
+            await self._check_free(client)
             if wanted.qmp is not None:
                 await qmp.execute(wanted.qmp, "query-status", timeout_seconds=QMP_SECONDS)
             # Before anything is made in the process, so that it is found and closed if this one is killed.
@@ -87,7 +97,7 @@ class Attaching:
                     await asyncio.to_thread(close_process, memory)
                     raise
             except FarpageError:
-                self._clients.run.remove(client)
+                await self._forget(client)
                 raise
 
     async def region(self, request: AttachRequest, memory: ClientMemory) -> str:
@@ -97,23 +107,39 @@ class Attaching:
         """
         client = request.name or self._region_name(memory.pid)
         async with self._clients.only(client, "attach"):
-            self._check_free(client)
+            await self._check_free(client)
             try:
                 await self._attach(client, memory, request.limit_bytes, request.redundancy, None)
             except FarpageError:
-                self._clients.run.remove(client)
+                await self._forget(client)
                 raise
         return client
+
+    async def _forget(self, client: str) -> None:
+        """Drop the record of an attachment that has failed, unless a release is to be put back by it."""
+        try:
+            await self._unstarted.put_back(client)
+        except FarpageError as error:
+            log.warning("release_not_restored", client=client, problem=error.cause)
+        else:
+            self._clients.run.remove(client)
 
     def _region_name(self, pid: int) -> str:
         self._regions += 1
         return f"region-{pid}-{self._regions}"
 
-    def _check_free(self, client: str) -> None:
+    async def _check_free(self, client: str) -> None:
+        """See that a client may be attached.
+
+        :raise ClientAttached: it is.
+        :raise FarpageError: a release that it was to begin with cannot be put in force again yet.
+        """
         if client in self._clients.attached:
             raise ClientAttached(client, self._clients.attached[client].memory.pid)
         if client in self._clients.unrecovered:
             raise ClientAttached(client, self._clients.unrecovered[client].process.pid)
+        # Before anything is stored of this attachment, which is to begin with the pages of that release.
+        await self._unstarted.put_back(client)
 
     async def _attach(
         self,
@@ -141,11 +167,11 @@ class Attaching:
             )
         try:
             await self._attach_existing(record, memory, limit_bytes)
-        except FarpageError:
+        except FarpageError as error:
             if created:
                 await self._clients.records.discard(client)
-            if record.handover is not None:
-                await self._clients.records.restore(client, release_of(record.handover))
+            if record.handover is not None and not isinstance(error, ExitedMeanwhile):
+                self._unstarted.owe(record)
             raise
         if record.handover is not None:
             self._handovers.counts["started"] += 1
@@ -216,7 +242,7 @@ class Attaching:
             self._clients.let_go(client)
             raise
         if self._clients.attached.get(client) is not attached:  # it exited right after
-            raise ProcessNotFound(memory.pid)
+            raise ExitedMeanwhile(memory.pid)
         if found is not None:
             # From here on pages may change, so what was released is not true any more.
             self._clients.keep(attached, attached.record.model_copy(update={"handover": None}))

@@ -301,7 +301,10 @@ class ClientRecords:
         )
 
     async def restore(self, client: str, released: Release) -> None:
-        """Put a release in force again: an attachment that was to begin with it has not come to be."""
+        """Put a release in force again: an attachment that was to begin with it has not come to be.
+
+        :raise FarpageError: the definition cannot be changed.
+        """
 
         def edit(definition: Definition) -> Definition:
             record = definition.clients.get(client)
@@ -309,10 +312,7 @@ class ClientRecords:
                 return definition
             return releasing.restore(definition, client, record.owner, released)
 
-        try:
-            await self._keeper.change(edit)
-        except FarpageError as error:
-            log.error("release_not_restored", client=client, problem=error.cause)
+        await self._keeper.change(edit)
 
     async def epoch_raised(self, raised: EpochRaised) -> None:
         """Record in the definition that a client's volume was opened under a newer epoch of its owner."""

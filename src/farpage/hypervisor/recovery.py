@@ -28,9 +28,9 @@ from farpage.errors import FarpageError
 from farpage.hypervisor.attached import Attached
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.detaching import Detaching
-from farpage.hypervisor.handovers import release_of
 from farpage.hypervisor.replicas import ClientReplicas
-from farpage.hypervisor.runfolder import AdoptedRelease, AttachmentRecord
+from farpage.hypervisor.runfolder import AttachmentRecord
+from farpage.hypervisor.unstarted import UnstartedReleases
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.process import ProcessIdentity, is_gone, open_identified
 from farpage.log import get_logger
@@ -67,6 +67,7 @@ class Recovery:
         workers: WorkerPool,
         replicas: ClientReplicas,
         detaching: Detaching,
+        unstarted: UnstartedReleases,
         *,
         alarm: Callable[[str, str, str], None],
         recovered: Callable[[str, Attached], Coroutine[Any, Any, None]],
@@ -75,13 +76,12 @@ class Recovery:
         self.counts = RecoveryCounts()
         self._ended_regions: list[str] = []
         self._epochs: list[EpochRaised] = []
-        self._unstarted: dict[str, AdoptedRelease] = {}
-        """Attachments to what another hypervisor has released that did not come to be."""
         self._definition_known = False
         self._clients = clients
         self._workers = workers
         self._replicas = replicas
         self._detaching = detaching
+        self._unstarted = unstarted
         self._alarm = alarm
         self._on_recovered = recovered
         self._tasks: set[asyncio.Task[None]] = set()
@@ -303,9 +303,10 @@ class Recovery:
         self._ended(record)
 
     def _ended(self, record: AttachmentRecord) -> None:
-        self._clients.run.remove(record.client)
-        if record.handover is not None:
-            self._unstarted[record.client] = record.handover
+        if record.handover is None:
+            self._clients.run.remove(record.client)
+        else:
+            self._unstarted.owe(record)
             if self._definition_known:
                 self._start(self.reconcile())
         if record.made_for_it and record.kind is ClientKind.REGION:
@@ -319,9 +320,7 @@ class Recovery:
         epochs, self._epochs = self._epochs, []
         for raised in epochs:
             await self._clients.records.epoch_raised(raised)
-        unstarted, self._unstarted = self._unstarted, {}
-        for client, released in unstarted.items():
-            await self._clients.records.restore(client, release_of(released))
+        await self._unstarted.put_back_all()
         ended, self._ended_regions = self._ended_regions, []
         for client in ended:
             if client in self._clients.records and client not in self._clients.attached:

@@ -40,6 +40,7 @@ from farpage.hypervisor.runfolder import RunFolder
 from farpage.hypervisor.scrubs import Scrubs
 from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.stopping import ViosStops
+from farpage.hypervisor.unstarted import UnstartedReleases
 from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool
 from farpage.log import get_logger
@@ -99,11 +100,13 @@ class Hypervisor:
         self.limits = ClientLimits(self.clients, self.pool)
         self.detaching = Detaching(self.clients)
         self.scrubs = Scrubs(self.clients)
+        self.unstarted = UnstartedReleases(self.clients)
         self.recovery = Recovery(
             self.clients,
             self.workers,
             self.replicas,
             self.detaching,
+            self.unstarted,
             alarm=self.alarms.raise_alarm,
             recovered=self.scrubs.begin_anew,
         )
@@ -125,6 +128,7 @@ class Hypervisor:
             self.workers,
             self.pool,
             handovers=handovers,
+            unstarted=self.unstarted,
             recover=self.recovery.recover,
             make_reachable=self.moves.make_reachable,
         )
@@ -221,6 +225,7 @@ class Hypervisor:
             await self.clients.clear_leftovers()
             self.moves.drive()
             await self.releases.take_back_unfinished()
+            await self.unstarted.put_back_all()
 
     async def _look_at_vioses(self) -> None:
         """Ask every VIOS how it is, and give those the definition that have missed some of it."""

@@ -19,7 +19,7 @@ from farpage.attach.region import Region, RegionRefused
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet
 from farpage.hypervisor.model import ClientAdopt, ClientAttach, ClientInfo, ClientRelease
-from tests.support.paged_set import RegionProcess, running_set, until_client
+from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set, until_client
 from tests.support.scrape import Scrape
 from tests.support.second_hypervisor import Other, second_hypervisor
 
@@ -159,6 +159,44 @@ async def test_memory_of_another_size_leaves_an_adopted_client_to_the_next_one(t
     assert await stored_handovers(two.embedded) == 0
     assert await second.do("close") == "done"
     await two.second.delete_client("sized")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_destination_that_fails_with_the_vioses_leaves_an_adopted_client_to_the_next_one(
+    two: Two, restarted: bool
+) -> None:
+    name = f"failed-{restarted}"
+    first = await two.region(name)
+    await first.do(f"write 0 {PAGES}")
+    await two.first.release(name, FORCE)
+    await first.stop()
+    await two.second.adopt(name, ClientAdopt())
+    claimed_by = (await two.second.definition()).clients[name].owner
+    worker = (await two.second.info()).workers[0].pid
+    os.kill(worker, signal.SIGSTOP)
+    failing = asyncio.create_task(refused_region(two.other.state, name, PAGES))
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        # Its claim has ended the release, and its worker is about to be told.
+        while (await two.second.definition()).clients[name].owner == claimed_by:
+            await asyncio.sleep(0.01)
+    for vios in two.embedded.vioses:
+        two.embedded.supervise_vios(vios, supervised=False)
+        two.embedded.kill_vios(vios, signal.SIGKILL)
+    os.kill(worker, signal.SIGCONT)
+    assert await failing == "no_path"
+    if restarted:
+        await two.other.restart()
+    for vios in two.embedded.vioses:
+        await two.embedded.vios_exited(vios)
+        await two.embedded.start_vios(vios)
+        two.embedded.supervise_vios(vios, supervised=True)
+    await until_client(
+        two.second, name, lambda info: released_by(info) == ("hypervisor", "other"), "released again"
+    )
+    second = await two.second_region(name, version=1)
+    assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
+    assert await second.do("close") == "done"
+    await two.second.delete_client(name)
 
 
 async def test_a_release_whose_page_table_nobody_can_store_leaves_the_client_at_work(two: Two) -> None:
