@@ -201,6 +201,7 @@ class ModelVolume(MemoryIO):
         """Replicas put right: the device and the page."""
         self.other_path: dict[int, bytes] = {}
         self.held_bytes = 0
+        self.relayed = False
         self.predecessors_gone = True
         self.epoch = 1
         self.ownership = Ownership("", 1)

@@ -1,7 +1,7 @@
-"""Limits while paging devices are full: a client whose pages cannot leave gets what the memory pool has left.
+"""Limits while page-outs wait: a client whose pages cannot leave gets what the memory pool has left.
 
-Nothing of it is recorded: the limits that were given out stay what they are, and hold again as soon as there
-is room on a device.
+They wait while a paging device is full, and while the intermediate client of a move is away. Nothing of it is
+recorded: the limits that were given out stay what they are, and hold again as soon as pages can leave.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from farpage.pager.messages import ClientReport, Nothing, SetLimit
 log = get_logger()
 
 INTERVAL_SECONDS: Final = 0.5
-"""How often the pool's room is shared out anew while a device is full."""
+"""How often the pool's room is shared out anew while page-outs wait."""
 
 
 def lifted_limits(
@@ -41,7 +41,7 @@ def lifted_limits(
 
 
 class FullDevices:
-    """Lifts the limits of clients whose devices are full; for the daemon's event loop."""
+    """Lifts the limits of clients whose page-outs wait; for the daemon's event loop."""
 
     def __init__(self, clients: Clients, pool: MemoryPool) -> None:
         self._clients = clients
@@ -51,7 +51,7 @@ class FullDevices:
         self._lifted: set[str] = set()
 
     def check(self) -> None:
-        """Look whether a client's device is full, or no longer; its report says so."""
+        """Look whether a client's page-outs wait, or no longer; its report says so."""
         self._wanted = True
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._watch())
@@ -67,7 +67,7 @@ class FullDevices:
         self.check()
 
     async def _watch(self) -> None:
-        """Share the room out until no device is full, and every client has its own limit again."""
+        """Share the room out until no page-outs wait, and every client has its own limit again."""
         lifted = self._lifted
         while self._wanted or lifted:
             self._wanted = False
@@ -78,7 +78,7 @@ class FullDevices:
         self._task = None
 
     async def _share(self, lifted: set[str]) -> set[str]:
-        """Set the limits of those that are full, and of those that were; returns those that are."""
+        """Set the limits of those whose page-outs wait, and whose did; returns those whose do."""
         reports: dict[str, ClientReport] = {}
         for name in list(self._clients.attached):
             try:
@@ -92,7 +92,7 @@ class FullDevices:
             name: resident_bytes(report) + report.tier.taken_bytes for name, report in reports.items()
         }
         limits = {name: attached.limit_bytes for name, attached in self._clients.attached.items()}
-        full = frozenset(name for name, report in reports.items() if report.device_full)
+        full = frozenset(name for name, report in reports.items() if report.page_outs_wait)
         wanted = lifted_limits(self._pool.size_bytes, limits, resident, full)
         for client in lifted - wanted.keys():
             if client in limits:

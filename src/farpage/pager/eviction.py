@@ -75,7 +75,7 @@ class Eviction:
         space = self._space
         if space.limit.pages >= space.table.pages and not self._draining:
             return 0  # it may have all of its memory
-        leaving = 0 if space.full else max(space.table.counts[WRITING] - self._held_pages, 0)
+        leaving = 0 if space.page_outs_wait else max(space.table.counts[WRITING] - self._held_pages, 0)
         staying = space.taken - leaving
         if self._draining:
             return staying
@@ -94,7 +94,7 @@ class Eviction:
     def _slice(self) -> None:
         self._scheduled = None
         space = self._space
-        if space.full:
+        if space.page_outs_wait:
             self._release_clean_ones()
             return
         counts = space.table.counts
@@ -118,7 +118,7 @@ class Eviction:
             self.wake()
 
     def _release_clean_ones(self) -> None:
-        """Give back what the volume has already; it has no room for the others, which go on in the queue."""
+        """Give back what the volume has already; it cannot take the others, which go on in the queue."""
         space = self._space
         states = space.table.state
         victims = sorted(space.replacement.victims(min(self._excess(), SLICE_PAGES)))

@@ -310,6 +310,8 @@ class ClientReport(Message, frozen=True, kw_only=True):
     without_path_seconds: float | None
     """For how long no path has worked; None while one does."""
     device_full: bool
+    page_outs_wait: bool
+    """For room on a device, or for the intermediate client of a move; stored pages come in all the same."""
     scrub: ScrubReport | None
     """The latest one since the worker pages the client."""
     counters: CounterReport
@@ -336,7 +338,10 @@ class EpochRaised(Message, frozen=True, kw_only=True):
 
 
 class OutageChanged(Message, frozen=True, kw_only=True):
-    """`outage`: the client's volume is without a path or without room, or no longer."""
+    """`outage`: the client's volume is without a path or without room, or no longer.
+
+    One whose pages can be read in part, as it is being moved, is not without a path.
+    """
 
     client: str
     without_path: bool

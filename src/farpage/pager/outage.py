@@ -1,7 +1,8 @@
 """What a client's pager does while its volume cannot serve it: no path, or a device without room.
 
 Without a path accesses wait, by default for as long as it takes. With `no_path_timeout` those that have
-waited that long are answered with poison. While the device is full only clean pages leave memory.
+waited that long are answered with poison. While the device is full, or the intermediate client of a move is
+away, only clean pages leave memory, and stored pages that can be read come in as far as the pool has room.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Outage:
         no_path_timeout_seconds: float | None,
         told: Callable[[], None],
     ) -> None:
-        """`told` is called at each change of `without_path_seconds` from or to None, and of `space.full`."""
+        """`told` is called at each change of `without_path_seconds` from or to None, and of what waits."""
         self._space = space
         self._faults = faults
         self._eviction = eviction
@@ -51,10 +52,15 @@ class Outage:
             return
         if none:
             self._since_seconds = self._loop.time()
+            self._space.cut_off = self._space.volume.relayed
             self._watch()
         else:
             waited, self._since_seconds = self.without_path_seconds or 0.0, None
             self.cancel()
+            if self._space.cut_off:
+                self._space.cut_off = False
+                self._eviction.wake()
+                self._faults.admit()
             self._space.alarm(
                 "path_back",
                 f"a path works again after {waited:.1f} s; {self._faults.stalled} accesses that waited go on",

@@ -32,6 +32,7 @@ def report_of(client: str, paged: PagedClient) -> ClientReport:
         stalled_faults=paged.faults.stalled,
         without_path_seconds=paged.outage.without_path_seconds,
         device_full=space.full,
+        page_outs_wait=space.page_outs_wait,
         scrub=ScrubReport(**asdict(paged.scrub.progress)) if paged.scrub else None,
         counters=CounterReport(**asdict(space.counters)),
         replicas=tuple(ReplicaReport(**asdict(replica)) for replica in space.volume.replica_status()),

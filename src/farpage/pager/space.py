@@ -40,6 +40,8 @@ class Space:
     counters: Counters = field(default_factory=Counters)
     full: bool = False
     """No device has room: nothing can be written out."""
+    cut_off: bool = False
+    """Pages are read, but nothing can be written out: the intermediate client of a move is away."""
     doubtful_pages: int = 0
     """Pages that wait until no write of a killed pager can arrive any more."""
     repair_mark: memoryview = field(default_factory=lambda: memoryview(bytearray(8)).cast("Q"))
@@ -58,6 +60,11 @@ class Space:
         """Change the limit, and with it how much of it may hold compressed pages."""
         self.limit = limit
         self.tier.resize(limit.pages * PAGE_BYTES * self.ram_tier_percent // 100)
+
+    @property
+    def page_outs_wait(self) -> bool:
+        """Whether nothing can be written out, while pages that are stored can still be brought in."""
+        return self.full or self.cut_off
 
     @property
     def taken(self) -> int:

@@ -319,7 +319,7 @@ class Worker:
             paged = self._clients[client].paged
             outage = OutageChanged(
                 client=client,
-                without_path=paged.outage.without_path_seconds is not None,
+                without_path=paged.outage.without_path_seconds is not None and not paged.space.cut_off,
                 device_full=paged.space.full,
             )
             self._control.tell("outage", outage)

@@ -241,6 +241,11 @@ class MirrorVolume:
         return all(r.mode is Mode.AWAY or r.volume.predecessors_gone for r in self._replicas)
 
     @property
+    def relayed(self) -> bool:
+        """Whether it is being moved; see `PagedVolume`."""
+        return any(replica.volume.relayed for replica in self._replicas)
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of writes that wait until a failed server is fenced."""
         return sum(r.volume.held_bytes for r in self._replicas if r.mode is Mode.COUNTS)

@@ -132,6 +132,12 @@ class MultipathVolume:
         self._paths.failovers = log
 
     @property
+    def relayed(self) -> bool:
+        """Whether it is being moved; see `PagedVolume`."""
+        active = self._commands.active
+        return active is not None and bool(active.endpoint.source)
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of writes that wait until a failed server is fenced."""
         return self._paths.quarantine.bytes

@@ -83,6 +83,14 @@ class PagedVolume(Protocol):
         """Bytes of writes that wait until a failed server is fenced."""
 
     @property
+    def relayed(self) -> bool:
+        """Whether it is being moved, and over a VIOS that is connected.
+
+        Then pages that are present are read although others, and every write, may wait for an intermediate
+        client.
+        """
+
+    @property
     def replicas(self) -> tuple[str, ...]:
         """The replicas that have every acknowledged page, by the identifier of their device."""
 

@@ -102,6 +102,30 @@ async def test_an_intermediate_client_that_is_killed_is_started_again(client: Mo
     await client.whole_on(target)
 
 
+async def test_while_the_intermediate_client_is_away_the_client_goes_on_above_its_limit(
+    client: MovingClient,
+) -> None:
+    _, target = client.places
+    await client.paged.write_all()
+    await client.move(bandwidth_bytes=SLOW)
+    await client.until(lambda info: info.filled_pages > 0, "copying")
+    await client.half("write")  # more than the limit; all of it is present now
+    away = client.intermediary_pid()
+    assert away is not None
+    os.kill(away, signal.SIGSTOP)
+    try:
+        await client.half("write")
+        await client.half("verify")
+        info = await client.paged.until(lambda info: info.resident_bytes > LIMIT, "above its limit")
+        assert (info.limit_bytes, info.guest_paused) == (LIMIT, False)
+    finally:
+        os.kill(away, signal.SIGCONT)
+    await client.paged.until(lambda info: info.resident_bytes <= LIMIT, "within its limit")
+    await client.adjust(MoveAdjust(unlimited=True))
+    assert (await client.ended()).stage is MoveStage.DONE
+    await client.whole_on(target)
+
+
 async def test_another_control_process_goes_on_with_it(client: MovingClient) -> None:
     _, target = client.places
     await client.paged.write_all()

@@ -59,7 +59,7 @@ class OneClient:
 
     async def report(self, client: str) -> Any:
         pages = {**dict.fromkeys(STATE_NAMES, 0), "dirty": 10 * MIB // PAGE_BYTES}
-        return SimpleNamespace(device_full=self.full, pages_by_state=pages, tier=TierReport())
+        return SimpleNamespace(page_outs_wait=self.full, pages_by_state=pages, tier=TierReport())
 
 
 def test_a_limit_is_lifted_while_the_device_is_full_and_given_back_then() -> None:

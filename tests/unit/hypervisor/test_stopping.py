@@ -38,7 +38,8 @@ def report(**states: PathState) -> ClientReport:
     ]  # fmt: skip
     return ClientReport(
         client="vm1", replicas=(), hedged_reads=0, hedges_won=0, pages_by_state={}, limit_pages=1, epoch=1,
-        fenced="", stalled_faults=0, without_path_seconds=None, device_full=False, scrub=None,
+        fenced="", stalled_faults=0, without_path_seconds=None, device_full=False, page_outs_wait=False,
+        scrub=None,
         counters=CounterReport(**asdict(Counters())), paths=tuple(paths), failovers=(),
     )  # fmt: skip
 

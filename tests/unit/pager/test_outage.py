@@ -189,3 +189,31 @@ async def test_pages_that_a_full_device_refused_are_in_memory_and_can_be_written
     client.outage.full(False)
     await client.evict()
     assert client.read(page) == content_of(page, 2)
+
+
+async def test_while_the_intermediate_client_of_a_move_is_away_stored_pages_come_in_and_clean_ones_leave(
+    client: OutClient,
+) -> None:
+    client.read(PAGE)
+    await client.settle()
+    client.volume.relayed = client.volume.hold = True
+    client.outage.no_path(True)
+    client.space.limit = Limit(64)
+    dirty = client.table.counts[DIRTY]
+    for _ in range(5):
+        await client.evict()
+    assert (client.states(PAGE), client.table.counts[DIRTY]) == (["on_device"], dirty)
+    assert client.volume.held == [], "nothing was written"
+
+    client.volume.hold = False
+    client.space.limit = Limit(PAGES)
+    assert client.read(PAGE) is None or client.read(PAGE) == content_of(PAGE)
+    client.space.limit = Limit(64)
+    client.outage.no_path(False)
+    await client.evict()
+    assert client.table.counts[DIRTY] < dirty
+
+
+async def test_without_any_path_page_outs_are_tried_as_ever(client: OutClient) -> None:
+    client.outage.no_path(True)
+    assert not client.space.page_outs_wait
