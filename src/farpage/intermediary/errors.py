@@ -8,6 +8,17 @@ from farpage.errors import ExitStatus, FarpageError
 
 
 @dataclass(eq=False)
+class OtherHandover(FarpageError):
+    """A VIOS has the page table of another release than the one in force."""
+
+    code = "other_handover"
+    template = "VIOS {vios!r} stores the handover of another release of volume {volume!r}"
+    remedy = "start another VIOS that reaches the device: the one that stored this release's"
+    volume: str
+    vios: str
+
+
+@dataclass(eq=False)
 class ViosNotNamed(FarpageError):
     """A VIOS of the move is not among those that were named on the command line."""
 

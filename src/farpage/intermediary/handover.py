@@ -9,6 +9,7 @@ from farpage import handover
 from farpage.api.remote import RemoteError
 from farpage.definition.model import ClientRecord, Move
 from farpage.errors import FarpageError
+from farpage.intermediary.errors import OtherHandover
 from farpage.intermediary.places import Place
 from farpage.log import get_logger
 from farpage.vios.model import HandoverInfo
@@ -37,6 +38,8 @@ class HandoverCarrier:
         try:
             if await self._digest(self._first, move.volume, move.target) != released.digest:
                 encoded = await self._fetch(self._second, move.volume, move.source)
+                if handover.check(encoded, whose=f"volume {move.volume!r}").digest != released.digest:
+                    raise OtherHandover(move.volume, self._second.name)
                 await self._first.client.put(
                     f"/v1/volumes/{move.volume}/handover",
                     encoded,

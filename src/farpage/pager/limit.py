@@ -12,6 +12,10 @@ DEFAULT_TIER_PERCENT: Final = 10
 SMALLEST_LIMIT_PAGES: Final = 256
 """Below a mebibyte a guest's kernel and the pager's own batches step on each other."""
 
+IN_FLIGHT_MAX: Final = 1024
+"""Half of the commands that a VIOS takes of one connection at a time, should each page be one: all may wait
+for the intermediate client of a move, and pages that are present are read all the same."""
+
 
 class Limit:
     """Marks on a client's pages in memory, all in pages and in rising order: low, high, pages, most."""
@@ -26,7 +30,7 @@ class Limit:
         """Page-outs begin above this, so that a fault finds room."""
         self.most: Final = pages + pages // 64
         """No fault is answered above this; what a batch of faults brings at once may exceed the limit."""
-        self.in_flight: Final = min(max(pages // 8, 64), 2048)
+        self.in_flight: Final = min(max(pages // 8, 64), IN_FLIGHT_MAX)
         """Most pages on their way to the volume, not counting those held back from a failed server.
 
         Held pages take memory until that server is fenced, so they must stay a small share of the limit.

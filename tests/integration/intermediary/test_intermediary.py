@@ -13,10 +13,11 @@ import pytest_asyncio
 from farpage.definition import moving
 from farpage.definition.model import Definition
 from farpage.errors import ExitStatus
+from farpage.pager.limit import IN_FLIGHT_MAX
 from tests.support.commands import read_bytes, write_bytes
 from tests.support.moving import PAGE, Moved, TwoVios, allocated_bytes, two_vios
 from tests.support.scrape import Scrape
-from tests.support.tools import need
+from tests.support.tools import need, run
 
 PAGES: Final = 2048
 SLOW_BYTES: Final = 1 << 20
@@ -62,8 +63,11 @@ async def test_a_move_from_its_beginning_to_its_end(moved: Moved) -> None:
     await moved.finish()
     need("qemu-img")
     files = [str(moved.source_file), str(moved.target_file)]
-    compared = await asyncio.create_subprocess_exec("qemu-img", "compare", "-f", "raw", "-F", "raw", *files)
-    assert await compared.wait() == 0
+    await run("qemu-img", "compare", "-f", "raw", "-F", "raw", *files)
+    need("nbdcopy")
+    copied = moved.vioses.folder / "copied"
+    await run("nbdcopy", f"nbd+unix:///{moved.client}?socket={moved.first.data.path}", str(copied))
+    assert copied.read_bytes() == content
     await moved.forget()
     assert await intermediary.end() == ExitStatus.OK
     _same(moved, content)
@@ -149,9 +153,41 @@ async def test_commands_of_the_client_wait_for_the_next_intermediate_client(move
     reading = asyncio.ensure_future(read_bytes(owner, last * PAGE, PAGE))
     await moved.until(lambda copy: copy.waiting_commands == 1)
     assert await read_bytes(owner, page * PAGE, PAGE) == content[page * PAGE : (page + 1) * PAGE]
+    # As many page-outs as a pager sends do not keep what is present from being read.
+    writing = [asyncio.ensure_future(write_bytes(owner, 0, content[:PAGE])) for _ in range(IN_FLIGHT_MAX)]
+    await moved.until(lambda copy: copy.waiting_commands > 1)
+    assert await read_bytes(owner, page * PAGE, PAGE) == content[page * PAGE : (page + 1) * PAGE]
     moved.intermediary()
     assert await reading == content[last * PAGE : (last + 1) * PAGE]
+    assert set(await asyncio.gather(*writing)) == {0}
     await owner.close()
+
+
+async def test_it_ends_between_two_commands_of_a_client_that_writes(moved: Moved) -> None:
+    content = bytearray(moved.source_file.read_bytes())
+    intermediary = moved.intermediary()
+    owner = await moved.open()
+    chance, over, written = random.Random(5), asyncio.Event(), 0
+
+    async def write(pages: range) -> None:
+        nonlocal written
+        while not over.is_set():
+            page, new = chance.choice(pages), chance.randbytes(PAGE)
+            assert await write_bytes(owner, page * PAGE, new) == 0
+            content[page * PAGE : (page + 1) * PAGE] = new
+            written += 1
+
+    writing = [asyncio.ensure_future(write(range(first, PAGES, 8))) for first in range(8)]
+    await moved.finish()
+    before = written
+    while written < before + 100:
+        await asyncio.sleep(0.01)
+    over.set()
+    await asyncio.gather(*writing)
+    await moved.forget()
+    assert await intermediary.end() == ExitStatus.OK
+    await owner.close()
+    _same(moved, content)
 
 
 async def test_paused_it_relays_and_copies_nothing_until_it_may(moved: Moved) -> None:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farpage.nbd.transmission import COMMANDS_IN_FLIGHT_MAX
 from farpage.pager.limit import SMALLEST_LIMIT_PAGES, Limit
 
 
@@ -23,3 +24,7 @@ def test_page_outs_begin_before_the_limit_is_reached(mebibytes: int) -> None:
 def test_pages_held_back_from_a_failed_server_never_fill_the_limit(pages: int) -> None:
     limit = Limit(pages)
     assert 2 * limit.in_flight < limit.low
+
+
+def test_page_outs_that_all_wait_leave_a_connection_half_of_its_commands_for_page_ins() -> None:
+    assert Limit(1 << 24).in_flight <= COMMANDS_IN_FLIGHT_MAX // 2
