@@ -161,11 +161,10 @@ async def test_memory_of_another_size_leaves_an_adopted_client_to_the_next_one(t
     await two.second.delete_client("sized")
 
 
-@pytest.mark.parametrize("restarted", [False, True])
 async def test_a_destination_that_fails_with_the_vioses_leaves_an_adopted_client_to_the_next_one(
-    two: Two, restarted: bool
+    two: Two,
 ) -> None:
-    name = f"failed-{restarted}"
+    name = "failed"
     first = await two.region(name)
     await first.do(f"write 0 {PAGES}")
     await two.first.release(name, FORCE)
@@ -184,8 +183,7 @@ async def test_a_destination_that_fails_with_the_vioses_leaves_an_adopted_client
         two.embedded.kill_vios(vios, signal.SIGKILL)
     os.kill(worker, signal.SIGCONT)
     assert await failing == "no_path"
-    if restarted:
-        await two.other.restart()
+    await two.other.restart()
     for vios in two.embedded.vioses:
         await two.embedded.vios_exited(vios)
         await two.embedded.start_vios(vios)
