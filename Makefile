@@ -3,7 +3,8 @@
 #   make demo    page a real guest through two I/O servers and lose both of them in turn
 #   make claims  the first claim of the patent, clause by clause: a table of what shows each
 #   make test    lint, types and the whole test suite
-#   make bench   beside nbdkit, qemu-nbd, nbdcopy and host swap, mirrors beside none, migrations beside pre-copy
+#   make bench   beside nbdkit, qemu-nbd, nbdcopy and host swap; mirrors beside none, clients while they move,
+#                migrations beside pre-copy
 
 PYTHON ?= python3
 VENV   := .venv
@@ -50,6 +51,7 @@ bench: setup
 	$(BIN)/python -m bench.paging
 	$(BIN)/python -m bench.mirror
 	$(BIN)/python -m bench.copy
+	$(BIN)/python -m bench.move
 	$(BIN)/python -m bench.migrate
 
 clean:

@@ -9,7 +9,8 @@ while an intermediate client moves its volume from one device to the other, and 
 
 Each wait for a page is taken by the program itself. That the worker goes over to the target's VIOS, and that
 the move ends, is seen from the hypervisor, which is asked ten times a second; the longest wait within a
-fifth of a second of what is seen then is told as that of the event, whatever it was for.
+fifth of a second of what is seen then is told as that of the event, whatever it was for. Targets: medians of
+the p99 and of these waits, and no wait of any round beyond the longest that is allowed.
 
 The exit status is 0, or 1 when a page came back wrong or a target was missed.
 """
