@@ -152,7 +152,7 @@ class Eviction:
 
     def _tier_wants(self, count: int) -> int:
         """Return how many pages of a run should go to the RAM tier: none while that would only take room."""
-        return 0 if self._draining or self._space.full else self._space.tier.wanted(count)
+        return 0 if self._draining or self._space.page_outs_wait else self._space.tier.wanted(count)
 
     def _write(self, pages: list[int]) -> int:
         """Start to write pages out; returns how many were zero and are given back already."""
