@@ -168,7 +168,9 @@ def zero_range(descriptor: int, offset: int, length: int, *, punch: bool, fast: 
 
 
 class BlockFile(VolumeFile):
-    """`VolumeFile` on a block device: other ways to zero and to discard."""
+    """`VolumeFile` on a block device: other ways to zero and to discard; claims are read from the device."""
+
+    quick_refusal = False
 
     def _is_whole(self) -> bool:
         return True

@@ -1,4 +1,5 @@
-"""What carries out the I/O of a local device's volumes: threads, a ring for direct reads, aligned buffers."""
+"""What carries out the I/O of a local device's volumes: threads, queues of the kernel for direct I/O, aligned
+buffers."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from farpage.device.buffers import BufferPool
 from farpage.device.reads import RingReader
 from farpage.device.spans import SpanGate
 from farpage.device.threads import IoThreads
+from farpage.device.writes import AsyncWriter
 
 Result = TypeVar("Result")
 
@@ -18,9 +20,10 @@ class Engine:
     """One device's; made, used and closed in the event loop that uses its volumes."""
 
     def __init__(self, device_name: str, *, direct: bool) -> None:
-        """Without `direct` I/O the threads read too."""
+        """Without `direct` I/O the threads do everything."""
         self.threads = IoThreads(f"io-{device_name}"[:15])
         self.reader = RingReader.open() if direct else None
+        self.writer = AsyncWriter.open() if direct else None
         self.buffers = BufferPool()
         self._gates: weakref.WeakValueDictionary[str, SpanGate] = weakref.WeakValueDictionary()
 
@@ -39,5 +42,7 @@ class Engine:
         """Finish what was submitted and end the threads."""
         if self.reader is not None:
             await self.reader.close()
+        if self.writer is not None:
+            await self.writer.close()
         await self.threads.close()
         self.buffers.close()

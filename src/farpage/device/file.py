@@ -1,4 +1,6 @@
-"""A volume in a file: commands become system calls in threads (`volumefile.py`), direct reads go to io_uring.
+"""A volume in a file: commands become system calls in threads (`volumefile.py`).
+
+Direct reads and writes need no thread: reads go to io_uring, writes to kernel AIO (`kernel/aio.py` says why).
 
 With direct I/O what is aligned goes between the caller's memory and the device; the rest takes
 a detour over aligned buffers. Without it the kernel's page cache sees to that.
@@ -20,6 +22,7 @@ from farpage.device.engine import Engine
 from farpage.device.reads import RingReader
 from farpage.device.spans import SpanGate
 from farpage.device.volumefile import NOT_SUPPORTED, Access, VolumeFile
+from farpage.device.writes import AsyncWriter, Write
 from farpage.kernel.memory import AlignedBuffer, address_of
 
 _preadv, _RWF_NOWAIT = os.preadv, os.RWF_NOWAIT
@@ -82,6 +85,9 @@ class FileVolume:
         self._nowait = access is Access.BUFFERED
         self._threads = engine.threads
         self._reader = engine.reader if access is Access.DIRECT else None
+        # Where asking for the owner may have to wait for the device, threads ask, and write.
+        self._writer = engine.writer if access is Access.DIRECT and file.quick_refusal else None
+        self._refusal = file.refusal
         self._buffers = engine.buffers
         self._gate = gate
         self._reading = 0
@@ -143,8 +149,11 @@ class FileVolume:
             return
         start, end = _blocks(offset, length)
         aligned = start == offset and end == offset + length
-        if aligned and address_of(data) % BLOCK_BYTES == 0:
-            self._change(start, end, done, self._file.write, data, offset, fua)
+        if aligned and (address := address_of(data)) % BLOCK_BYTES == 0:
+            if self._writer is None or fua:
+                self._change(start, end, done, self._file.write, data, offset, fua)
+            else:
+                self._write_aligned(self._writer, address, offset, data, done)
             return
         buffer = self._buffers.take(end - start)
 
@@ -270,6 +279,33 @@ class FileVolume:
         started = reader.read(self._descriptor, buffer, length, self._origin + offset, completed)
         self._in_flight += started
         return started
+
+    def _write_aligned(
+        self, writer: AsyncWriter, address: int, offset: int, data: memoryview, done: Done
+    ) -> None:
+        """Write without a thread, unless that turns out to have to wait for more than the device."""
+        length = len(data)
+        self._in_flight += 1
+
+        def begin(token: int) -> None:
+            def finished(error: int) -> None:
+                self._gate.leave(token)
+                self._finish(done, error)
+
+            def completed(result: int) -> None:
+                if result == length:
+                    finished(0)
+                    return
+                if result == -errno.EOPNOTSUPP:
+                    self._writer = None
+                # Into a hole, refused, or in part: the threads find out why, and do it.
+                self._threads.submit(finished, self._file.write, data, offset, False)
+
+            write = Write(data, self._refusal, completed)
+            if not writer.write(self._descriptor, address, self._origin + offset, write):
+                self._threads.submit(finished, self._file.write, data, offset, False)
+
+        self._gate.enter(offset, offset + length, begin)
 
     def _finish(self, done: Done, error: int) -> None:
         self._in_flight -= 1

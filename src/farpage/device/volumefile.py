@@ -50,6 +50,9 @@ class VolumeFile:
     multiple of `BLOCK_BYTES`.
     """
 
+    quick_refusal = True
+    """Whether `refusal` never waits for the device."""
+
     def __init__(
         self,
         descriptor: int,
@@ -82,13 +85,22 @@ class VolumeFile:
             self._advise(offset, length, os.POSIX_FADV_DONTNEED)
         return 0
 
-    def write(self, data: memoryview, offset: int, fua: bool) -> int:
-        """Write, unless the volume or the leave to write is somebody else's by now."""
+    def refusal(self) -> int:
+        """Return the errno with which writes are refused now; 0 when they are not.
+
+        :raise OSError: it cannot be told.
+        """
         if self._superseded():
             return errno.ESHUTDOWN
         # Beyond the end of a file that was cut, a write would make what is missing before it read as zeros.
         if not self._is_whole():
             return errno.EIO
+        return errno.ESHUTDOWN if self.over() else 0
+
+    def write(self, data: memoryview, offset: int, fua: bool) -> int:
+        """Write, unless the volume or the leave to write is somebody else's by now."""
+        if error := self.refusal():
+            return error
         step = len(data) if self.access is Access.DIRECT else BUFFERED_WRITE_BYTES
         for at in range(0, len(data), step):
             if self.over():

@@ -27,11 +27,19 @@ class SyscallNumbers:
     io_uring_setup: int
     io_uring_enter: int
     io_uring_register: int
+    io_setup: int
+    io_destroy: int
+    io_getevents: int
+    io_submit: int
 
 
 _NUMBERS = {
     "x86_64": SyscallNumbers(
         close=3,
+        io_setup=206,
+        io_destroy=207,
+        io_getevents=208,
+        io_submit=209,
         userfaultfd=323,
         io_uring_setup=425,
         io_uring_enter=426,

@@ -1,17 +1,21 @@
-"""Reads of a device through io_uring, and without it."""
+"""Reads and writes of a device through the kernel's queues, and without them."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from farpage.blockio import BlockIO, read_bytes, wait_done
-from farpage.device import reads
+from farpage.blockio import BlockIO, Done, read_bytes, wait_done
+from farpage.device import reads, writes
+from farpage.device.claim import Claim, new_owner
 from farpage.device.open import open_device
 from farpage.device.reads import RingReader
 from farpage.errors import Unsupported
+from farpage.kernel.aio import AsyncWrites
 from farpage.kernel.io_uring import Ring
 from farpage.kernel.memory import AlignedBuffer
 
@@ -73,3 +77,53 @@ async def test_closing_waits_for_reads_in_flight(tmp_path: Path) -> None:
         await reader.close()
         assert results == [4096]
         assert bytes(buffer.view) == b"x" * 4096
+
+
+@pytest.mark.parametrize("allowed", [True, False], ids=["aio", "threads"])
+async def test_many_writes_at_once_all_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    def refused(entries: int) -> AsyncWrites:
+        raise Unsupported("asynchronous writes", "not permitted", "")
+
+    if not allowed:
+        monkeypatch.setattr(writes, "AsyncWrites", refused)
+    device = await open_device(f"dir:{tmp_path}")
+    await device.run(device.create_volume, "vm1", PAGES * 4096)
+    volume = await device.open_volume("vm1", 1)
+    with AlignedBuffer(PAGES * 4096) as content:
+        for half in (1, 2):  # into holes, and then over what is there
+            expected = [(half * page).to_bytes(2, "little") * 2048 for page in range(PAGES)]
+            for page in range(PAGES):
+                content.view[page * 4096 : (page + 1) * 4096] = expected[page]
+            await asyncio.gather(
+                *(
+                    wait_done(
+                        partial(volume.write, page * 4096, content.view[page * 4096 : (page + 1) * 4096])
+                    )
+                    for page in range(PAGES)
+                )
+            )
+            assert await read_bytes(volume, 0, PAGES * 4096) == b"".join(expected)
+    await volume.close()
+    await device.close()
+
+
+async def test_a_write_whose_owner_is_replaced_before_it_starts_is_refused(tmp_path: Path) -> None:
+    device = await open_device(f"dir:{tmp_path}")
+    await device.run(device.create_volume, "vm1", 4096)
+    device.claim("vm1", Claim(1, new_owner(1, "0" * 8)))
+    volume = await device.open_volume("vm1", 1)
+    with AlignedBuffer(4096) as content:
+        content.view[:] = b"a" * 4096
+        assert await wait_done(partial(volume.write, 0, content.view)) == 0
+        content.view[:] = b"b" * 4096
+
+        def write_and_lose(done: Done) -> None:
+            volume.write(0, content.view, done)
+            device.claim("vm1", Claim(2, new_owner(2, "1" * 8)))
+
+        assert await wait_done(write_and_lose) == errno.ESHUTDOWN
+    assert await read_bytes(volume, 0, 4096) == b"a" * 4096
+    await volume.close()
+    await device.close()
