@@ -8,7 +8,7 @@ from tests.simulation.run import run_seed
 FOUND_BY = {
     "quarantine_off": 9,
     "epoch_checks_off": 6,
-    "checksums_off": 4,
+    "checksums_off": 62,
     "leases_off": 102,
     "stale_after_ack": 84,
     "predecessors_off": 59,

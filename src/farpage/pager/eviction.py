@@ -8,6 +8,7 @@ to the volume -> when a write is acknowledged, the pages that nobody wrote to me
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -27,6 +28,9 @@ from farpage.pager.table import (
 )
 
 SLICE_PAGES: Final = BUFFER_BYTES // PAGE_BYTES
+SLICE_RUNS: Final = 16
+"""A slice is as long as its system calls and commands, which come by runs of pages: some 50 us each. Faults
+that come meanwhile wait for its end."""
 RETRY_SECONDS: Final = 0.001
 
 
@@ -42,6 +46,8 @@ class Eviction:
         self._running = False
         self._stopped = False
         self._draining = False
+        self._victims: list[int] = []
+        """Chosen and rising, for the next slices: they are in no queue."""
 
     def wake(self) -> None:
         """Page out when the client is above its mark; returns at once."""
@@ -54,6 +60,12 @@ class Eviction:
         if self._scheduled:
             self._scheduled.cancel()
             self._scheduled = None
+        self._put_back()
+
+    def _put_back(self) -> None:
+        victims, self._victims = self._victims, []
+        for first, count in runs_of(victims):
+            self._space.replacement.added(first, count)
 
     def resume(self) -> None:
         """Take back `stop`."""
@@ -95,16 +107,13 @@ class Eviction:
         self._scheduled = None
         space = self._space
         if space.page_outs_wait:
+            self._put_back()
             self._release_clean_ones()
             return
-        counts = space.table.counts
-        waiting = self._held_pages + space.doubtful_pages
-        budget = space.limit.in_flight + waiting - counts[WRITING] - counts[REWRITTEN]
-        victims = space.replacement.victims(max(min(self._excess(), SLICE_PAGES, budget), 0))
+        victims = self._next_victims()
         if not victims:
             return
         states = space.table.state
-        victims.sort()
         freed = self._release_clean([page for page in victims if states[page] == CLEAN])
         dirty = [page for page in victims if states[page] == DIRTY]
         if space.unwritable_page in dirty:
@@ -114,8 +123,26 @@ class Eviction:
             freed += self._write(dirty)
         if freed:
             self._on_room()
-        if freed or dirty:
+        if freed or dirty or self._victims:
             self.wake()
+
+    def _next_victims(self) -> list[int]:
+        """Return the pages of the next slice, rising."""
+        space = self._space
+        victims = self._victims
+        if not victims:
+            counts = space.table.counts
+            waiting = self._held_pages + space.doubtful_pages
+            budget = space.limit.in_flight + waiting - counts[WRITING] - counts[REWRITTEN]
+            victims = space.replacement.victims(max(min(self._excess(), SLICE_PAGES, budget), 0))
+            victims.sort()
+        runs = runs_of(victims)
+        if len(runs) <= SLICE_RUNS:
+            self._victims = []
+            return victims
+        end = bisect_left(victims, runs[SLICE_RUNS][0])
+        self._victims = victims[end:]
+        return victims[:end]
 
     def _release_clean_ones(self) -> None:
         """Give back what the volume has already; it cannot take the others, which go on in the queue."""
@@ -211,18 +238,21 @@ class Eviction:
                 space.replacement.returned(start, length)
             elif error:  # the volume was closed
                 table.move(start, length, WRITING, DIRTY)
+                space.replacement.added(start, length)
             else:
                 # First of all the table says that the volume has it: a pager that is started in the place of
                 # this one could not tell a page that was given back here from one that the balloon took.
                 table.move(start, length, WRITING, CLEAN)
-                if not self._stopped:
-                    if wanted := self._tier_wants(length):
-                        at = (start - first) * PAGE_BYTES
-                        space.tier.keep(start, content[at : at + wanted * PAGE_BYTES])
-                    space.memory.release(start, length)
-                    table.move(start, length, CLEAN, ON_DEVICE)
-                    space.replacement.evicted(start, length)
-                    freed += length
+                if self._stopped:
+                    space.replacement.added(start, length)
+                    continue
+                if wanted := self._tier_wants(length):
+                    at = (start - first) * PAGE_BYTES
+                    space.tier.keep(start, content[at : at + wanted * PAGE_BYTES])
+                space.memory.release(start, length)
+                table.move(start, length, CLEAN, ON_DEVICE)
+                space.replacement.evicted(start, length)
+                freed += length
         if not error:
             space.counters.page_out_pages += count
         if freed:

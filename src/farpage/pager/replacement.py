@@ -19,6 +19,10 @@ import numpy.typing as npt
 ACTIVE_SHARE: Final = 2 / 3
 """The most that the active queue holds of a client's pages in memory."""
 CHUNK_PAGES: Final = 1024
+TICKS: Final = 4096
+"""Parts of its pages to which a client's refault distances are known, so that two bytes a page do."""
+TICKS_KEPT: Final = (1 << 16) - 1
+"""Then they begin anew: what left sixteen times the client's memory ago may pass for recent."""
 
 _NOWHERE, _INACTIVE, _ACTIVE = 0, 1, 2
 
@@ -58,12 +62,17 @@ class _Queue:
 class Replacement:
     """Order of eviction of one client's pages. A page is in one queue at most, once."""
 
+    BYTES_A_PAGE: Final = 3
+    """What it takes for each page of the client; the queues take four more for each one in memory."""
+
     def __init__(self, pages: int) -> None:
         self._inactive = _Queue()
         self._active = _Queue()
         self._where = bytearray(pages)
         self._evictions = 0
-        self._evicted_at: npt.NDArray[np.uint32] = np.zeros(pages, np.uint32)
+        self._evictions_a_tick: Final = max(pages // TICKS, 1)
+        self._left_at: npt.NDArray[np.uint16] = np.zeros(pages, np.uint16)
+        """The tick at which a page left, from 1; 0 for never."""
 
     def __len__(self) -> int:
         return len(self._inactive) + len(self._active)
@@ -75,8 +84,9 @@ class Replacement:
     def returned(self, first: int, count: int = 1) -> None:
         """Take note of pages that came back from the volume, or that a write kept in memory."""
         # Those of one run left and come back together, so the first one speaks for all.
-        left_at = int(self._evicted_at[first])
-        soon = left_at and self._evictions - left_at < len(self)
+        left_at = int(self._left_at[first])
+        ticks = (self._tick - left_at) % TICKS_KEPT
+        soon = left_at and ticks * self._evictions_a_tick < len(self)
         self._enter(range(first, first + count), _ACTIVE if soon else _INACTIVE)
 
     def _enter(self, pages: range, where: int) -> None:
@@ -106,4 +116,8 @@ class Replacement:
     def evicted(self, first: int, count: int = 1) -> None:
         """Take note that pages left memory for the volume."""
         self._evictions += count
-        self._evicted_at[first : first + count] = self._evictions
+        self._left_at[first : first + count] = self._tick
+
+    @property
+    def _tick(self) -> int:
+        return self._evictions // self._evictions_a_tick % TICKS_KEPT + 1

@@ -1,0 +1,51 @@
+"""Page-out: how much is done at a time, and in which order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from farpage.pager.eviction import SLICE_RUNS
+from farpage.pager.limit import Limit
+from tests.support.paging import ModelClient
+
+PAGES = 4096
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[ModelClient]:
+    """Every other page of 1024 is in memory, all of them dirty and below the limit."""
+    client = ModelClient(PAGES, 1024)
+    client.volume.hold = True
+    for page in range(1022, -1, -2):  # falling, so that none is filled ahead of it
+        client.write(page)
+    yield client
+    client.volume.release_all()
+    client.close()
+
+
+async def test_faults_are_looked_at_after_few_scattered_pages(client: ModelClient) -> None:
+    released: list[int] = []
+    client.memory.before = lambda name, first, count: released.append(first) if name == "protect" else None
+    client.space.limit = Limit(256)
+    client.eviction.wake()
+    await asyncio.sleep(0)
+    assert len(released) == SLICE_RUNS
+    assert released == sorted(released)
+
+
+async def test_pages_that_were_chosen_go_back_into_line_when_paging_out_stops(client: ModelClient) -> None:
+    client.space.limit = Limit(256)
+    client.eviction.wake()
+    await asyncio.sleep(0)
+    client.eviction.stop()
+    await client.settle()
+    client.volume.hold = False
+    client.volume.release_all()
+    client.eviction.resume()
+    for _ in range(10):
+        await client.settle()
+    assert client.table.resident <= client.space.limit.high
+    assert len(client.space.replacement) == client.table.resident
