@@ -4,10 +4,11 @@
 #   make claims  the first claim of the patent, clause by clause: a table of what shows each
 #   make test    lint, types and the whole test suite
 #   make bench   beside nbdkit, qemu-nbd, nbdcopy and host swap; mirrors beside none, clients while they move,
-#                migrations beside pre-copy
+#                migrations beside pre-copy, costs at rest: tables, JSON and plots in build/bench, or OUT=DIR
 
 PYTHON ?= python3
 VENV   := .venv
+OUT    ?= build/bench
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
@@ -47,12 +48,16 @@ test: lint
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: setup
-	$(BIN)/python -m bench.nbd
-	$(BIN)/python -m bench.paging
-	$(BIN)/python -m bench.mirror
-	$(BIN)/python -m bench.copy
-	$(BIN)/python -m bench.move
-	$(BIN)/python -m bench.migrate
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	-$(BIN)/python -m bench.nbd --out $(OUT)
+	-$(BIN)/python -m bench.paging --out $(OUT)
+	-$(BIN)/python -m bench.guest --out $(OUT)
+	-$(BIN)/python -m bench.mirror --out $(OUT)
+	-$(BIN)/python -m bench.copy --out $(OUT)
+	-$(BIN)/python -m bench.move
+	-$(BIN)/python -m bench.migrate --out $(OUT)
+	-$(BIN)/python -m bench.costs --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

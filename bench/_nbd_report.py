@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from bench._nbd_cases import Case
 from bench._nbd_contenders import OURS
+from bench._published import Panel, Summary
 from bench._rounds import Spread, ratio
 
 
@@ -85,6 +86,22 @@ class NbdResult(_Document):
                 lines.append(f"| {case} | {found.contender} | {found.per_second.text()} | {ratio_text} |")
                 case = ""
         return "\n".join(lines)
+
+    def summary(self) -> Summary:
+        """Return what is published."""
+        context = {"machine": self.machine, "placement": self.placement, "conditions": self._conditions}
+        panels = [
+            Panel(
+                title=result.case.text,
+                unit="commands/s",
+                figures={found.contender: found.per_second for found in result.figures},
+                ratios={
+                    f"{OURS} / {found.contender}": found.ratio for found in result.figures if found.ratio
+                },
+            )
+            for result in self.cases
+        ]
+        return Summary("nbd", "The NBD server beside others", context, panels)
 
 
 def case_result(case: Case, measured: dict[str, list[float]]) -> CaseResult:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from bench._pagers import Measured
+from bench._published import Panel, Summary
 from bench._rounds import Spread, ratio
 from bench._toucher import Phase
 
@@ -145,6 +146,31 @@ def as_text(result: PagingResult) -> str:
             if (row.phase, row.threads) == key
         ]
     return "\n".join(lines)
+
+
+def summary(result: PagingResult) -> Summary:
+    """Return what is published: touches a second and waits at the 99th percentile in every phase."""
+    panels = []
+    for name in ("touches_per_second", "touch_p99_us"):
+        for phase, threads in dict.fromkeys((row.phase, row.threads) for row in result.results):
+            ours = [row for row in result.results if (row.phase, row.threads) == (phase, threads)]
+            against = [row for row in result.ratios if (row.phase, row.threads) == (phase, threads)]
+            panels.append(
+                Panel(
+                    title=f"{phase}, {threads} thread{'s' if threads > 1 else ''}",
+                    unit="touches/s" if name == "touches_per_second" else "p99 of all touches, us",
+                    figures={row.contender: row.figures[name] for row in ours},
+                    ratios={f"farpage / {row.against}": row.ratios[name] for row in against},
+                )
+            )
+    context = {
+        "machine": result.machine,
+        "placement": result.placement,
+        "disk": f"{result.disk}; farpage's device is read and written: {result.access}",
+        "memory": f"{result.memory_bytes >> 20} MiB, {result.limit_bytes >> 20} MiB of it resident at most",
+        "rounds": f"{result.rounds}, contenders in turn",
+    }
+    return Summary("paging", "Paging beside the host's own swap", context, panels)
 
 
 def _amount(spread: Spread) -> str:

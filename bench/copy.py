@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from bench._machine import describe_disk, describe_machine, describe_placement, put_ahead, put_back
 from bench._moves import Moves
 from bench._nbd_contenders import Place, Served, running
+from bench._published import Panel, Summary, add_options, check_options, publish
 from bench._rounds import Spread, ratio, turns
 from farpage.cli.report import report
 from farpage.errors import FarpageError
@@ -70,6 +71,18 @@ class CopyResult(BaseModel):
             + ("reached" if self.reached else "missed")
         )
         return "\n".join(lines)
+
+    def summary(self) -> Summary:
+        """Return what is published."""
+        context = {
+            "machine": self.machine,
+            "placement": self.placement,
+            "disk": self.disk,
+            "size": f"{self.size_bytes >> 20} MiB",
+        }
+        ratios = {f"rate of {OURS} / {PEER}": self.rate_ratio, f"{SPARSE} / {OURS}": self.sparse_ratio}
+        panels = (Panel("copying a volume", "seconds", self.seconds, ratios, 2),)
+        return Summary("copy", "Copying a volume beside nbdcopy", context, panels)
 
 
 async def run(folder: Path, size_bytes: int, rounds: int, realtime: bool) -> CopyResult:
@@ -145,17 +158,18 @@ def main() -> int:
     parser.add_argument("--rounds", default=5, type=int, help="times that all have a turn (%(default)s)")
     parser.add_argument("--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk (%(default)s)")
     parser.add_argument("--realtime", action="store_true", help="run before everything else on the machine")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_options(parser)
     options = parser.parse_args()
     for program in ("nbdkit", "nbdcopy", "qemu-img"):
         if shutil.which(program) is None:
             raise SystemExit(f"{program} is not installed: apt.txt names the packages")
     try:
+        check_options(options)
         size_bytes = parse_size(options.size, field="--size")
         result = asyncio.run(run(options.dir, size_bytes, options.rounds, options.realtime))
     except FarpageError as problem:
         return report(problem)
-    print(result.model_dump_json(indent=2) if options.json else result.as_text())
+    publish(result.summary(), result.as_text(), result.model_dump_json(indent=2), options)
     return 0 if result.reached else 1
 
 

@@ -35,6 +35,8 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict
 
 from bench._machine import describe_disk, describe_machine, describe_placement
+from bench._published import Panel, Summary, add_options, check_options, publish
+from bench._rounds import Spread
 from farpage.cli.report import report
 from farpage.definition.model import PAGE_BYTES
 from farpage.embedded.control import HypervisorControl
@@ -121,6 +123,26 @@ class MigrateResult(BaseModel):
             for row in self.rows
         ]
         return "\n".join(lines)
+
+    def summary(self) -> Summary:
+        """Return what is published."""
+        context = {
+            "machine": self.machine,
+            "placement": self.placement,
+            "disk": self.disk,
+            "guest": f"{self.memory_bytes // MIB} MiB, {self.fill_bytes // MIB} MiB in use, "
+            f"paged to {self.limit_bytes // MIB} MiB",
+        }
+        panels = (
+            Panel("downtime", "ms", {row.way: Spread.of([row.downtime_ms]) for row in self.rows}),
+            Panel(
+                "stream",
+                "MiB",
+                {row.way: Spread.of([row.stream_bytes / MIB]) for row in self.rows},
+                decimals=1,
+            ),
+        )
+        return Summary("migrate", "Migrating a guest", context, panels)
 
 
 @dataclass(frozen=True)
@@ -365,9 +387,10 @@ def main() -> int:
     parser.add_argument("--limit", default="64M", metavar="SIZE", help="most of it resident (%(default)s)")
     parser.add_argument("--shrink", default="16M", metavar="SIZE", help="the limit lowered (%(default)s)")
     parser.add_argument("--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_options(parser)
     options = parser.parse_args()
     try:
+        check_options(options)
         sizes = {name: parse_size(getattr(options, name), field=f"--{name}") for name in SIZES}
         work = Work(
             image=build_image(),
@@ -378,7 +401,7 @@ def main() -> int:
         result = asyncio.run(run(work, options.dir))
     except FarpageError as problem:
         return report(problem)
-    print(result.model_dump_json(indent=2) if options.json else result.as_text())
+    publish(result.summary(), result.as_text(), result.model_dump_json(indent=2), options)
     return 1 if any(row.pages_wrong for row in result.rows) else 0
 
 

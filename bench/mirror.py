@@ -1,6 +1,7 @@
 """What a mirror costs: farpage with redundancy `mirror` beside `none`, on the same two devices of one disk.
 
-    python -m bench.mirror [--rounds 5] [--seconds 2] [--memory 256M] [--limit 64M] [--dir DIR] [--json]
+    python -m bench.mirror [--rounds 5] [--seconds 2] [--memory 256M] [--limit 64M] [--dir DIR]
+                           [--json] [--out DIR]
 
 Both page the memory of the same program, `touch.c`, under the same limit, and take turns. Populating shows
 how fast pages leave (with a mirror each is written twice), random reads how long a page-in takes.
@@ -22,8 +23,9 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
-from bench._machine import describe_disk, describe_machine
+from bench._machine import describe_disk, describe_machine, describe_placement
 from bench._pagers import CLIENT, Farpage, Measured, Work, measure
+from bench._published import Panel, Summary, add_options, check_options, publish
 from bench._rounds import Spread, ratio, turns
 from bench._toucher import Pattern, Phase, Toucher, build
 from farpage.cli.report import report
@@ -74,6 +76,7 @@ class MirrorResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     machine: str
+    placement: str
     disk: str
     page_outs_per_second: dict[str, Spread]
     page_in_p50_us: dict[str, Spread]
@@ -92,7 +95,7 @@ class MirrorResult(BaseModel):
 
     def as_text(self) -> str:
         """Return the table."""
-        lines = [f"machine    {self.machine}", f"disk       {self.disk}", ""]
+        lines = [f"machine    {self.machine}", f"placement  {self.placement}", f"disk       {self.disk}", ""]
         lines.append(f"{'redundancy':<12}{'page-outs/s':>28}{'page-in p50, us':>28}")
         for name, outs in self.page_outs_per_second.items():
             lines.append(f"{name:<12}{outs.text():>28}{self.page_in_p50_us[name].text(1):>28}")
@@ -102,6 +105,15 @@ class MirrorResult(BaseModel):
         lines.append(f"targets: page-outs at least {LEAST_PAGE_OUT}, page-in p50 at most {MOST_PAGE_IN}: ")
         lines[-1] += "reached" if self.reached else "missed"
         return "\n".join(lines)
+
+    def summary(self) -> Summary:
+        """Return what is published."""
+        context = {"machine": self.machine, "placement": self.placement, "disk": self.disk}
+        panels = (
+            Panel("page-outs", "pages/s", self.page_outs_per_second, {"mirror / none": self.page_out_ratio}),
+            Panel("page-in, median", "us", self.page_in_p50_us, {"mirror / none": self.page_in_ratio}, 1),
+        )
+        return Summary("mirror", "Volumes with a mirror beside volumes without", context, panels)
 
 
 async def run(folder: Path, memory_bytes: int, limit_bytes: int, rounds: int, seconds: float) -> MirrorResult:
@@ -129,6 +141,7 @@ async def run(folder: Path, memory_bytes: int, limit_bytes: int, rounds: int, se
                 ins[pager.name].append(read.report.waited.p50_us)
         return MirrorResult(
             machine=describe_machine(),
+            placement=describe_placement(),
             disk=describe_disk(work.folder),
             page_outs_per_second={name: Spread.of(values) for name, values in outs.items()},
             page_in_p50_us={name: Spread.of(values) for name, values in ins.items()},
@@ -150,15 +163,16 @@ def main() -> int:
     parser.add_argument("--rounds", default=5, type=int, help="times that both have a turn (%(default)s)")
     parser.add_argument("--seconds", default=2.0, type=float, help="length of the reads (%(default)s)")
     parser.add_argument("--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_options(parser)
     options = parser.parse_args()
     try:
+        check_options(options)
         memory_bytes = parse_size(options.memory, field="--memory")
         limit_bytes = parse_size(options.limit, field="--limit")
         result = asyncio.run(run(options.dir, memory_bytes, limit_bytes, options.rounds, options.seconds))
     except FarpageError as problem:
         return report(problem)
-    print(result.model_dump_json(indent=2) if options.json else result.as_text())
+    publish(result.summary(), result.as_text(), result.model_dump_json(indent=2), options)
     return 0 if result.reached else 1
 
 

@@ -1,6 +1,7 @@
 """How fast farpage's NBD server is, beside nbdkit, qemu-nbd, nbd-server and qemu-storage-daemon.
 
     python -m bench.nbd [--rounds 5] [--seconds 0.7] [--peer NAME ...] [--realtime] [--json | --markdown]
+                        [--out DIR]
     python -m bench.nbd --work read --depth 1 --depth 16 --placement apart
 
 All serve the same file, each from a process of its own, and take turns; fio is the client. Without options
@@ -40,6 +41,7 @@ from bench._nbd_contenders import (
     running,
 )
 from bench._nbd_report import CaseResult, NbdResult, case_result
+from bench._published import add_out, check_options, write_files
 from bench._rounds import turns
 
 
@@ -166,6 +168,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> tuple[Settings, argpa
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    add_out(parser)
     arguments = parser.parse_args(words)
     settings = Settings(
         rounds=arguments.rounds,
@@ -182,6 +185,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> tuple[Settings, argpa
 def main() -> None:
     """Run the benchmark."""
     settings, arguments = parse_arguments()
+    check_options(arguments)
     for program in ("fio", "taskset"):
         if shutil.which(program) is None:
             raise SystemExit(f"{program} is not installed: apt.txt names the packages")
@@ -193,6 +197,7 @@ def main() -> None:
         print(result.model_dump_json(indent=2))
     else:
         print(result.as_markdown() if arguments.markdown else result.as_text())
+    write_files(result.summary(), result.model_dump_json(indent=2), arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """farpage beside the host's own swap, on the same disk and under the same limit.
 
     python -m bench.paging [--rounds 5] [--seconds 2] [--memory 512M] [--limit 128M] [--ram-tier 10%]
-                           [--only PATTERN]... [--dir DIR] [--json]
+                           [--only PATTERN]... [--dir DIR] [--json] [--out DIR]
 
 Every contender pages the memory of the same program, `touch.c`, which checks every page it touches:
 
@@ -29,7 +29,8 @@ from bench import _hostswap
 from bench._interrupts import cancelled_by_signals
 from bench._machine import describe_disk, describe_machine, describe_placement
 from bench._pagers import Farpage, HostSwap, Pager, Work, Zram, measure
-from bench._paging_report import PagingResult, Rounds, as_text, ratios, results
+from bench._paging_report import PagingResult, Rounds, as_text, ratios, results, summary
+from bench._published import add_options, check_options, publish
 from bench._rounds import turns
 from bench._toucher import Pattern, Phase, build
 from farpage.cli.report import report
@@ -181,11 +182,11 @@ def _tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-async def _main(settings: Settings, *, as_json: bool) -> ExitStatus:
+async def _main(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     task = asyncio.get_running_loop().create_task(run(settings))
     with cancelled_by_signals(task):
         result = await task
-    print(result.model_dump_json(indent=2) if as_json else as_text(result))
+    publish(summary(result), as_text(result), result.model_dump_json(indent=2), options)
     return ExitStatus.UNSUPPORTED if result.without_swap else ExitStatus.OK
 
 
@@ -217,9 +218,10 @@ def main() -> int:
     parser.add_argument(
         "--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk to page to (%(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    add_options(parser)
     options = parser.parse_args()
     try:
+        check_options(options)
         settings = Settings(
             memory_bytes=parse_size(options.memory, field="--memory"),
             limit_bytes=parse_size(options.limit, field="--limit"),
@@ -229,7 +231,7 @@ def main() -> int:
             ram_tier_percent=parse_percent(options.ram_tier, field="--ram-tier", most=LARGEST_TIER_PERCENT),
             only=frozenset(map(Pattern, options.only)),
         )
-        return int(asyncio.run(_main(settings, as_json=options.json)))
+        return int(asyncio.run(_main(settings, options)))
     except asyncio.CancelledError:
         return report(KeyboardInterrupt())
     except FarpageError as problem:
