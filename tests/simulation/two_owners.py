@@ -33,7 +33,7 @@ class TwoOwners(Scenario):
         """Those whose claims others have replaced."""
         self._claims = 1
         self._some_unaware = False
-        """A claim was made while a VIOS was not reached: the owner before may come to its epoch there."""
+        """A claim may not have come to a VIOS or a disk: the owner before may come to its epoch there."""
         self._defined = dict.fromkeys(self.place.vioses, 1)
         """The client's epoch in the definition of each VIOS."""
         self._enter(self.owner)
@@ -86,6 +86,7 @@ class TwoOwners(Scenario):
         self.owner = owner
         self.world.note(f"{host} claims the client at epoch {known + 1}")
         self._some_unaware |= len(self._reached(host)) < len(self.vioses)
+        self._some_unaware |= any(disk.hung for disk in self.place.disks)
         self._define(host, known + 1)
         self._enter(owner)
         owner.open(known + 1)
