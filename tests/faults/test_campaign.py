@@ -1,4 +1,4 @@
-"""A campaign of all kinds of faults; by hand it runs longer, and its times count: docs/reliability.md."""
+"""Three minutes of the campaign; by hand it runs for longer, and its times count: see docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ from tests.faults.campaign.report import describe, longest_stall
 from tests.faults.campaign.run import CampaignOptions, run_campaign
 from tests.faults.campaign.schedule import Kind
 
-FAULTS = 24
-"""More than a bag of them: each kind comes once or more often, however busy the machine is."""
-SECONDS = 1000.0
+SECONDS = 165.0
 LOOSE_SECONDS = 30.0
 """What a busy machine may make of a stall that is far below a second on a quiet one."""
 
 
-@pytest.mark.timeout(1200)
-async def test_a_campaign_of_faults_loses_nothing_hangs_nothing_and_leaks_nothing() -> None:
-    outcome = await run_campaign(CampaignOptions(seed=20, seconds=SECONDS, faults=FAULTS), print)
+@pytest.mark.timeout(600)
+async def test_three_minutes_of_faults_lose_nothing_hang_nothing_and_leak_nothing() -> None:
+    outcome = await run_campaign(CampaignOptions(seed=20, seconds=SECONDS), print)
     text = describe(outcome)
     print(text)
     assert not outcome.failed, text
     assert outcome.reads > 10_000
-    assert len(outcome.faults) == FAULTS
-    # Others need root.
-    assert {fault.kind for fault in outcome.faults} >= set(Kind) - {Kind.LINK_CUT, Kind.DEVICE_FULL}
+    assert len(outcome.faults) >= len(Kind)
     for fault in outcome.faults:
         if fault.alone:
             assert longest_stall(fault, outcome.stalls) < fault.hold_seconds + LOOSE_SECONDS, fault

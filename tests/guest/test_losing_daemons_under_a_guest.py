@@ -74,13 +74,13 @@ async def lose_the_host_daemons(embedded: EmbeddedSet) -> None:
     await embedded.start_hypervisor()
 
 
-async def test_guests_go_on_while_their_hypervisor_is_killed_and_restarted_three_times(
+async def test_guests_go_on_while_their_hypervisor_is_killed_and_restarted_five_times(
     embedded: EmbeddedSet, boot_guest: BootGuest
 ) -> None:
     guest = await verifying(embedded, boot_guest)
     tested = await boot_guest(MEMTESTER)
     await attach_while_it_boots(embedded, tested, "vm2")
-    for _ in range(3):
+    for _ in range(5):
         await lose_the_host_daemons(embedded)
         await next_pass(guest)
         paged = await embedded.hypervisor.client("vm1")

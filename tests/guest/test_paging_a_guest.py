@@ -74,10 +74,10 @@ async def attach_while_it_boots(embedded: EmbeddedSet, guest: QemuGuest, name: s
                 return
 
 
-async def test_a_guest_is_attached_and_detached_three_times_while_it_runs(
+async def test_a_guest_is_attached_and_detached_five_times_while_it_runs(
     embedded: EmbeddedSet, guest: QemuGuest
 ) -> None:
-    for _ in range(3):
+    for _ in range(5):
         attached = await embedded.hypervisor.attach(
             "vm1", ClientAttach(pid=guest.pid, limit_bytes=LIMIT_BYTES)
         )

@@ -10,8 +10,7 @@ import pytest
 from tests.simulation.run import run_seed
 
 ROOT = Path(__file__).parents[2]
-SEEDS = 1000
-"""Every protection that is taken away (`test_mutations.py`) is missed within the first 700."""
+SEEDS = 2000
 PROCESSES = 2
 
 

@@ -1,4 +1,4 @@
-"""Thousands of hostile dialogues with a server process, beside a client that must not notice."""
+"""Ten thousand hostile dialogues with a server process, beside a client that must not notice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.commands import condition
 from tests.support.nbd import short_folder
 from tests.support.nbd_server import content_of
 
-CASES = int(os.environ.get("FARPAGE_HOSTILE_DIALOGUES", "4000"))
+CASES = 10_000
 SEED = 20_240_229
 AT_ONCE = 16
 VOLUME_BYTES = 256 << 10
