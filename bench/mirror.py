@@ -1,10 +1,14 @@
-"""What a mirror costs: farpage with redundancy `mirror` beside `none`, on the same two devices of one disk.
+"""What a mirror costs, and what checksums do: redundancy `mirror` beside `none` on two devices of one disk.
 
-    python -m bench.mirror [--rounds 5] [--seconds 2] [--memory 256M] [--limit 64M] [--dir DIR]
+    python -m bench.mirror [--rounds 5] [--seconds 2] [--memory 256M] [--limit 64M] [--dir DIR] [--realtime]
                            [--json] [--out DIR]
 
-Both page the memory of the same program, `touch.c`, under the same limit, and take turns. Populating shows
-how fast pages leave (with a mirror each is written twice), random reads how long a page-in takes.
+Clients with redundancy `mirror` and `none` take turns on one set of two VIOSes with a device each. What
+checksums cost is seen where nothing else does, so two more sets have a device in memory, and the workers of
+one of them no checksums: that is this benchmark's doing, farpage has no such option. All page the memory of
+the same program, `touch.c`, under the same limit. Populating shows how fast pages leave (with a mirror each
+is written twice); random reads, after a sweep that leaves nothing in memory to be written, how long a page-in
+takes.
 
 The exit status is 0, or 1 when a page came back wrong or a target was missed.
 """
@@ -13,146 +17,164 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import shutil
+import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict
-
-from bench._machine import describe_disk, describe_machine, describe_placement
-from bench._pagers import CLIENT, Farpage, Measured, Work, measure
-from bench._published import Panel, Summary, add_options, check_options, publish
-from bench._rounds import Spread, ratio, turns
-from bench._toucher import Pattern, Phase, Toucher, build
+from bench._machine import describe_disk, describe_machine, describe_placement, put_ahead
+from bench._mirror_report import (
+    IN_MEMORY,
+    MIRROR,
+    NONE,
+    WITHOUT_CHECKSUMS,
+    Figures,
+    MirrorResult,
+    results,
+    targets,
+)
+from bench._pagers import CLIENT, Work
+from bench._published import add_options, check_options, publish
+from bench._rounds import turns
+from bench._toucher import MemoryKind, Pattern, Phase, Toucher, WrongPages, build
 from farpage.cli.report import report
 from farpage.definition.model import Redundancy
+from farpage.embedded.control import HypervisorControl
+from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.errors import FarpageError
-from farpage.hypervisor.model import ClientAttach, ClientCreate
+from farpage.hypervisor.model import Attachment, ClientAttach, ClientCreate
 from farpage.terminal.sizes import parse_size
 
 POPULATE: Final = Phase(Pattern.POPULATE, write_percent=100)
+SWEEP: Final = Phase(Pattern.SEQUENTIAL, write_percent=0)
 READ: Final = Phase(Pattern.RANDOM, write_percent=0, threads=1)
-LEAST_PAGE_OUT: Final = 0.6
-MOST_PAGE_IN: Final = 1.05
+VIOSES: Final = ("vios1", "vios2")
+END_SECONDS: Final = 30.0
+NO_CHECKSUMS: Final = """\
+import farpage.pager.checksum as checksum
+checksum.page_checksums = lambda content: [0] * (len(content) // 4096)
+"""
+"""A `sitecustomize`: it runs before a worker takes the function into use (site, Python's library)."""
 
 
-class OnTwoDevices(Farpage):
-    """A set whose two VIOSes have a device each, and a client with one redundancy."""
+@dataclass(frozen=True)
+class Contender:
+    """A redundancy on one of the sets."""
 
-    def __init__(self, redundancy: Redundancy) -> None:
-        super().__init__()
-        self.name = redundancy.value
-        self._redundancy = redundancy
+    name: str
+    embedded: EmbeddedSet
+    redundancy: Redundancy
 
-    @asynccontextmanager
-    async def ready(self, work: Work) -> AsyncIterator[None]:
-        """Start the set."""
-        folders = {vios: work.folder / f"device-{vios}" for vios in ("vios1", "vios2")}
-        for folder in folders.values():
-            folder.mkdir()
+
+@contextmanager
+def without_checksums(folder: Path) -> Iterator[None]:
+    """Have the daemons that are started meanwhile take every page for right."""
+    folder.mkdir(parents=True)
+    (folder / "sitecustomize.py").write_text(NO_CHECKSUMS)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), before]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def make_devices(folder: Path) -> list[str]:
+    """Make a folder for each VIOS, and return them as devices."""
+    for vios in VIOSES:
+        (folder / vios).mkdir()
+    return [f"{vios}=dir:{folder / vios}" for vios in VIOSES]
+
+
+@asynccontextmanager
+async def running_set(folder: Path, *devices: str, checksums: bool = True) -> AsyncIterator[EmbeddedSet]:
+    """Run a set of two VIOSes with these devices."""
+    embedded = EmbeddedSet(SetSettings(state_dir=folder / "set", devices=devices))
+    with nullcontext() if checksums else without_checksums(folder / "python"):
         try:
-            async with self.running(work, tuple(f"{vios}=dir:{path}" for vios, path in folders.items())):
-                yield
+            await embedded.start()
+            yield embedded
         finally:
-            for folder in folders.values():
-                shutil.rmtree(folder)
+            await embedded.stop()
 
-    async def take(self, toucher: Toucher, work: Work) -> None:
-        """Make the client with its redundancy, and attach the toucher as it."""
-        hypervisor = self.hypervisor
-        await hypervisor.create_client(
-            ClientCreate(name=CLIENT, memory_bytes=work.memory_bytes, redundancy=self._redundancy)
-        )
+
+async def turn(contender: Contender, work: Work, seed: int, figures: Figures) -> None:
+    """Run both phases once with a new client and a new process.
+
+    :raise WrongPages: it was given back something else than it wrote.
+    """
+    hypervisor = contender.embedded.hypervisor
+    await hypervisor.create_client(
+        ClientCreate(name=CLIENT, memory_bytes=work.memory_bytes, redundancy=contender.redundancy)
+    )
+    async with await Toucher.start(
+        work.program, MemoryKind.SHARED, work.memory_bytes, seed, work.folder
+    ) as toucher:
         await hypervisor.attach(CLIENT, ClientAttach(pid=toucher.pid, limit_bytes=work.limit_bytes))
+        populated, swept, read = [await toucher.run(phase, work.seconds) for phase in work.phases]
+        if wrong := swept.wrong_pages + read.wrong_pages:
+            raise WrongPages(contender.name, wrong, READ.name)
+    await _let_go(hypervisor)
+    await hypervisor.delete_client(CLIENT)
+    # Populating cannot go on before as many pages have left as the limit has no room for.
+    pages = (work.memory_bytes - work.limit_bytes) / 4096
+    figures.page_outs_per_second.append(pages / populated.seconds)
+    figures.page_in_p50_us.append(read.waited.p50_us)
 
 
-class MirrorResult(BaseModel):
-    """Everything that a run found; ratios are those of `mirror` to `none`, round by round."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    machine: str
-    placement: str
-    disk: str
-    page_outs_per_second: dict[str, Spread]
-    page_in_p50_us: dict[str, Spread]
-    page_out_ratio: Spread | None
-    page_in_ratio: Spread | None
-
-    @property
-    def reached(self) -> bool:
-        """Whether both targets were."""
-        outs, ins = self.page_out_ratio, self.page_in_ratio
-        return (
-            outs is not None
-            and ins is not None
-            and (outs.median >= LEAST_PAGE_OUT and ins.median <= MOST_PAGE_IN)
-        )
-
-    def as_text(self) -> str:
-        """Return the table."""
-        lines = [f"machine    {self.machine}", f"placement  {self.placement}", f"disk       {self.disk}", ""]
-        lines.append(f"{'redundancy':<12}{'page-outs/s':>28}{'page-in p50, us':>28}")
-        for name, outs in self.page_outs_per_second.items():
-            lines.append(f"{name:<12}{outs.text():>28}{self.page_in_p50_us[name].text(1):>28}")
-        if self.page_out_ratio and self.page_in_ratio:
-            out_ratio, in_ratio = self.page_out_ratio.text(2), self.page_in_ratio.text(2)
-            lines.append(f"{'ratio':<12}{out_ratio:>28}{in_ratio:>28}")
-        lines.append(f"targets: page-outs at least {LEAST_PAGE_OUT}, page-in p50 at most {MOST_PAGE_IN}: ")
-        lines[-1] += "reached" if self.reached else "missed"
-        return "\n".join(lines)
-
-    def summary(self) -> Summary:
-        """Return what is published."""
-        context = {"machine": self.machine, "placement": self.placement, "disk": self.disk}
-        panels = (
-            Panel("page-outs", "pages/s", self.page_outs_per_second, {"mirror / none": self.page_out_ratio}),
-            Panel("page-in, median", "us", self.page_in_p50_us, {"mirror / none": self.page_in_ratio}, 1),
-        )
-        return Summary("mirror", "Volumes with a mirror beside volumes without", context, panels)
+async def _let_go(hypervisor: HypervisorControl) -> None:
+    """Wait until the hypervisor has noticed that the process is gone."""
+    deadline = asyncio.get_running_loop().time() + END_SECONDS
+    while (await hypervisor.client(CLIENT)).attachment is not Attachment.NONE:
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.02)
 
 
-async def run(folder: Path, memory_bytes: int, limit_bytes: int, rounds: int, seconds: float) -> MirrorResult:
+async def run(
+    folder: Path, memory_bytes: int, limit_bytes: int, rounds: int, seconds: float, *, realtime: bool
+) -> MirrorResult:
     """Measure.
 
     :raise FarpageError: a set cannot be run, or gave back wrong pages.
     """
-    outs: dict[str, list[float]] = {"none": [], "mirror": []}
-    ins: dict[str, list[float]] = {"none": [], "mirror": []}
     with tempfile.TemporaryDirectory(prefix="fpbench-", dir=folder) as name:
-        work = Work(
-            folder=Path(name),
-            program=build(Path(name)),
-            memory_bytes=memory_bytes,
-            limit_bytes=limit_bytes,
-            seconds=seconds,
-            phases=(POPULATE, READ),
-        )
-        contenders = [OnTwoDevices(Redundancy.NONE), OnTwoDevices(Redundancy.MIRROR)]
-        for number in range(rounds):
-            for pager in turns(contenders, number):
-                print(f"round {number + 1} of {rounds}: {pager.name}", file=sys.stderr, flush=True)
-                populated, read = await measure(pager, work, seed=number + 1)
-                outs[pager.name].append(_page_outs_per_second(populated, work))
-                ins[pager.name].append(read.report.waited.p50_us)
+        place = Path(name)
+        work = Work(place, build(place), memory_bytes, limit_bytes, seconds, (POPULATE, SWEEP, READ))
+        figures = {name: Figures() for name in (NONE, MIRROR, IN_MEMORY, WITHOUT_CHECKSUMS)}
+        async with AsyncExitStack() as sets:
+            if realtime:
+                put_ahead()
+            devices = make_devices(place)
+            disk = await sets.enter_async_context(running_set(place / "a", *devices))
+            device = f"{VIOSES[0]}=memory:{memory_bytes * 2}"
+            memory = await sets.enter_async_context(running_set(place / "b", device))
+            bare = await sets.enter_async_context(running_set(place / "c", device, checksums=False))
+            contenders = [
+                Contender(NONE, disk, Redundancy.NONE),
+                Contender(MIRROR, disk, Redundancy.MIRROR),
+                Contender(IN_MEMORY, memory, Redundancy.NONE),
+                Contender(WITHOUT_CHECKSUMS, bare, Redundancy.NONE),
+            ]
+            placement = describe_placement()
+            for number in range(rounds):
+                for contender in turns(contenders, number):
+                    print(f"round {number + 1} of {rounds}: {contender.name}", file=sys.stderr, flush=True)
+                    await turn(contender, work, number + 1, figures[contender.name])
         return MirrorResult(
             machine=describe_machine(),
-            placement=describe_placement(),
-            disk=describe_disk(work.folder),
-            page_outs_per_second={name: Spread.of(values) for name, values in outs.items()},
-            page_in_p50_us={name: Spread.of(values) for name, values in ins.items()},
-            page_out_ratio=ratio(outs["mirror"], outs["none"]),
-            page_in_ratio=ratio(ins["mirror"], ins["none"]),
+            placement=placement,
+            disk=describe_disk(place),
+            rounds=rounds,
+            results=results(figures),
+            targets=targets(figures),
         )
-
-
-def _page_outs_per_second(populated: Measured, work: Work) -> float:
-    """Populating cannot go on before as many pages have left as the limit has no room for."""
-    return (work.memory_bytes - work.limit_bytes) / 4096 / populated.report.seconds
 
 
 def main() -> int:
@@ -160,19 +182,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.mirror", description=str(__doc__).split("\n")[0])
     parser.add_argument("--memory", default="256M", metavar="SIZE", help="memory touched (%(default)s)")
     parser.add_argument("--limit", default="64M", metavar="SIZE", help="most of it resident (%(default)s)")
-    parser.add_argument("--rounds", default=5, type=int, help="times that both have a turn (%(default)s)")
+    parser.add_argument("--rounds", default=5, type=int, help="times that each has a turn (%(default)s)")
     parser.add_argument("--seconds", default=2.0, type=float, help="length of the reads (%(default)s)")
     parser.add_argument("--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk (%(default)s)")
+    parser.add_argument("--realtime", action="store_true", help="run ahead of all other work; needs root")
     add_options(parser)
     options = parser.parse_args()
     try:
         check_options(options)
-        memory_bytes = parse_size(options.memory, field="--memory")
-        limit_bytes = parse_size(options.limit, field="--limit")
-        result = asyncio.run(run(options.dir, memory_bytes, limit_bytes, options.rounds, options.seconds))
+        result = asyncio.run(
+            run(
+                options.dir,
+                parse_size(options.memory, field="--memory"),
+                parse_size(options.limit, field="--limit"),
+                options.rounds,
+                options.seconds,
+                realtime=options.realtime,
+            )
+        )
     except FarpageError as problem:
         return report(problem)
-    publish(result.summary(), result.as_text(), result.model_dump_json(indent=2), options)
+    publish(result.summary(), result.as_markdown(), result.model_dump_json(indent=2), options)
     return 0 if result.reached else 1
 
 

@@ -40,8 +40,7 @@ def main() -> int:
             print(f"{time.monotonic() - begin:8.2f} {text}", file=sys.stderr, flush=True)
 
     outcome = asyncio.run(run_campaign(options, tell))
-    print(f"seed {words.seed}; {describe_machine()}; {describe_placement()}")
-    print(describe(outcome))
+    print(f"Seed {words.seed}; {describe_machine()}; {describe_placement()};", describe(outcome))
     return 1 if outcome.failed else 0
 
 

@@ -33,8 +33,8 @@ class StallsOfKind:
     kind: Kind
     injected: int
     alone: int
-    felt: int
-    """Faults alone that made an access wait long enough to be told of."""
+    felt_ms: tuple[float, ...]
+    """One for each fault alone that made an access wait long enough to be told of."""
     p50_ms: float
     p99_ms: float
     longest_ms: float
@@ -46,6 +46,7 @@ class Outcome:
     """Everything that a campaign has found out."""
 
     seconds: float
+    path_timeout_seconds: float = 1.0
     reads: int = 0
     writes: int = 0
     faults: list[Injected] = field(default_factory=list)
@@ -93,7 +94,7 @@ def stalls_by_kind(faults: Sequence[Injected], stalls: Sequence[Stall]) -> list[
                 kind=kind,
                 injected=len(those),
                 alone=len(alone),
-                felt=len(felt),
+                felt_ms=tuple(felt),
                 p50_ms=percentile(felt, 0.5),
                 p99_ms=percentile(felt, 0.99),
                 longest_ms=max(felt, default=0.0),
@@ -139,35 +140,74 @@ def restart_to_served(faults: Sequence[Injected], stalls: Sequence[Stall]) -> li
     return served
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What the longest stalls at faults of a kind may be on a machine without other work."""
+
+    share: float
+    """Of the faults; 1 for all of them."""
+    most_ms: float
+
+    def text(self) -> str:
+        """Return it as the table has it."""
+        return f"{'max' if self.share == 1 else f'p{self.share * 100:.0f}'} at most {self.most_ms:.0f}"
+
+    def verdict(self, found_ms: Sequence[float]) -> str:
+        """Say whether it was kept."""
+        if not found_ms:
+            return "not felt"
+        return "reached" if percentile(found_ms, self.share) <= self.most_ms else "missed"
+
+
+RESTART = Bound(1, 500)
+"""From a hypervisor's restart to the first page served."""
+
+
+def bounds(path_timeout_seconds: float) -> dict[Kind, Bound]:
+    """Return the bounds of the kinds that have one."""
+    return {
+        Kind.VIOS_KILL: Bound(0.99, 100),
+        Kind.VIOS_STOP: Bound(1, path_timeout_seconds * 1e3 + 100),
+        Kind.WORKER_KILL: Bound(1, 1500),
+        Kind.HYPERVISOR_KILL: Bound(1, 3000),
+        Kind.HOST_KILL: Bound(1, 3000),
+    }
+
+
 def describe(outcome: Outcome) -> str:
-    """Return the report as text."""
-    rows = stalls_by_kind(outcome.faults, outcome.stalls)
-    lines = [
-        f"{outcome.seconds:.0f} s, {len(outcome.faults)} faults, {outcome.reads} pages verified, "
-        f"{outcome.writes} written",
-        "",
-        "longest stall at a fault that came alone, in ms",
-        f"  {'kind':<16}{'faults':>8}{'alone':>8}{'felt':>8}{'p50':>9}{'p99':>9}{'max':>9}{'max hold':>10}",
-    ]
-    lines += [
-        f"  {row.kind:<16}{row.injected:>8}{row.alone:>8}{row.felt:>8}{row.p50_ms:>9.0f}{row.p99_ms:>9.0f}"
-        f"{row.longest_ms:>9.0f}{row.longest_hold_ms:>10.0f}"
-        for row in rows
-    ]
+    """Return the report as Markdown."""
     faults, stalls = outcome.faults, outcome.stalls
+    kept = bounds(outcome.path_timeout_seconds)
+    lines = [
+        f"{outcome.seconds:.0f} s, {len(faults)} faults, {outcome.reads} pages verified, "
+        f"{outcome.writes} written. Longest stall at each fault that came alone and was felt, in ms:",
+        "",
+        "| kind | faults | alone | felt | p50 | p99 | max | longest hold | bound | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in stalls_by_kind(faults, stalls):
+        bound = kept.get(row.kind)
+        wanted, verdict = (bound.text(), bound.verdict(row.felt_ms)) if bound else ("", "")
+        lines.append(
+            f"| `{row.kind}` | {row.injected} | {row.alone} | {len(row.felt_ms)} | {row.p50_ms:.0f} | "
+            f"{row.p99_ms:.0f} | {row.longest_ms:.0f} | {row.longest_hold_ms:.0f} | {wanted} | {verdict} |"
+        )
     served = [seconds * 1e3 for seconds in restart_to_served(faults, stalls)]
+    lines.append(
+        f"| from a restart to the first page | | | {len(served)} | {percentile(served, 0.5):.0f} | "
+        f"{percentile(served, 0.99):.0f} | {max(served, default=0.0):.0f} | | {RESTART.text()} | "
+        f"{RESTART.verdict(served)} |"
+    )
     lines += [
         "",
-        f"longest stall while several faults lasted: {longest_together(faults, stalls):.2f} s",
-        f"longest stall while nothing was wrong: {longest_without(faults, stalls) * 1e3:.0f} ms",
-        f"from a hypervisor's restart to the first page served: p50 {percentile(served, 0.5):.0f} ms, "
-        f"max {max(served, default=0.0):.0f} ms ({len(served)} restarts that were waited for)",
-        f"damaged pages: {outcome.damaged_pages}, of them repaired by scrubs: {outcome.repaired_pages}",
-        f"wrong pages: {len(outcome.wrong)}",
-        *(f"  {wrong.client}: {wrong.text}" for wrong in outcome.wrong[:20]),
-        f"hangs: {len(outcome.hangs)}",
-        *(f"  {hang}" for hang in outcome.hangs),
-        f"leaks: {len(outcome.leaks)}",
-        *(f"  {leak}" for leak in outcome.leaks),
+        f"- longest stall while several faults lasted: {longest_together(faults, stalls):.2f} s",
+        f"- longest stall while nothing was wrong: {longest_without(faults, stalls) * 1e3:.0f} ms",
+        f"- damaged pages: {outcome.damaged_pages}, of them repaired by scrubs: {outcome.repaired_pages}",
+        f"- wrong pages: {len(outcome.wrong)}",
+        *(f"  - {wrong.client}: {wrong.text}" for wrong in outcome.wrong[:20]),
+        f"- hangs: {len(outcome.hangs)}",
+        *(f"  - {hang}" for hang in outcome.hangs),
+        f"- leaks: {len(outcome.leaks)}",
+        *(f"  - {leak}" for leak in outcome.leaks),
     ]
     return "\n".join(lines)

@@ -152,7 +152,7 @@ class Campaign:
 async def run_campaign(options: CampaignOptions, tell: Callable[[str], None]) -> Outcome:
     """Run a whole campaign, hearing of each fault by `tell`; returns what it found."""
     token = new_token()
-    outcome = Outcome(options.seconds)
+    outcome = Outcome(options.seconds, options.path_timeout_seconds)
     events: list[ChildEvent] = []
     async with running_place(options.seed, options.path_timeout_seconds, events) as place:
         campaign = Campaign(place, outcome, events, tell)

@@ -50,9 +50,9 @@ def test_kinds_are_summed_up_over_the_faults_that_came_alone_and_were_felt() -> 
     ]
     stalls = [stall(0.5, 0.625), stall(10.5, 10.75), stall(40.5, 41.5)]
     killed, stopped = stalls_by_kind(faults, stalls)
-    assert (killed.kind, killed.injected, killed.alone, killed.felt) == (Kind.VIOS_KILL, 4, 3, 2)
+    assert (killed.kind, killed.injected, killed.alone, killed.felt_ms) == (Kind.VIOS_KILL, 4, 3, (125, 250))
     assert (killed.p50_ms, killed.p99_ms, killed.longest_ms) == (125, 250, 250)
-    assert (stopped.kind, stopped.felt, stopped.longest_ms) == (Kind.VIOS_STOP, 0, 0)
+    assert (stopped.kind, stopped.felt_ms, stopped.longest_ms) == (Kind.VIOS_STOP, (), 0)
     assert longest_together(faults, stalls) == 1.0
 
 
@@ -72,4 +72,13 @@ def test_an_outcome_fails_by_wrong_pages_hangs_and_leaks_and_says_so() -> None:
     ):
         assert outcome.failed
     text = describe(Outcome(1, wrong=[WrongPage("alpha", "0 17 old 3 0 5a")]))
-    assert "wrong pages: 1\n  alpha: 0 17 old 3 0 5a\nhangs: 0" in text
+    assert "wrong pages: 1\n  - alpha: 0 17 old 3 0 5a\n- hangs: 0" in text
+
+
+def test_each_bound_is_held_against_the_stalls_of_its_kind() -> None:
+    faults = [fault(Kind.VIOS_KILL, 0, 2), fault(Kind.VIOS_STOP, 10, 12), fault(Kind.WORKER_KILL, 20, 22)]
+    stalls = [stall(0.5, 0.625), stall(10.5, 11.5), stall(30, 31)]
+    text = describe(Outcome(40, path_timeout_seconds=1.0, faults=faults, stalls=stalls))
+    assert "| `vios_kill` | 1 | 1 | 1 | 125 | 125 | 125 | 500 | p99 at most 100 | missed |" in text
+    assert "| `vios_stop` | 1 | 1 | 1 | 1000 | 1000 | 1000 | 500 | max at most 1100 | reached |" in text
+    assert "| `worker_kill` | 1 | 1 | 0 | 0 | 0 | 0 | 500 | max at most 1500 | not felt |" in text
