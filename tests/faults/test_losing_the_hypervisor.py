@@ -18,6 +18,7 @@ from tests.support.hammer import hammering
 from tests.support.losses import alarms, kill_all, kill_control, until_client_is_gone
 from tests.support.paged_set import DEADLINE_SECONDS, PagedSet, running_set
 from tests.support.processes import (
+    kill_and_wait,
     until_no_worker,
     worker_pid,
     workers_running,
@@ -68,6 +69,32 @@ async def test_a_killed_control_process_and_its_workers_are_recovered(
     await paged.verify_all()
     assert await paged.client.do("close") == "done"
     await until_client_is_gone(embedded, "client")
+
+
+async def test_the_spare_worker_goes_on_with_clients_when_both_are_killed(
+    paged: PagedSet, hammer_program: Path
+) -> None:
+    embedded = paged.embedded
+    async with hammering(hammer_program, PAGES, threads=2) as hammer:
+        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
+        await paged.write_all()
+        working = [worker.pid for worker in (await embedded.hypervisor.info()).workers]
+        await kill_control(embedded)
+        for pid in working:
+            await kill_and_wait(pid)
+        # There is no control process.
+        await paged.verify_all()
+        await paged.write_all()
+        assert (await hammer.check()).wrong == 0
+        (heir,) = workers_running(embedded)
+        await embedded.start_hypervisor()
+        assert {await worker_pid(embedded, client) for client in ("client", "vm")} == {heir}
+        assert (await alarms(embedded)).count("worker_recovered") == 2
+        assert len((await embedded.hypervisor.info()).workers) == len(working)
+        await embedded.hypervisor.detach("vm")
+        assert (await hammer.quit()).wrong == 0
+    await embedded.hypervisor.delete_client("vm")
+    await paged.verify_all()
 
 
 async def test_both_killed_with_page_outs_in_flight_lose_none(paged: PagedSet) -> None:
@@ -192,10 +219,6 @@ async def test_a_set_that_is_killed_whole_leaves_no_process_once_its_clients_are
         for vios in embedded.vioses:
             embedded.supervise_vios(vios, supervised=False)
             embedded.kill_vios(vios, signal.SIGKILL)
-        # The spare, which has no clients, ends with the control process.
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while len(workers_running(embedded)) > 1:
-                await asyncio.sleep(0.05)
         hammer.process.kill()
         await until_no_worker(embedded)
         assert list((embedded.layout.hypervisor_dir / "run" / "workers").iterdir()) == []

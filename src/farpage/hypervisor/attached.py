@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.hypervisor.model import Attachment
-from farpage.hypervisor.runfolder import AttachmentRecord
 from farpage.hypervisor.workers import WorkerProcess
+from farpage.pager.attachmentrecord import AttachmentRecord
 from farpage.pager.messages import ReplicaSpec
 from farpage.pager.statefile import StateFile
 

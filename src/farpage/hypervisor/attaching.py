@@ -23,13 +23,13 @@ from farpage.hypervisor.errors import ClientAttached, MemoryTooLarge
 from farpage.hypervisor.handovers import HandoverMismatch, Handovers, kept, lay_out, release_of
 from farpage.hypervisor.model import ClientAttach, ClientCreate
 from farpage.hypervisor.pool import MemoryPool
-from farpage.hypervisor.runfolder import AttachmentRecord
 from farpage.hypervisor.settings import HypervisorSettings
 from farpage.hypervisor.unstarted import UnstartedReleases
 from farpage.hypervisor.workers import WorkerPool
 from farpage.kernel.inject import ProcessNotFound
 from farpage.kernel.process import identify
 from farpage.log import get_logger
+from farpage.pager.attachmentrecord import AttachmentRecord
 from farpage.pager.channel import PeerGone
 from farpage.pager.messages import Attach, Nothing
 from farpage.pager.statefile import StateFile

@@ -16,8 +16,9 @@ from farpage.hypervisor.errors import ClientAttached, ClientBusy
 from farpage.hypervisor.model import ClientCreate
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
-from farpage.hypervisor.runfolder import AttachmentRecord, RunFolder
+from farpage.hypervisor.runfolder import RunFolder
 from farpage.message import Message
+from farpage.pager.attachmentrecord import AttachmentRecord
 from farpage.pager.channel import Answer, PeerGone
 from farpage.pager.messages import ClientReport, Leave, Nothing, Query, Rejoin
 

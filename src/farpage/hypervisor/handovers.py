@@ -13,9 +13,9 @@ from farpage.definition.model import ClientRecord, Release, ReplicaState
 from farpage.errors import ExitStatus, FarpageError
 from farpage.handover import Handover, HandoverDamaged
 from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
-from farpage.hypervisor.runfolder import AdoptedRelease
 from farpage.hypervisor.vioses import Vios
 from farpage.log import get_logger
+from farpage.pager.attachmentrecord import AdoptedRelease
 from farpage.pager.statefile import StateFile
 from farpage.pager.table import ON_DEVICE, POISONED, ZERO, PageTable
 

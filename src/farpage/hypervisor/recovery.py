@@ -5,7 +5,7 @@ process decide, in this order:
 
 | found | decision |
 | --- | --- |
-| a data worker pages it | that goes on; it is adopted |
+| a data worker pages it, its own or that one's heir (`farpage.pager.heir`) | that goes on; it is adopted |
 | its process has ended | nothing is left but to forget it |
 | its memory is registered with its userfaultfd | pages may be out: recovered in another worker |
 | its memory is not registered | it was not paged yet, or no more: the rest is undone |
@@ -29,11 +29,11 @@ from farpage.hypervisor.attached import Attached
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.detaching import Detaching
 from farpage.hypervisor.replicas import ClientReplicas
-from farpage.hypervisor.runfolder import AttachmentRecord
 from farpage.hypervisor.unstarted import UnstartedReleases
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
 from farpage.kernel.process import ProcessIdentity, is_gone, open_identified
 from farpage.log import get_logger
+from farpage.pager.attachmentrecord import AttachmentRecord
 from farpage.pager.channel import PeerError, PeerGone
 from farpage.pager.messages import Attach, EpochRaised, HandedOver, HandOver, Nothing
 from farpage.pager.received import received
@@ -228,6 +228,13 @@ class Recovery:
         self.counts.adopted += 1
         self._epochs.append(EpochRaised(client=client, epoch=handed.epoch, owner=order.owner))
         log.info("client_adopted", client=client, worker=worker.pid)
+        if handed.inherited:
+            self.counts.recovered += 1
+            self._start(self._on_recovered(client, attached))
+            found = (
+                f"data worker {worker.index} pages the client since its worker ended, without being told to"
+            )
+            self._alarm(client, "worker_recovered", found)
         with suppress(ProcessLookupError):
             if order.kind is ClientKind.REGION and not memory.is_registered():
                 # Closed by its process while there was no control process to be told.

@@ -198,9 +198,23 @@ class WorkerPool:
 
         :raise OSError: when a process cannot be started.
         """
+        for idle in [worker for worker in self.workers if not worker.clients]:
+            if len(self.workers) > count:
+                self._take_out(idle)
         while len(self.workers) < count:
             self.workers.append(self._spawn(len(self.workers)))
         self._watch = asyncio.get_running_loop().create_task(self._watch_all())
+
+    def _take_out(self, idle: WorkerProcess) -> None:
+        """Keep a worker that was found running as the spare, or end it."""
+        self.workers.remove(idle)
+        for index, worker in enumerate(self.workers):
+            worker.index = index
+        if self.spare is None:
+            self.spare, idle.index = idle, -1
+        else:
+            idle.lost = True
+            self._start(idle.stop())
 
     def start_spare(self) -> None:
         """Start the spare, after what is more urgent."""

@@ -54,6 +54,8 @@ class ControlLink:
         self._connected = asyncio.Event()
         self._events: deque[tuple[str, Message]] = deque(maxlen=KEPT_EVENTS)
         self._channel: Channel | None = None
+        self.met = 0
+        """How many control processes have come so far."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         with suppress(FileNotFoundError):
             os.unlink(self._name, dir_fd=self._folder)
@@ -100,6 +102,7 @@ class ControlLink:
 
     def _connect(self, connection: socket.socket) -> None:
         """Talk to the process at the other end from now on; a lock of the run folder keeps others out."""
+        self.met += 1
         before, self._channel = self._channel, None
         if before is not None:
             before.close()

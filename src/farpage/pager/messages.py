@@ -196,6 +196,8 @@ class HandedOver(Message, frozen=True, kw_only=True):
     order: Attach
     epoch: int
     limit_pages: int
+    inherited: bool = False
+    """It has taken the client over from a worker that ended, while there was no control process."""
 
 
 class Nothing(Message, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 """A data worker: one process, one event loop, the page tables and volumes of its clients.
 
 It is started by the hypervisor's control process with one end of a `Channel` as descriptor. When the control
-process is gone it works on for as long as it has clients; the next control process adopts it.
+process is gone it works on for as long as it has clients; the next control process adopts it. One that has
+none looks after those of other workers meanwhile.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class _Attached:
     memory: PagedMemory
     state: StateFile
     order: Attach
+    inherited: bool = False
+    """Taken over without a control process, which has yet to be told."""
     opening: asyncio.Task[None] | None = None
     """The volume of a recovered client, which is paged before a path is found."""
     detaching: asyncio.Task[None] | None = None
@@ -91,18 +94,43 @@ class Worker:
         self._leases = Leases(connect_nbd)
         self._clients: dict[str, _Attached] = {}
         self._attaching: dict[str, asyncio.Event] = {}
-        self._control = ControlLink(
-            endpoint, folder, on_request=self._request, on_alone=self._look_whether_done
-        )
+        self._run_folder = folder.parent
+        self._inheriting: asyncio.Task[None] | None = None
+        self._control = ControlLink(endpoint, folder, on_request=self._request, on_alone=self._become_heir)
 
     def _look_whether_done(self) -> None:
-        if self._control.alone and not self._clients and not self._attaching:
+        idle = not self._clients and not self._attaching and self._inheriting is None
+        if self._control.alone and idle:
             self.done.set()
+
+    def _become_heir(self) -> None:
+        """The control process has gone: look after the clients of workers that are gone as well."""
+        if not self._clients and not self._attaching and self._inheriting is None:
+            self._inheriting = self._loop.create_task(self._wait_as_heir())
+
+    async def _wait_as_heir(self) -> None:
+        # Not sooner: how to take a client's memory from its process takes long to load, and few need it.
+        from farpage.pager.heir import Heir
+
+        control = self._control
+        met = control.met
+        try:
+            await Heir(self._run_folder, self._inherit).wait(lambda: control.alone and control.met == met)
+        finally:
+            self._inheriting = None
+            if control.alone and control.met != met:
+                self._become_heir()
+            self._look_whether_done()
+
+    async def _inherit(self, order: Attach, client: ClientMemory, state: StateFile) -> None:
+        await self._attach(order, client, state)
+        self._clients[order.client].inherited = True
 
     async def _request(self, method: str, parameters: Any, descriptors: list[int]) -> Message | Handing:
         match method:
             case "attach":
-                return await self._attach(Attach.model_validate(parameters), descriptors)
+                order = Attach.model_validate(parameters)
+                return await self._attach(order, *received(order, descriptors))
             case "detach":
                 return await self._detach(Detach.model_validate(parameters))
             case "page_out":
@@ -199,22 +227,27 @@ class Worker:
             await self._attaching[client].wait()
         attached = self._attached(client)
         space, memory = attached.paged.space, attached.client
+        inherited, attached.inherited = attached.inherited, False
         return Handing(
-            HandedOver(order=attached.order, epoch=space.volume.epoch, limit_pages=space.limit.pages),
+            HandedOver(
+                order=attached.order,
+                epoch=space.volume.epoch,
+                limit_pages=space.limit.pages,
+                inherited=inherited,
+            ),
             (memory.uffd.fileno(), memory.memfd, attached.state.fileno(), memory.pidfd),
         )
 
-    async def _attach(self, order: Attach, descriptors: list[int]) -> Nothing:
+    async def _attach(self, order: Attach, client: ClientMemory, state: StateFile) -> Nothing:
         ended = self._attaching[order.client] = asyncio.Event()
         try:
-            return await self._attach_now(order, descriptors)
+            return await self._attach_now(order, client, state)
         finally:
             del self._attaching[order.client]
             ended.set()
             self._look_whether_done()
 
-    async def _attach_now(self, order: Attach, descriptors: list[int]) -> Nothing:
-        client, state = received(order, descriptors)
+    async def _attach_now(self, order: Attach, client: ClientMemory, state: StateFile) -> Nothing:
         epoch = max(order.epoch, state.epoch) + 1 if order.recover else order.epoch
         ownership = StoredOwnership(order.owner, epoch, state)
         events = Tidings(self._control, order.client, order.owner)

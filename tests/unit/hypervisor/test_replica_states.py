@@ -14,8 +14,9 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.replicas import ClientReplicas
-from farpage.hypervisor.runfolder import AttachmentRecord, RunFolder
+from farpage.hypervisor.runfolder import RunFolder
 from farpage.kernel.process import ProcessIdentity
+from farpage.pager.attachmentrecord import AttachmentRecord
 from farpage.pager.messages import Attach, EndpointSpec, RecordReplicas, ReplicaSpec
 
 IN_SYNC, STALE = ReplicaState.IN_SYNC, ReplicaState.STALE

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from farpage.attach.memory import ClientKind
-from farpage.hypervisor.runfolder import AttachmentRecord, RunFolder, RunFolderInUse
+from farpage.hypervisor.runfolder import RunFolder, RunFolderInUse
 from farpage.kernel.process import ProcessIdentity
+from farpage.pager.attachmentrecord import AttachmentRecord
 
 RECORD = AttachmentRecord(
     client="vm",
