@@ -9,8 +9,8 @@ from __future__ import annotations
 from farpage.errors import FarpageError
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.handovers import release_of
-from farpage.hypervisor.runfolder import AttachmentRecord
 from farpage.log import get_logger
+from farpage.pager.attachmentrecord import AttachmentRecord
 
 log = get_logger()
 

@@ -15,9 +15,10 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import NoVios
 from farpage.hypervisor.errors import ClientBusy
 from farpage.hypervisor.handovers import kept
-from farpage.hypervisor.runfolder import AttachmentRecord, RunFolder
+from farpage.hypervisor.runfolder import RunFolder
 from farpage.hypervisor.unstarted import UnstartedReleases
 from farpage.kernel.process import ProcessIdentity
+from farpage.pager.attachmentrecord import AttachmentRecord
 
 RELEASE = Release(hypervisor="away", epoch=3, digest="ab" * 32, adopter="host")
 RECORD = AttachmentRecord(
