@@ -34,12 +34,14 @@ PAGES = 2048
 async def test_clients_go_on_without_a_control_process_and_are_adopted(paged: PagedSet) -> None:
     embedded = paged.embedded
     worker = await worker_pid(embedded, "client")
+    workers = len((await embedded.hypervisor.info()).workers)
     for turn in range(3):
         await kill_control(embedded)
         await paged.write_all()
         await paged.verify_all()
         await embedded.start_hypervisor()
         assert await worker_pid(embedded, "client") == worker, turn
+        assert len((await embedded.hypervisor.info()).workers) == workers
         info = await paged.info()
         assert (info.attachment, info.limit_bytes) == ("region", 4 * MIB)
         await paged.verify_all()
