@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -26,3 +28,13 @@ def cancelled_by_signals(task: asyncio.Task[Any]) -> Iterator[None]:
     for number in numbers:
         loop.add_signal_handler(number, cancel)
     yield
+
+
+async def undone_when_interrupted(work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what `work` returns; the first signal cancels it, so that it puts everything back as it was.
+
+    :raise asyncio.CancelledError: it was interrupted.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    with cancelled_by_signals(task):
+        return await task

@@ -22,6 +22,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
+from bench._interrupts import undone_when_interrupted
 from bench._machine import describe_machine, describe_placement
 from bench._pagers import Farpage, Work
 from bench._published import Panel, Summary, add_options, check_options, publish
@@ -193,7 +194,11 @@ def main() -> int:
         check_options(options)
         memory_bytes = parse_size(options.memory, field="--memory")
         limit_bytes = parse_size(options.limit, field="--limit")
-        result = asyncio.run(run(options.dir, memory_bytes, limit_bytes, options.seconds))
+        result = asyncio.run(
+            undone_when_interrupted(run(options.dir, memory_bytes, limit_bytes, options.seconds))
+        )
+    except asyncio.CancelledError:
+        return report(KeyboardInterrupt())
     except FarpageError as problem:
         return report(problem)
     publish(result.summary(), result.as_text(), result.model_dump_json(indent=2), options)

@@ -34,6 +34,7 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict
 
 from bench import _hostswap
+from bench._interrupts import undone_when_interrupted
 from bench._machine import describe_disk, describe_machine, describe_placement
 from bench._published import Panel, Summary, add_options, check_options, publish
 from bench._rounds import Spread, ratio, turns
@@ -355,7 +356,9 @@ def main() -> int:
             rounds=options.rounds,
             folder=options.dir,
         )
-        result = asyncio.run(run(settings))
+        result = asyncio.run(undone_when_interrupted(run(settings)))
+    except asyncio.CancelledError:
+        return report(KeyboardInterrupt())
     except FarpageError as problem:
         return report(problem)
     publish(result.summary(), result.as_text(), result.model_dump_json(indent=2), options)

@@ -13,7 +13,6 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <time.h>
 
 #define PIECE (256 * 1024 / sizeof(uint64_t))
@@ -33,10 +32,24 @@ static uint64_t next_random(uint64_t *state)
     return *state ^= *state << 17;
 }
 
-static int compare(const void *first, const void *second)
+/* By one byte after the other, from the lowest on: eight passes, so the outcome is in `data` again. */
+static void sort_piece(uint64_t *data, uint64_t *spare, size_t count)
 {
-    uint64_t a = *(const uint64_t *)first, b = *(const uint64_t *)second;
-    return (a > b) - (a < b);
+    for (int shift = 0; shift < 64; shift += 8) {
+        size_t places[256] = {0}, next = 0;
+        for (size_t at = 0; at < count; at++)
+            places[data[at] >> shift & 255]++;
+        for (int byte = 0; byte < 256; byte++) {
+            size_t found = places[byte];
+            places[byte] = next;
+            next += found;
+        }
+        for (size_t at = 0; at < count; at++)
+            spare[places[data[at] >> shift & 255]++] = data[at];
+        uint64_t *sorted = spare;
+        spare = data;
+        data = sorted;
+    }
 }
 
 static void merge(const uint64_t *from, size_t start, size_t middle, size_t end, uint64_t *to)
@@ -54,7 +67,7 @@ static size_t smaller(size_t a, size_t b)
 static uint64_t *sort(uint64_t *data, uint64_t *spare, size_t count)
 {
     for (size_t at = 0; at < count; at += PIECE)
-        qsort(data + at, smaller(PIECE, count - at), sizeof *data, compare);
+        sort_piece(data + at, spare, smaller(PIECE, count - at));
     for (size_t width = PIECE; width < count; width *= 2) {
         for (size_t at = 0; at < count; at += 2 * width)
             merge(data, at, smaller(at + width, count), smaller(at + 2 * width, count), spare);
