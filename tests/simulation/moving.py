@@ -1,6 +1,7 @@
 """A client whose volume is moved to another device under load, by an intermediate client that may die too.
 
-Its worker reaches the first VIOS alone once the move has begun. Every process may be killed, stopped or cut
+Its worker goes over to the first VIOS while it runs, or is lost and the next one opens the volume there; when
+the move is cancelled it comes back likewise. Every process may be killed, stopped or cut
 off at any moment; the move is finished, or cancelled, or stays as it is. At the end the client reads what it
 wrote, and after a move that was finished it does so without the source.
 """
@@ -39,19 +40,24 @@ from tests.simulation.owner import Owner, Place
 from tests.simulation.scenario import Scenario
 from tests.simulation.stamps import ZEROS
 from tests.simulation.vios import SimulatedVios
-from tests.simulation.world import ProcessState, World
+from tests.simulation.world import Process, ProcessState, World
 
 TARGET, SOURCE = "disk1", "disk2"
 FIRST, SECOND = "vios1", "vios2"
 PRINCIPAL = "00000000000000cc"
 WATCH_SECONDS = 0.3
+AGAIN_SECONDS = 0.2
+COPYING = {SOURCE: ReplicaState.IN_SYNC, TARGET: ReplicaState.COPYING}
 
 
 class MovingPlace(Place):
     """Where the volume is reached: at its source, or at the first VIOS while it is copied to its target."""
 
+    moved = False
+    """The target has everything, and is used like any device."""
+
     def ways(self, disk: Disk) -> tuple[Endpoint, ...]:
-        source = SOURCE if disk.name == TARGET else ""
+        source = SOURCE if disk.name == TARGET and not self.moved else ""
         return tuple(
             Endpoint(way.vios, way.address, way.device, source, way.lease_seconds)
             for way in super().ways(disk)
@@ -68,7 +74,7 @@ class Moving(Scenario):
         network.slow = chance.choice((0.0, 0.02, 0.2))
         user = self._user(chance.random() < 0.5)
         disks = [Disk(world, TARGET), Disk(world, SOURCE)]
-        self.place = MovingPlace(world, network, disks, {}, mirror=False)
+        self.place = self.moving_place = MovingPlace(world, network, disks, {}, mirror=False)
         for disk in disks:
             disk.slowness = chance.choice((1.0, 1.0, 20.0))
             disk.thread_slowness = chance.choice((1.0, 1.0, 1000.0))
@@ -97,6 +103,11 @@ class Moving(Scenario):
             vios.process.kill()
             vios.start()
         self.begun = self.finished = self.cancelled = False
+        self.running = chance.random() < 0.6
+        """The worker goes over while it runs."""
+        self._revision = 1
+        self._going: Process | None = None
+        """The worker that is going over."""
         self.wants_end = chance.random() < 0.8
         self.intermediary.bandwidth_bytes = chance.choice((None, 64 << 10, 16 << 10))
         self.faults = FaultSchedule(world, self._parts(), self._kinds())
@@ -214,11 +225,75 @@ class Moving(Scenario):
             return
         self.world.note("the move begins")
         self.begun = True
-        states = {SOURCE: ReplicaState.IN_SYNC, TARGET: ReplicaState.COPYING}
-        self.first.define(self._definition(2, self.move, states))
-        self._switch(TARGET)
         self.world.after(self._chance.random(), self._start_intermediary)
+        if self.running:
+            self._define(self.move.model_copy(update={"state": MoveState.PREPARING}), COPYING)
+            self.world.after(self._chance.random(), self._prepare)
+        else:
+            self._copy()
+            self._switch(TARGET)
+
+    def _prepare(self) -> None:
+        """Have the worker go over, again and again until one has."""
+        if self.cancelled:
+            return
+        if not self.intermediary.process.alive or self._going_over():
+            self.world.after(AGAIN_SECONDS, self._prepare)
+            return
+        self._go_over(TARGET, SECOND, self._copy, self._prepare)
+
+    def _copy(self) -> None:
+        """Let pages be copied."""
+        if self.cancelled:
+            return
+        if not self._reached("host1", self.first):
+            self.world.after(AGAIN_SECONDS, self._copy)
+            return
+        self._define(self.move, COPYING)
         self.world.after(8 * self._chance.random(), self._watch)
+
+    def _define(self, move: Move | None, states: dict[str, ReplicaState]) -> None:
+        self._revision += 1
+        self.first.define(self._definition(self._revision, move, states))
+
+    def _going_over(self) -> bool:
+        return self._going is not None and self._going.alive
+
+    def _go_over(self, device: str, fences: str, done: Callable[[], None], again: Callable[[], None]) -> None:
+        """Have the worker at hand go over; `again` is called when it has not, or is lost."""
+        owner, chance = self.owner, self._chance
+        if not owner.process.alive or not hasattr(owner, "volume"):
+            self.world.after(AGAIN_SECONDS, again)
+            return
+        # Whoever takes its place opens the volume there.
+        owner.devices = [device]
+        owner.definition.states = {device: ReplicaState.IN_SYNC}
+        (disk,) = (disk for disk in self.place.disks if disk.name == device)
+        process = self._going = owner.process
+        outcome: list[bool] = []
+
+        async def run() -> None:
+            try:
+                await owner.volume.go_over(self.place.ways(disk), device, device, fences)
+            except FarpageError as error:
+                self.world.note(f"{process.name} does not go over to {device}: {error.cause}")
+                outcome.append(False)
+            else:
+                self.world.note(f"{process.name} has gone over to {device}")
+                outcome.append(True)
+
+        def look() -> None:
+            if process.alive and not outcome:
+                self.world.after(AGAIN_SECONDS * chance.random(), look)
+                return
+            self._going = None
+            if outcome and outcome[0]:
+                done()
+            else:
+                self.world.after(AGAIN_SECONDS, again)
+
+        process.loop.create_task(run())
+        look()
 
     def _switch(self, device: str) -> None:
         self.owner.devices = [device]
@@ -228,15 +303,28 @@ class Moving(Scenario):
     def _cancel(self) -> None:
         if self.finished or not self.begun:
             return
-        if not self._reached("host1", self.first):
-            self.world.after(0.2, self._cancel)
+        if not self._reached("host1", self.first) or self._going_over():
+            self.world.after(AGAIN_SECONDS, self._cancel)
             return
         self.world.note("the move is cancelled")
         self.cancelled = True
-        states = {SOURCE: ReplicaState.IN_SYNC, TARGET: ReplicaState.RETIRED}
-        self.first.define(self._definition(3, None, states))
-        self._switch(SOURCE)
+        self._define(None, {SOURCE: ReplicaState.IN_SYNC, TARGET: ReplicaState.RETIRED})
+        if not self.running:
+            self._switch(SOURCE)
+        elif self.owner.devices != [SOURCE]:
+            # A worker that is started from now on goes by the definition.
+            self.owner.devices = [SOURCE]
+            self.owner.definition.states = {SOURCE: ReplicaState.IN_SYNC}
+            self._come_back()
         self.intermediary.process.kill()
+
+    def _come_back(self) -> None:
+        self._go_over(SOURCE, FIRST, lambda: None, self._come_back)
+
+    def _use_alone(self) -> None:
+        """Have the worker use the target like any device."""
+        self.moving_place.moved = True
+        self._go_over(TARGET, "", lambda: None, self._use_alone)
 
     def _watch(self) -> None:
         """Finish the move when everything is there, as the hypervisor does."""
@@ -257,7 +345,7 @@ class Moving(Scenario):
             return
         states = {SOURCE: ReplicaState.RETIRED, TARGET: ReplicaState.IN_SYNC}
         retiring = self.move.model_copy(update={"state": MoveState.RETIRING})
-        finished = self._definition(3, retiring, states)
+        finished = self._definition(self._revision + 1, retiring, states)
 
         async def store() -> bool:
             await copies.refuse_early_end(finished)
@@ -265,7 +353,10 @@ class Moving(Scenario):
                 return False
             self.world.note("the move is finished")
             self.finished = True
+            self._revision += 1
             first.define(finished)
+            if self.running:
+                self.world.after(self._chance.random(), self._use_alone)
             return True
 
         self.ask(first, store, lambda _: None)
