@@ -396,6 +396,7 @@ class Paths:
         for task in self._tasks:
             task.cancel()
         held_before = bool(self.quarantine)
+        self._predecessors.drained(fences)
         left = self._left_by(fences)
         self._known[:] = [*links, *(path for path in self._known if path.held)]
         self.links = links
@@ -413,6 +414,7 @@ class Paths:
         self._tasks = [self._keep_up(path) for path in links]
         chosen.machine.apply(PathEvent.PROBED, now)
         self._carries(chosen)
+        self._look_for_predecessors()
         if held_before and not self.quarantine:
             self._owner.server_fenced()
 

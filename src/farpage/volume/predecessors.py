@@ -25,6 +25,7 @@ class Predecessors:
         self._links = links
         self._epoch = epoch
         self._accepted_seconds: float | None = None
+        self._drained: set[str] = set()
         self._gone = False
 
     def accepted(self, now_seconds: float) -> None:
@@ -32,11 +33,22 @@ class Predecessors:
         if self._accepted_seconds is None:
             self._accepted_seconds = now_seconds
 
+    def drained(self, vios: str) -> None:
+        """Whatever reaches that server now comes behind what it was sent before: a relay is opened there."""
+        self._drained.add(vios)
+
     def gone(self, now_seconds: float) -> bool:
         """Tell whether no server can carry out an older command any more."""
-        if not self._gone and self._accepted_seconds is not None:
-            waited = now_seconds - self._accepted_seconds
-            self._gone = all(link.epoch >= self._epoch or _is_over(link, waited) for link in self._links)
+        if not self._gone:
+            left = [
+                link
+                for link in self._links
+                if link.epoch < self._epoch and link.endpoint.vios not in self._drained
+            ]
+            accepted = self._accepted_seconds
+            self._gone = not left or (
+                accepted is not None and all(_is_over(link, now_seconds - accepted) for link in left)
+            )
         return self._gone
 
 

@@ -43,8 +43,8 @@ class RelayVios(ModelVios):
 class MovingRig(Rig):
     """Two VIOS of the old device and one of the new one, which gets at the content through `vios1`."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, paths: int = 2, *, had_owner: bool = False) -> None:
+        super().__init__(paths, had_owner=had_owner)
         self.vioses["vios3"] = RelayVios("vios3", self.vioses["vios1"])
 
     async def go(self) -> None:
@@ -94,6 +94,19 @@ def test_what_is_in_flight_is_repeated_there_and_nothing_is_held_back() -> None:
         await rig.until(lambda: (written, read) == ([0], [0]))
 
     with_rig(test)
+
+
+def test_one_that_goes_over_before_it_has_opened_anything_writes_behind_what_an_older_owner_sent() -> None:
+    async def main() -> None:
+        rig = MovingRig(paths=1, had_owner=True)
+        written = rig.write(1, 7)
+        assert (written, rig.volume.predecessors_gone) == ([], False)
+        await rig.go()
+        await rig.until(lambda: written == [0])
+        assert rig.volume.predecessors_gone
+        await rig.volume.abandon()
+
+    run_simulated(main)
 
 
 def test_a_planned_switch_is_no_loss() -> None:

@@ -328,7 +328,7 @@ class Copies:
         :raise NotCopied: the move has ended, or the pages are not to be copied yet.
         """
         move = copying.move
-        if copying.over or not copying.copy.recording:
+        if copying.over or not copying.copy.fillable:
             raise NotCopied(move.volume, move.target, move.source, self._vios)
         return FillVolume(copying.copy, copying.located.device.limits)
 

@@ -4,6 +4,10 @@ A page of the new device has one writer at a time: the client, or a *fill*, whic
 old device and is applied to pages alone that are neither present nor being changed. So an older content never
 comes over a newer one.
 
+Changes that begin while nothing is recorded go to the old device alone, and their pages stay absent. A fill
+that was read before such a change has landed would be older than it: so nobody may begin to fill, that is to
+read what is to be filled, before the last of them has ended.
+
 Presence is stored behind its time: first the device's data (flush), then the bits. What was not stored when
 the process ends is absent for the next one, which is safe as the old device has every change that was
 acknowledged. It is not safe to fill such a page with what was read from the old device *before* that: whoever
@@ -108,7 +112,8 @@ class VolumeCopy:
         self.recording = True
         self.finished = False
         self.generation = 0
-        """Rises when a change fails: what was read from the old device before is not kept any more."""
+        """Rises when a change fails, or ends unrecorded: what was read from the old device before is not
+        kept."""
         self.stored_pages = presence.count
         """Pages that are present, and will be for the next process."""
         self._loop = asyncio.get_running_loop()
@@ -118,6 +123,8 @@ class VolumeCopy:
         self._client_in_flight = client_in_flight
         self._busy = bytearray(presence.pages)
         """1 for each page that somebody changes on the new device."""
+        self._unrecorded = 0
+        """Changes under way that go to the old device alone."""
         self._changes: deque[_Waiting] = deque()
         self._fills: deque[_Waiting] = deque()
         self._fills_under_way = 0
@@ -128,6 +135,11 @@ class VolumeCopy:
         self._tasks: set[asyncio.Task[bool]] = set()
         self._closed = False
 
+    @property
+    def fillable(self) -> bool:
+        """Whether what is read from the old device from now on may be filled."""
+        return self.recording and not self._unrecorded
+
     # The client's changes
 
     def change(self, start: int, end: int, change: Change, done: Done) -> None:
@@ -136,6 +148,7 @@ class VolumeCopy:
         def begin() -> None:
             self._busy[start:end] = b"\1" * (end - start)
             recording = self.recording
+            self._unrecorded += not recording
             change(recording, partial(self._changed, start, end, recording, done))
 
         waits = self._busy.find(1, start, end) >= 0
@@ -146,10 +159,11 @@ class VolumeCopy:
 
     def _changed(self, start: int, end: int, recorded: bool, done: Done, error: int) -> None:
         self._busy[start:end] = bytes(end - start)
-        if error:
+        self._unrecorded -= not recorded
+        if error or not recorded:
             # What the old device has now is not known before it is read again.
             self.generation += 1
-        elif recorded:
+        else:
             self._add(start, end)
         done(error)
         if self._changes:

@@ -192,3 +192,20 @@ def test_at_the_end_the_relay_is_dropped_between_two_commands() -> None:
         assert rig.read(3, 2) == [[7, 8]]
 
     with_copy(scenario)
+
+
+def test_nothing_is_filled_before_the_changes_of_the_old_device_alone_have_landed() -> None:
+    async def scenario(rig: CopyRig) -> None:
+        assert rig.link is not None
+        rig.copy.recording = False
+        read = rig.read(3, 1)
+        written = rig.write(3, 7)
+        rig.copy.recording = True  # the worker has gone over, and pages are copied from now on
+        assert not rig.copy.fillable, "what is read now may be older than the write"
+        rig.link.answer(1)
+        assert (written, rig.copy.fillable) == ([0], True)
+        rig.link.answer(0)
+        assert len(read) == 1
+        assert rig.present() == [], "what was read before the write is not kept"
+
+    with_copy(scenario)
