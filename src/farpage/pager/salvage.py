@@ -68,11 +68,8 @@ class Salvage:
             stored = [page for page in pages if self.is_stored(page)]
             checksums = space.table.checksums[stored].tolist()
             search = _Search(stored, dict(zip(stored, checksums, strict=True)))
-            for other_path in (False, True):
-                for device in space.volume.replicas:
-                    await self._read(
-                        search, device, search.missing if other_path else search.pages, other_path
-                    )
+            for ask in (self._ask_every_replica, self._ask_over_other_paths):
+                await ask(search)
                 if space.closed:
                     return Salvaged()
                 self._leave_out_changed(search)
@@ -85,6 +82,22 @@ class Salvage:
             self._tell(search, repaired)
             wrong = sum(len(pages) for pages in search.wrong.values())
             return Salvaged(search.found, search.missing, wrong, sum(repaired.values()))
+
+    async def _ask_every_replica(self, search: _Search) -> None:
+        """Read every replica in sync, also one that came to be while another was waited for in vain."""
+        volume = self._space.volume
+        asked: set[str] = set()
+        while new := [device for device in volume.replicas if device not in asked]:
+            for device in new:
+                await self._read(search, device, search.pages, False)
+            asked.update(new)
+            asked.intersection_update(volume.replicas)  # one that was lost may come back
+            if self._space.closed:
+                return
+
+    async def _ask_over_other_paths(self, search: _Search) -> None:
+        for device in self._space.volume.replicas:
+            await self._read(search, device, search.missing, True)
 
     def _leave_out_changed(self, search: _Search) -> None:
         search.pages = [page for page in search.pages if self.still_stored(page, search.expected[page])]

@@ -83,6 +83,24 @@ async def test_a_replica_that_is_not_in_sync_is_neither_asked_nor_repaired(mirro
     assert mirrored.volume.rewritten == []
 
 
+async def test_a_replica_that_comes_to_be_in_sync_while_another_is_lost_is_asked(
+    mirrored: ModelClient,
+) -> None:
+    volume = mirrored.volume
+    volume.stale.update(("disk2", "disk3"))
+    volume.spoil(PAGE, "disk1")
+    mirrored.read(PAGE)
+    volume.hold = True
+    await mirrored.settle()
+    assert len(volume.held) == 1, "the search asks disk1"
+    volume.stale.symmetric_difference_update(("disk1", "disk2"))
+    volume.hold = False
+    volume.release()
+    await mirrored.settle()
+    assert mirrored.read(PAGE) == content_of(PAGE)
+    assert mirrored.space.counters.poisoned_pages == 0
+
+
 async def read_fails(client: ModelClient, page: int) -> bool:
     try:
         await read(client, page)
