@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -77,6 +78,43 @@ class Feature(enum.Flag):
     CACHE = enum.auto()
     EXTENTS = enum.auto()
     MULTI_CONN = enum.auto()
+
+
+@dataclass
+class Lent:
+    """A read-only descriptor of the storage that a volume is in, opened with O_DIRECT; its holder closes it.
+
+    The volume begins at `origin_bytes` of it.
+    """
+
+    descriptor: int
+    origin_bytes: int
+
+    def take(self) -> int:
+        """Return the descriptor, which is the caller's from now on."""
+        descriptor, self.descriptor = self.descriptor, -1
+        return descriptor
+
+    def close(self) -> None:
+        """Close it, unless it was taken."""
+        if self.descriptor >= 0:
+            os.close(self.take())
+
+
+class DirectFile(Protocol):
+    """The storage of a volume as this process reads it by itself, past the server that serves it."""
+
+    def read(self, offset: int, length: int, done: ReadDone) -> bool:
+        """Read whole blocks; False when too much is in flight already, or it is closed.
+
+        `done` is called from the event loop, also after `close`, and its payload is valid while it runs.
+        """
+
+    def push(self) -> None:
+        """Start what was begun in this turn now."""
+
+    def close(self) -> None:
+        """Begin nothing any more; the storage is let go of when what is in flight has ended."""
 
 
 class BlockIO(Protocol):

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 
-from tests.support.paged_set import PagedSet
+from farpage.embedded.set import EmbeddedSet
+from tests.support.paged_set import PagedSet, running_set
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SMALL_BYTES = 1 << 20
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_set() -> AsyncIterator[EmbeddedSet]:
+    """A set as for the other modules, but page-ins are served, so that they notice the loss of a VIOS."""
+    async with running_set(workers=1, lease_seconds=60.0, direct_reads=False) as started:
+        yield started
 
 
 async def test_a_vios_killed_during_page_in_is_replaced_at_once(paged: PagedSet) -> None:

@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from farpage.api.remote import RemoteError
 from farpage.embedded.set import EmbeddedSet
-from farpage.hypervisor.model import ClientAttach, ClientInfo, PoolSet
+from farpage.hypervisor.model import ClientAttach, ClientInfo, PoolSet, ReadWay
 from tests.integration.attach.scripted import Scripted
 from tests.support.hammer import hammering
 from tests.support.losses import heal
@@ -70,6 +70,25 @@ async def test_an_outage_of_every_path_is_told_with_its_end(paged: PagedSet) -> 
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_page_ins_go_on_while_every_vios_is_away(paged: PagedSet) -> None:
+    await paged.write_all()
+    await paged.verify_all()  # now what is in memory is clean, and needs nobody to be paged out
+    assert {path.reads for path in (await paged.info()).paths} == {ReadWay.DIRECT}
+    for vios in paged.embedded.vioses:
+        paged.signal(vios, signal.SIGKILL)
+    await paged.until(lambda info: info.without_path_seconds is not None, "without a path")
+    before = sum(path.direct_reads for path in (await paged.info()).paths)
+    await paged.verify_all()
+    after = (await paged.info()).paths
+    assert sum(path.direct_reads for path in after) > before
+    scrape = await Scrape.of(paged.embedded.document.hypervisor.control)
+    read = max(after, key=lambda path: path.direct_reads)
+    assert (
+        scrape.value("farpage_path_direct_reads_total", client="client", vios=read.vios) == read.direct_reads
+    )
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_guest_is_paused_by_qmp_while_no_path_works(
     shared_set: EmbeddedSet, hammer_program: Path
 ) -> None:
@@ -106,7 +125,10 @@ async def test_a_guest_is_paused_by_qmp_while_no_path_works(
 
 
 async def test_with_a_timeout_accesses_that_wait_for_a_path_fail_and_no_others() -> None:
-    async with running_set(workers=1, no_path_timeout_seconds=0.3) as embedded, Scripted() as process:
+    async with (
+        running_set(workers=1, no_path_timeout_seconds=0.3, direct_reads=False) as embedded,
+        Scripted() as process,
+    ):
         state = str(embedded.layout.root)
         await process.run(REGION.format(size=PAGES * 4096, limit=LIMIT_BYTES, state=state))
 

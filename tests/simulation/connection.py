@@ -7,11 +7,12 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
-from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, ExtentsDone, Feature, ReadDone
+from farpage.blockio import CONNECTION_LOST, BlockLimits, DirectFile, Done, ExtentsDone, Feature, ReadDone
 from farpage.errors import Unreachable
 from farpage.nbd.errors import ConnectionEnded, ExportRefused, ServerRefused
 from farpage.nbd.export import Export
 from farpage.nbd.protocol import REP_ERROR_NAMES
+from farpage.vios.exports import VolumeExport
 from farpage.volume.connector import Endpoint, PathConnection
 from tests.simulation.network import Network, Pipe
 from tests.simulation.vios import SimulatedServerConnection, SimulatedVios
@@ -29,13 +30,18 @@ class Connector:
         *,
         host: str,
         same_host: bool,
+        borrows: bool = False,
     ) -> None:
-        """With `same_host` the servers' processes are known, as over UNIX sockets."""
+        """With `same_host` the servers' processes are known, as over UNIX sockets.
+
+        With `borrows` the client reads by itself what the servers lend.
+        """
         self._network = network
         self._vioses = vioses
         self._process = process
         self._host = host
         self._same_host = same_host
+        self._borrows = borrows
         self.on_open: Callable[[str, str], None] = lambda *_: None
         """Told of each open that was acknowledged: VIOS, export name."""
 
@@ -81,7 +87,10 @@ class Connector:
             raise
         self.on_open(endpoint.vios, export_name)
         pid = vios_process.pid if self._same_host else None
-        return SimulatedConnection(pipe, servers[0], export, endpoint.vios, pid)
+        connection = SimulatedConnection(pipe, servers[0], export, endpoint.vios, pid)
+        if self._borrows and isinstance(export, VolumeExport) and export.lend is not None:
+            connection.direct = vios.lent(export.volume_id, self._process)
+        return connection
 
 
 class SimulatedConnection:
@@ -96,6 +105,7 @@ class SimulatedConnection:
     ) -> None:
         self.size_bytes = export.io.size_bytes
         self.on_lost: Callable[[Exception], None] | None = None
+        self.direct: DirectFile | None = None
         self.peer_pid = pid
         self._name = self.export_name = export.name
         self._vios = self.address = vios

@@ -235,6 +235,13 @@ class SimulatedDevice(PagingDevice):
         stored = await self.run(self._find, name)
         return SimulatedVolume(self._disk, stored, epoch, self._process, over)
 
+    def lent(self, volume_id: str, process: Process) -> SimulatedFile | None:
+        """Return the volume as another process reads it by itself; None if it is on another disk."""
+        for stored in self._disk.volumes.values():
+            if stored.id == volume_id:
+                return SimulatedFile(SimulatedVolume(self._disk, stored, None, process))
+        return None
+
     async def close(self) -> None:
         """Keep nothing."""
 
@@ -242,6 +249,26 @@ class SimulatedDevice(PagingDevice):
         if name not in self._disk.volumes:
             raise VolumeMissing(name, f"device {self.name!r}")
         return self._disk.volumes[name]
+
+
+class SimulatedFile:
+    """A volume as a process reads it by itself: a `DirectFile`."""
+
+    def __init__(self, volume: SimulatedVolume) -> None:
+        self._volume = volume
+        self._closed = False
+
+    def read(self, offset: int, length: int, done: ReadDone) -> bool:
+        if self._closed:
+            return False
+        self._volume.read(offset, length, done)
+        return True
+
+    def push(self) -> None:
+        """Everything is begun at once here."""
+
+    def close(self) -> None:
+        self._closed = True
 
 
 class SimulatedVolume:

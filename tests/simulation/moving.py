@@ -82,6 +82,7 @@ class Moving(Scenario):
             self._make_volume(disk, user)
         self.place.same_host = chance.random() < 0.5
         self.place.leases = chance.random() < 0.7
+        self.place.direct = world.random("direct reads").random() < 0.45
         definition = SimulatedDefinition(world, [SOURCE], lambda: True)
         self.owner = Owner(self.place, user, definition, chance, devices=[SOURCE])
         self.move = Move.model_construct(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from farpage.blockio import Done
+from farpage.blockio import Done, Lent
 from farpage.definition import verification
 from farpage.definition.model import Definition
 from farpage.definition.verification import Promotion
@@ -19,10 +19,12 @@ from farpage.device.claim import Claims
 from farpage.hypervisor import definitions
 from farpage.pager import eviction, faults, salvage
 from farpage.pager.table import PAGE_BYTES
+from farpage.vios.copying.copies import Copying
 from farpage.vios.copying.copy import FillRun, VolumeCopy
 from farpage.vios.copying.volume import Begin, CopyingVolume
-from farpage.vios.exports import VolumeExports
+from farpage.vios.exports import VolumeExport, VolumeExports
 from farpage.vios.leases import Lease
+from farpage.vios.names import ExportName
 from farpage.vios.volumes import Volumes
 from farpage.volume.command import Command
 from farpage.volume.link import Held, PathLink
@@ -117,6 +119,23 @@ def _relays_side_by_side(stack: ExitStack) -> None:
     _replace(stack, VolumeExports, "_replace_relay", replace)
 
 
+def _copying_lent(stack: ExitStack) -> None:
+    """Lend the owner a volume that is copied, whose absent pages read as zeros."""
+    opened = VolumeExports._open_copying
+
+    async def open_copying(
+        exports: VolumeExports, name: str, wanted: ExportName, copying: Copying
+    ) -> VolumeExport:
+        export = await opened(exports, name, wanted, copying)
+        export.lend = never_asked
+        return export
+
+    async def never_asked() -> Lent | None:
+        return None
+
+    _replace(stack, VolumeExports, "_open_copying", open_copying)
+
+
 def _attempts_forgotten(stack: ExitStack) -> None:
     """Let a change of the definition that was not acknowledged go before a later one that was."""
     _replace(stack, definitions, "beyond", lambda definition, _attempted: definition)
@@ -143,6 +162,7 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "fills_over_present": _fills_over_present,
     "relay_not_awaited": _relay_not_awaited,
     "relays_side_by_side": _relays_side_by_side,
+    "copying_lent": _copying_lent,
     "attempts_forgotten": _attempts_forgotten,
     "promotions_off": _promotions_off,
 }

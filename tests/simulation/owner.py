@@ -44,6 +44,8 @@ class Place:
     same_host: bool = False
     """The servers' processes can be watched."""
     leases: bool = False
+    direct: bool = False
+    """Owners read by themselves what VIOSes lend."""
 
     def ways(self, disk: Disk) -> tuple[Endpoint, ...]:
         """Return the ways to a disk."""
@@ -129,7 +131,14 @@ class Owner:
         recovers = self.workers > 1
         ownership = self.ownership = Ownership(self.token, max(self.ownership.epoch + 1, epoch))
         place = self.place
-        connector = Connector(place.network, place.vioses, process, host=self.host, same_host=place.same_host)
+        connector = Connector(
+            place.network,
+            place.vioses,
+            process,
+            host=self.host,
+            same_host=place.same_host,
+            borrows=place.direct,
+        )
         leases = Leases(connector, f"{self._number:02x}{self.workers:06x}") if place.leases else None
         events = Events(self, process.name)
         self.opened = False

@@ -57,6 +57,7 @@ class Scenario:
         definition.on_attempt = self._crash_while_recording
         self.place.same_host = chance.random() < 0.5
         self.place.leases = chance.random() < 0.7
+        self.place.direct = world.random("direct reads").random() < 0.45
         self.owner = Owner(self.place, user, definition, chance)
         self.faults = FaultSchedule(world, self._parts(), self._kinds())
 

@@ -6,7 +6,7 @@ from tests.simulation.mutations import MUTATIONS
 from tests.simulation.run import run_seed
 
 FOUND_BY = {
-    "quarantine_off": 9,
+    "quarantine_off": 14,
     "epoch_checks_off": 6,
     "checksums_off": 62,
     "leases_off": 102,
@@ -15,6 +15,7 @@ FOUND_BY = {
     "fills_over_present": 18,
     "relay_not_awaited": 18,
     "relays_side_by_side": 378,
+    "copying_lent": 50,
     "attempts_forgotten": 180,
     "promotions_off": 625,
 }

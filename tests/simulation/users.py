@@ -127,13 +127,24 @@ class VolumeUser:
     def _read(self, page: int, by: str) -> None:
         self._busy[page] = False
         began = self.history.instant()
+        checked = False
 
         def done(error: int, payload: memoryview | None) -> None:
-            self._busy.pop(page, None)
+            nonlocal checked
             if error or payload is None:
+                self._busy.pop(page, None)
                 self._world.violated(f"a read of page {page} ended with errno {error}")
-            else:
-                self.history.read(page, version_of(page, payload, self._number), began, by)
+                return
+            version = version_of(page, payload, self._number)
+            if version is None and not checked:
+                # It is another owner's, who has the volume by now. A pager knows by the checksum, and asks a
+                # server, who knows the owner.
+                checked = True
+                self._volume.read_replica(self._volume.replicas[0], page * PAGE_BYTES, PAGE_BYTES, done)
+                self._volume.push()
+                return
+            self._busy.pop(page, None)
+            self.history.read(page, version, began, by)
 
         self._volume.read(page * PAGE_BYTES, PAGE_BYTES, done)
 

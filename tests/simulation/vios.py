@@ -23,7 +23,7 @@ from farpage.vios.exports import VolumeExports
 from farpage.vios.leases import Leases
 from farpage.vios.service import ViosService
 from farpage.vios.volumes import Volumes
-from tests.simulation.disk import Disk, SimulatedDevice
+from tests.simulation.disk import Disk, SimulatedDevice, SimulatedFile
 from tests.simulation.network import Pipe
 from tests.simulation.world import Process, World
 
@@ -137,6 +137,11 @@ class SimulatedVios:
             self.start()
         elif not self.process.alive:
             self.process.on_gone.append(self.start_again)
+
+    def lent(self, volume_id: str, process: Process) -> SimulatedFile | None:
+        """Return a volume as another process reads it by itself."""
+        devices = (SimulatedDevice(disk, self.process) for disk in self.disks)
+        return next((file for device in devices if (file := device.lent(volume_id, process))), None)
 
     def accept(self, pipe: Pipe) -> SimulatedServerConnection:
         """Accept a connection."""

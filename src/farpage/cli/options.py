@@ -48,6 +48,14 @@ DaemonControl: TypeAlias = Annotated[
     ),
 ]
 
+DirectReads: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--direct-reads/--no-direct-reads",
+        help="Read paged-out memory straight from devices of VIOSes on this host, or only through VIOSes.",
+    ),
+]
+
 AsJson: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print JSON: the control API's document, and nothing else.")
 ]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from farpage.blockio import BlockLimits, Done, Extent, ExtentsDone, Feature, ReadDone
+from farpage.blockio import BlockLimits, Done, Extent, ExtentsDone, Feature, Lent, ReadDone
 from farpage.device.base import BLOCK_BYTES
 from farpage.device.engine import Engine
 from farpage.device.reads import RingReader
@@ -228,6 +228,18 @@ class FileVolume:
             done(error, None if error else found)
 
         self._submit(finished, self._file.extents, offset, length, found)
+
+    async def lend(self) -> Lent | None:
+        """Open the storage once more, for somebody to read; None without direct I/O.
+
+        Past the page cache a read sees every write that was acknowledged, whichever process made it.
+        """
+        if not self._direct:
+            return None
+        try:
+            return Lent(await self._threads.run(self._file.open_to_read), self._origin)
+        except OSError:
+            return None
 
     async def close(self) -> None:
         """Wait for the commands in flight and close the file."""

@@ -225,6 +225,13 @@ class VolumeFile:
                 self._sync_error = error.errno or errno.EIO
         return self._sync_error
 
+    def open_to_read(self) -> int:
+        """Open the file once more, read-only and for direct I/O; without the lock of the one that is open.
+
+        :raise OSError:
+        """
+        return os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+
     def detach(self) -> int:
         """Let go of the descriptor, which the caller closes, and of who tells whether it is superseded."""
         # That holds the volume's header open, and whoever still refers to this volume may do so for long.

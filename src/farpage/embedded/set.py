@@ -78,6 +78,7 @@ class SetSettings:
     path_timeout_seconds: float = 1.0
     no_path_timeout_seconds: float | None = None
     lease_seconds: float = 5.0
+    direct_reads: bool = True
     default_limit_bytes: int | None = None
     ram_tier_percent: int = DEFAULT_TIER_PERCENT
     pool_size_bytes: int | None = None
@@ -305,6 +306,8 @@ class EmbeddedSet:
             arguments += ["--vios", f"{name}={vios.control}"]
         arguments += ["--path-timeout", f"{settings.path_timeout_seconds * 1000:g}ms"]
         arguments += ["--ram-tier", f"{settings.ram_tier_percent}%"]
+        if not settings.direct_reads:
+            arguments.append("--no-direct-reads")
         if settings.no_path_timeout_seconds is not None:
             arguments += ["--no-path-timeout", f"{settings.no_path_timeout_seconds * 1000:g}ms"]
         for option, value in (

@@ -218,6 +218,7 @@ class Attaching:
             path_timeout_seconds=self._settings.path_timeout_seconds,
             no_path_timeout_seconds=self._settings.no_path_timeout_seconds,
             resync_bytes_per_second=self._settings.resync_bytes_per_second,
+            direct_reads=self._settings.direct_reads,
             open_timeout_seconds=OPEN_TIMEOUT_SECONDS,
             ram_tier_percent=self._settings.ram_tier_percent,
             handed_over=found is not None,

@@ -97,6 +97,7 @@ class _Collector(Collector):
         yield from self._counters()
         yield from self._gauges()
         yield self._paths()
+        yield from self._direct_reads()
         yield self._failovers()
         yield from self._replicas()
         yield self._waits()
@@ -282,6 +283,23 @@ class _Collector(Collector):
                 for state in PathState:
                     family.add_metric([report.client, path.vios, state], float(path.state is state))
         return family
+
+    def _direct_reads(self) -> Iterator[Metric]:
+        reads = CounterMetricFamily(
+            "farpage_path_direct_reads",
+            "Reads that the worker has made by itself of what a VIOS has lent",
+            labels=["client", "vios"],
+        )
+        failures = CounterMetricFamily(
+            "farpage_path_direct_failures",
+            "Direct reads that failed or were late, and were served instead",
+            labels=["client", "vios"],
+        )
+        for report in self._reports:
+            for path in report.paths:
+                reads.add_metric([report.client, path.vios], path.direct_reads)
+                failures.add_metric([report.client, path.vios], path.direct_failures)
+        yield from (reads, failures)
 
     def _replicas(self) -> Iterator[Metric]:
         state = GaugeMetricFamily(

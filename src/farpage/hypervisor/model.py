@@ -82,6 +82,15 @@ class ReleasedInfo(Document):
     epoch: int
 
 
+class ReadWay(enum.StrEnum):
+    """How page-ins of a path's client get at the volume."""
+
+    DIRECT = "direct"
+    """The hypervisor's worker reads the storage that the VIOS has lent."""
+    SERVED = "served"
+    """The VIOS reads it."""
+
+
 class PathInfo(Document):
     """One way from the client over a VIOS to its volume."""
 
@@ -96,6 +105,10 @@ class PathInfo(Document):
     """Page-outs kept back, with their pages in memory, until the VIOS that failed with them is fenced."""
     failovers: int
     since_seconds: float
+    reads: ReadWay = ReadWay.SERVED
+    direct_reads: int = 0
+    direct_failures: int = 0
+    """Direct reads that failed or were late, and were served instead."""
 
 
 class ClientCounters(Document):

@@ -12,6 +12,7 @@ from farpage.hypervisor.model import (
     FailoverInfo,
     PathInfo,
     RamTierInfo,
+    ReadWay,
     ReleasedInfo,
     ReplicaInfo,
     ScrubInfo,
@@ -145,6 +146,9 @@ def _path(client: str, path: PathReport, report: ClientReport, now_seconds: floa
         held=path.held,
         failovers=sum(1 for failover in report.failovers if failover.from_vios == path.vios),
         since_seconds=round(max(now_seconds - path.since_seconds, 0.0), 3),
+        reads=ReadWay.DIRECT if path.direct else ReadWay.SERVED,
+        direct_reads=path.direct_reads,
+        direct_failures=path.direct_failures,
     )
 
 

@@ -38,6 +38,8 @@ class HypervisorSettings(BaseModel):
     """After so long without a path waiting accesses are answered with poison; None for never."""
     resync_bytes_per_second: int = Field(default=100 << 20, gt=0)
     """The most that is copied to a replica which has missed something, for each client."""
+    direct_reads: bool = True
+    """Workers read what VIOSes on this host lend without them."""
     default_limit_bytes: int | None = Field(default=None, gt=0)
     """Limit of a client that asks for none."""
     ram_tier_percent: int = Field(default=DEFAULT_TIER_PERCENT, ge=0, le=LARGEST_TIER_PERCENT)

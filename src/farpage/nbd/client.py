@@ -18,9 +18,11 @@ from farpage.address import Address
 from farpage.blockio import (
     CONNECTION_LOST,
     BlockLimits,
+    DirectFile,
     Done,
     ExtentsDone,
     Feature,
+    Lent,
     ReadDone,
 )
 from farpage.nbd import codec, connecting, options
@@ -52,6 +54,8 @@ class Connection:
         self.export_name = export_name
         self.on_lost: Callable[[Exception], None] | None = None
         """Called once, before the commands in flight are finished, when the connection ends unasked."""
+        self.direct: DirectFile | None = None
+        """The storage as this process reads it by itself; whoever has opened the connection sets it."""
         self._loop = asyncio.get_running_loop()
         self._socket = sock
         self._negotiated = negotiated
@@ -84,8 +88,11 @@ class Connection:
         dead_peer_seconds: float | None = None,
         structured_replies: bool = True,
         block_status: bool = True,
+        borrow: bool = False,
     ) -> Connection:
         """Connect and negotiate. The two flags leave features out although the server may have them.
+
+        With `borrow` a server at a UNIX socket is asked to lend a descriptor of the storage.
 
         Over TCP the connection ends when the peer's host acknowledges nothing for `dead_peer_seconds`.
 
@@ -98,6 +105,7 @@ class Connection:
             handshake_timeout_seconds=handshake_timeout_seconds,
             structured_replies=structured_replies,
             block_status=block_status,
+            borrow=borrow,
         )
         if dead_peer_seconds is not None:
             connecting.end_with_dead_peer(sock, dead_peer_seconds)
@@ -124,6 +132,11 @@ class Connection:
     def features(self) -> Feature:
         """What was negotiated."""
         return self._features
+
+    @property
+    def lent(self) -> Lent | None:
+        """The storage, if the server has lent it; what nobody takes is closed with the connection."""
+        return self._negotiated.lent
 
     @property
     def structured_replies(self) -> bool:
@@ -449,6 +462,8 @@ class Connection:
         if self._blocked:
             self._loop.remove_writer(self._socket)
         self._socket.close()
+        if self._negotiated.lent is not None:
+            self._negotiated.lent.close()
         self._unsent = []
         if self._idle is not None:
             self._idle.set()

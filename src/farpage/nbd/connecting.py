@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from farpage.address import Address, UnixAddress
-from farpage.blockio import BlockLimits
+from farpage.blockio import BlockLimits, Lent
 from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
 from farpage.nbd.buffers import UNIX_SEND_BYTES
@@ -43,6 +43,8 @@ class Negotiated:
     structured_replies: bool
     context_id: int | None
     """The server's id for base:allocation; None if block status cannot be asked for."""
+    lent: Lent | None = None
+    """The export's storage, where the server has lent it."""
 
 
 class _OptionRefused(Exception):
@@ -63,8 +65,11 @@ async def connect(
     handshake_timeout_seconds: float,
     structured_replies: bool = True,
     block_status: bool = True,
+    borrow: bool = False,
 ) -> tuple[socket.socket, Negotiated]:
     """Return a non-blocking socket in the transmission phase and what was agreed on it.
+
+    With `borrow` a server at a UNIX socket is asked for a descriptor of the export's storage.
 
     :raise ServerUnreachable: nobody listens, or the connection broke.
     :raise HandshakeTimedOut: no end within `handshake_timeout_seconds`.
@@ -73,6 +78,7 @@ async def connect(
     """
 
     async with _handshake(address, export, handshake_timeout_seconds) as handshake:
+        handshake.borrows = borrow and isinstance(address, UnixAddress)
         negotiated = await handshake.enter(export, structured=structured_replies, block_status=block_status)
         return handshake.detach(), negotiated
 
@@ -178,6 +184,9 @@ class _Handshake:
         self._buffer = bytearray()
         self._fixed = False
         self._no_zeroes = False
+        self.borrows = False
+        """Descriptors are asked for, and taken."""
+        self._descriptors: list[int] = []
 
     def detach(self) -> socket.socket:
         """Return the socket, which `close` then leaves open."""
@@ -188,6 +197,8 @@ class _Handshake:
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
     async def greet(self) -> None:
         magic, version, flags = options.GREETING.unpack(await self._receive(options.GREETING.size))
@@ -227,10 +238,7 @@ class _Handshake:
                 context_id = await self._context(export)
         else:
             structured = False
-        if self._fixed:
-            size, limits = await self._go(export)
-        else:
-            size, limits = None, None
+        size, limits, origin = await self._go(export) if self._fixed else (None, None, None)
         if size is None:  # neither GO nor anything else that could explain itself
             size = await self._export_name(export)
         if self._buffer:
@@ -243,7 +251,13 @@ class _Handshake:
             limits=BlockLimits(limits.minimum, limits.preferred, maximum - maximum % limits.minimum),
             structured_replies=structured,
             context_id=context_id,
+            lent=self._borrowed(origin),
         )
+
+    def _borrowed(self, origin: options.DescriptorOrigin | None) -> Lent | None:
+        if origin is None or not self._descriptors:
+            return None
+        return Lent(self._descriptors.pop(), origin.origin_bytes)
 
     async def _context(self, export: str) -> int | None:
         found: list[int] = []
@@ -260,12 +274,15 @@ class _Handshake:
         agreed = await self._supported(p.NBD_OPT_SET_META_CONTEXT, query, take, any_error=True)
         return found[0] if agreed and found else None
 
-    async def _go(self, export: str) -> tuple[options.ExportSize | None, BlockLimits | None]:
+    async def _go(
+        self, export: str
+    ) -> tuple[options.ExportSize | None, BlockLimits | None, options.DescriptorOrigin | None]:
         size: options.ExportSize | None = None
         limits: BlockLimits | None = None
+        origin: options.DescriptorOrigin | None = None
 
         def take(reply_type: int, data: bytes) -> None:
-            nonlocal size, limits
+            nonlocal size, limits, origin
             if reply_type != p.NBD_REP_INFO:
                 raise ProtocolViolation(f"reply {reply_type} to NBD_OPT_GO")
             information = options.parse_info(data)
@@ -273,13 +290,16 @@ class _Handshake:
                 size = information
             elif isinstance(information, BlockLimits):
                 limits = information
+            elif isinstance(information, options.DescriptorOrigin):
+                origin = information
 
-        request = options.InfoRequest(export, (p.NBD_INFO_BLOCK_SIZE,))
+        wanted = (p.NBD_INFO_BLOCK_SIZE, *((p.NBD_INFO_DESCRIPTOR,) if self.borrows else ()))
+        request = options.InfoRequest(export, wanted)
         if not await self._supported(p.NBD_OPT_GO, options.encode_info_request(request), take):
-            return None, None
+            return None, None, None
         if size is None:
             raise ProtocolViolation("it acknowledged NBD_OPT_GO without NBD_INFO_EXPORT")
-        return size, limits
+        return size, limits, origin
 
     async def _export_name(self, export: str) -> options.ExportSize:
         await self._send(options.encode_option(p.NBD_OPT_EXPORT_NAME, options.encode_string(export)))
@@ -332,13 +352,40 @@ class _Handshake:
     async def _receive(self, length: int) -> bytes:
         assert self._socket is not None
         while len(self._buffer) < length:
-            data = await self._loop.sock_recv(self._socket, _RECEIVE_BYTES)
+            data = await (
+                self._receive_descriptors()
+                if self.borrows
+                else self._loop.sock_recv(self._socket, _RECEIVE_BYTES)
+            )
             if not data:
                 raise EOFError
             self._buffer += data
         taken = bytes(self._buffer[:length])
         del self._buffer[:length]
         return taken
+
+    async def _receive_descriptors(self) -> bytes:
+        """Receive bytes, and the descriptors that come with them."""
+        sock, loop = self._socket, self._loop
+        assert sock is not None
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(sock, _RECEIVE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                readable = loop.create_future()
+                loop.add_reader(sock, _set_once, readable)
+                try:
+                    await readable
+                finally:
+                    loop.remove_reader(sock)
+            else:
+                self._descriptors += descriptors
+                return data
+
+
+def _set_once(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _no_reply(reply_type: int, data: bytes) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from farpage.blockio import BlockIO, BlockLimits, Feature
+from farpage.blockio import BlockIO, BlockLimits, Feature, Lent
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ class Export:
     """Called when nobody waits for the answers to the commands in flight any more, or they are to end now
     because the connection is fenced. An `io` whose commands may wait for something other than a device
     finishes them, at once or later. It may be called more than once."""
+    lend: Callable[[], Awaitable[Lent | None]] | None = None
+    """Opens the storage once more for a client on this host that asks to read it by itself; None, or an
+    answer of None, where that cannot be."""
 
 
 class ExportProvider(Protocol):

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from farpage.blockio import Feature
+from farpage.blockio import Feature, Lent
 from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
 from farpage.nbd.codec import ProtocolViolation
@@ -73,6 +73,12 @@ class Enter:
 
     option: int
     name: str
+    information: tuple[int, ...] = ()
+
+    @property
+    def wants_descriptor(self) -> bool:
+        """Whether the client would read the storage itself."""
+        return p.NBD_INFO_DESCRIPTOR in self.information
 
 
 Step: TypeAlias = Reply | HangUp | ListNames | Describe | Enter
@@ -167,14 +173,15 @@ class Negotiation:
         context_id = codec.CONTEXT_ID if step.option == p.NBD_OPT_SET_META_CONTEXT else 0
         return options.encode_meta_context(step.option, context_id, p.BASE_ALLOCATION) + acknowledgement
 
-    def entered(self, step: Enter, info: ExportInfo) -> bytes:
-        """Return the answer to `Enter` that begins the transmission phase."""
+    def entered(self, step: Enter, info: ExportInfo, lent: Lent | None = None) -> bytes:
+        """Return the answer to `Enter` that begins the transmission phase; what is lent goes with it."""
         self._state = _State.ENDED
         self.block_status = self.context_export == step.name
         if step.option == p.NBD_OPT_GO:
-            return self._information(step.option, info) + options.encode_option_reply(
-                step.option, p.NBD_REP_ACK
-            )
+            described = self._information(step.option, info)
+            if lent is not None:
+                described += options.encode_info_descriptor(step.option, lent.origin_bytes)
+            return described + options.encode_option_reply(step.option, p.NBD_REP_ACK)
         reply = options.EXPORT_NAME_REPLY.pack(info.size_bytes, self.flags(info))
         return reply if self._no_zeroes else reply + options.EXPORT_NAME_PADDING
 
@@ -223,7 +230,8 @@ class Negotiation:
             case p.NBD_OPT_EXPORT_NAME:
                 return Enter(option, options.parse_string(data))
             case p.NBD_OPT_GO:
-                return Enter(option, options.parse_info_request(data).name)
+                request = options.parse_info_request(data)
+                return Enter(option, request.name, request.information)
             case p.NBD_OPT_INFO:
                 request = options.parse_info_request(data)
                 return Describe(option, request.name, information=request.information)

@@ -28,6 +28,7 @@ MINIMUM_BLOCK_MAX_BYTES: Final = 1 << 16
 _U16: Final = struct.Struct(">H")
 _INFO_EXPORT: Final = struct.Struct(">HQH")
 _INFO_BLOCK_SIZE: Final = struct.Struct(">HIII")
+_INFO_DESCRIPTOR: Final = struct.Struct(">HQ")
 _U32: Final = struct.Struct(">I")
 
 
@@ -203,6 +204,19 @@ def encode_info_text(option: int, information: int, text: str) -> bytes:
     return encode_option_reply(option, p.NBD_REP_INFO, _U16.pack(information) + encode_string(text))
 
 
+def encode_info_descriptor(option: int, origin_bytes: int) -> bytes:
+    """Return the NBD_INFO_DESCRIPTOR of a descriptor that is sent along."""
+    data = _INFO_DESCRIPTOR.pack(p.NBD_INFO_DESCRIPTOR, origin_bytes)
+    return encode_option_reply(option, p.NBD_REP_INFO, data)
+
+
+@dataclass(frozen=True)
+class DescriptorOrigin:
+    """Content of NBD_INFO_DESCRIPTOR: where in the file whose descriptor was sent along the export begins."""
+
+    origin_bytes: int
+
+
 @dataclass(frozen=True)
 class ExportSize:
     """Content of NBD_INFO_EXPORT and of the reply to NBD_OPT_EXPORT_NAME."""
@@ -212,7 +226,7 @@ class ExportSize:
     """NBD_FLAG_* transmission flags."""
 
 
-def parse_info(data: bytes) -> ExportSize | BlockLimits | None:
+def parse_info(data: bytes) -> ExportSize | BlockLimits | DescriptorOrigin | None:
     """Return what an NBD_REP_INFO says; None for information that this client has no use for.
 
     :raise ProtocolViolation: for a wrong length, a size beyond 2^63 - 1 or impossible block sizes.
@@ -236,6 +250,10 @@ def parse_info(data: bytes) -> ExportSize | BlockLimits | None:
         if maximum < minimum or (maximum % minimum and maximum != p.LENGTH_MAX_BYTES):
             raise ProtocolViolation(f"a maximum block size of {maximum} is not allowed")
         return BlockLimits(minimum, preferred, maximum)
+    if information == p.NBD_INFO_DESCRIPTOR:
+        if len(data) != _INFO_DESCRIPTOR.size:
+            raise ProtocolViolation("NBD_INFO_DESCRIPTOR has a wrong length")
+        return DescriptorOrigin(_INFO_DESCRIPTOR.unpack(data)[1])
     return None
 
 

@@ -63,6 +63,12 @@ NBD_INFO_EXPORT: Final = 0
 NBD_INFO_NAME: Final = 1
 NBD_INFO_DESCRIPTION: Final = 2
 NBD_INFO_BLOCK_SIZE: Final = 3
+NBD_INFO_DESCRIPTOR: Final = 0xFA01
+"""Farpage's own, for which a client asks in NBD_OPT_GO at a UNIX socket; others ignore what they do not know.
+
+The answer says at which byte the export begins in a file (64 bits), whose descriptor comes with it
+(SCM_RIGHTS, unix(7)): read-only, and for reads with O_DIRECT.
+"""
 
 BASE_ALLOCATION: Final = "base:allocation"
 """The one metadata context that the specification itself defines."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from farpage.address import Address, TcpAddress, UnixAddress
+from farpage.blockio import Lent
 from farpage.errors import ExitStatus, FarpageError
 from farpage.nbd import negotiation as n
 from farpage.nbd import protocol as p
@@ -58,6 +59,7 @@ class ServerConnection:
         self._transmission: Transmission | None = None
         self._hung_up = False
         self._fenced = False
+        self._lent: Lent | None = None
         self._closed = asyncio.Event()
 
     @property
@@ -97,6 +99,7 @@ class ServerConnection:
             log.debug("client %s: the handshake ended: %s", self.peer.address, error or "it took too long")
         except Exception:
             log.exception("client %s: the handshake failed in an unforeseen way", self.peer.address)
+        self._let_go_of_lent()
         self._socket.close()
         self._ended()
 
@@ -144,6 +147,7 @@ class ServerConnection:
                 continue
             answer = await self._answer(negotiation, step)
             await self._send(answer.data, deadline)
+            self._let_go_of_lent()
             if isinstance(answer, n.HangUp):
                 if answer.reason:
                     log.info("client %s: hung up: %s", self.peer.address, answer.reason)
@@ -153,8 +157,27 @@ class ServerConnection:
         return None
 
     async def _send(self, data: bytes, deadline: float) -> None:
+        """Send, with the first byte the descriptor that is lent, if any."""
+        if self._lent is not None:
+            # The socket is empty: the client has waited for the answers to all that it has sent.
+            with contextlib.suppress(BlockingIOError):
+                data = data[socket.send_fds(self._socket, [data], [self._lent.descriptor]) :]
         async with asyncio.timeout_at(deadline):
             await asyncio.get_running_loop().sock_sendall(self._socket, data)
+
+    async def _lend(self, step: n.Enter, export: Export) -> Lent | None:
+        """Open the storage of the export for a client that asks for it, once more and read-only."""
+        if export.lend is None or not step.wants_descriptor or self._socket.family != socket.AF_UNIX:
+            return None
+        self._lent = await export.lend()
+        if self._fenced or self._hung_up:
+            self._let_go_of_lent()
+        return self._lent
+
+    def _let_go_of_lent(self) -> None:
+        lent, self._lent = self._lent, None
+        if lent is not None:
+            lent.close()
 
     async def _answer(self, negotiation: n.Negotiation, step: n.Step) -> n.Reply | n.HangUp:
         provider = self._server.provider
@@ -171,7 +194,8 @@ class ServerConnection:
                 return n.Reply(negotiation.described(step, info))
             # No await between this and the assignment: `Server.fence` must never miss an open export.
             export = self.export = await provider.open(step.name, self.peer)
-            return n.Reply(negotiation.entered(step, ExportInfo.of(export.io, export.description)))
+            lent = await self._lend(step, export)
+            return n.Reply(negotiation.entered(step, ExportInfo.of(export.io, export.description), lent))
         except ExportRefused as refusal:
             log.info("client %s: export %r refused: %s", self.peer.address, step.name, refusal.message)
             return negotiation.refused(step, refusal)

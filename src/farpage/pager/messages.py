@@ -56,6 +56,8 @@ class Attach(Message, frozen=True, kw_only=True):
     limit_pages: Annotated[int, Meta(gt=0)]
     replicas: Annotated[tuple[ReplicaSpec, ...], Meta(min_length=1)]
     resync_bytes_per_second: Annotated[int, Meta(gt=0)] = 100 << 20
+    direct_reads: bool = True
+    """Read the storage that VIOSes on this host lend without them."""
     had_owner: bool = False
     """Somebody has used the volume before: what a server was sent then may yet arrive."""
     recover: bool = False
@@ -216,6 +218,9 @@ class PathReport(Message, frozen=True, kw_only=True):
     held: int
     losses: int
     since_seconds: float
+    direct: bool = False
+    direct_reads: int = 0
+    direct_failures: int = 0
 
 
 class FailoverReport(Message, frozen=True, kw_only=True):

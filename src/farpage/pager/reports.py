@@ -49,6 +49,9 @@ def report_of(client: str, paged: PagedClient) -> ClientReport:
                 held=path.held,
                 losses=path.losses,
                 since_seconds=path.since_seconds,
+                direct=path.direct,
+                direct_reads=path.direct_reads,
+                direct_failures=path.direct_failures,
             )
             for path in space.volume.status()
         ),

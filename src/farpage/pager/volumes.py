@@ -5,7 +5,7 @@ from __future__ import annotations
 from farpage.address import parse_address
 from farpage.pager.messages import Attach, GoOver, ReplicaSpec
 from farpage.pager.table import PAGE_BYTES
-from farpage.volume.connector import Endpoint, connect_nbd
+from farpage.volume.connector import Connector, Endpoint
 from farpage.volume.dirty import DirtyStore
 from farpage.volume.events import MirrorEvents
 from farpage.volume.lease import Leases
@@ -17,18 +17,24 @@ from farpage.volume.replica import ReplicaPlace
 
 
 def make(
-    order: Attach, ownership: Ownership, events: MirrorEvents, store: DirtyStore, leases: Leases
+    order: Attach,
+    ownership: Ownership,
+    events: MirrorEvents,
+    store: DirtyStore,
+    leases: Leases,
+    *,
+    connector: Connector,
 ) -> PagedVolume:
     """Make the volume of a client that is about to be attached or recovered; it is not open yet."""
     if len(order.replicas) > 1:
-        return _mirror(order, ownership, events, store, leases)
+        return _mirror(order, ownership, events, store, leases, connector=connector)
     (replica,) = order.replicas
     return MultipathVolume(
         order.volume,
         order.pages * PAGE_BYTES,
         ownership,
         list(_endpoints(replica)),
-        connector=connect_nbd,
+        connector=connector,
         events=events,
         device=replica.device,
         device_name=replica.name,
@@ -45,6 +51,7 @@ def _mirror(
     store: DirtyStore,
     leases: Leases,
     *,
+    connector: Connector,
     empty: bool = False,
 ) -> MirrorVolume:
     return MirrorVolume(
@@ -52,7 +59,7 @@ def _mirror(
         order.pages * PAGE_BYTES,
         ownership,
         [] if empty else [_place(spec) for spec in order.replicas],
-        connector=connect_nbd,
+        connector=connector,
         events=events,
         store=store,
         recover=(order.recover or order.handed_over) and not empty,
@@ -76,10 +83,11 @@ def with_replica(
     events: MirrorEvents,
     store: DirtyStore,
     leases: Leases,
+    connector: Connector,
 ) -> PagedVolume:
     """Return the volume with one replica more, a stale one: a mirror, which goes on with its commands."""
     if isinstance(volume, MultipathVolume):
-        mirror = _mirror(order, volume.ownership, events, store, leases, empty=True)
+        mirror = _mirror(order, volume.ownership, events, store, leases, connector=connector, empty=True)
         mirror.adopt(volume)
         volume = mirror
     assert isinstance(volume, MirrorVolume)

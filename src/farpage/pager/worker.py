@@ -25,6 +25,7 @@ from farpage.pager.buffers import BufferPool
 from farpage.pager.channel import Handing
 from farpage.pager.client import PagedClient, VolumeFenced
 from farpage.pager.control import ControlLink
+from farpage.pager.directreads import DirectReader
 from farpage.pager.errors import ClientExited, NotAttached, ScrubUnderWay
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.messages import (
@@ -56,7 +57,7 @@ from farpage.pager.reports import report_of
 from farpage.pager.statefile import StateFile
 from farpage.pager.table import PageTable
 from farpage.pager.tidings import StoredOwnership, Tidings
-from farpage.volume.connector import connect_nbd
+from farpage.volume.connector import ConnectNbd, Connector, connect_nbd
 from farpage.volume.errors import ClientFenced
 from farpage.volume.lease import Leases
 
@@ -92,6 +93,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._buffers = BufferPool()
         self._leases = Leases(connect_nbd)
+        self._borrowing = ConnectNbd(DirectReader())
         self._clients: dict[str, _Attached] = {}
         self._attaching: dict[str, asyncio.Event] = {}
         self._run_folder = folder.parent
@@ -199,6 +201,7 @@ class Worker:
             events=events,
             store=attached.state,
             leases=self._leases,
+            connector=self._connector(attached.order),
         )
         others = [spec for spec in attached.order.replicas if spec.device != order.replica.device]
         attached.order = attached.order.model_copy(update={"replicas": (*others, order.replica)})
@@ -215,6 +218,9 @@ class Worker:
         attached = self._attached(order.client)
         await volumes.go_over(attached.paged.space.volume, order)
         attached.order = attached.order.model_copy(update={"replicas": (order.replica,)})
+
+    def _connector(self, order: Attach) -> Connector:
+        return self._borrowing if order.direct_reads else connect_nbd
 
     def _attached(self, client: str) -> _Attached:
         if client not in self._clients:
@@ -251,7 +257,7 @@ class Worker:
         epoch = max(order.epoch, state.epoch) + 1 if order.recover else order.epoch
         ownership = StoredOwnership(order.owner, epoch, state)
         events = Tidings(self._control, order.client, order.owner)
-        volume = volumes.make(order, ownership, events, state, self._leases)
+        volume = volumes.make(order, ownership, events, state, self._leases, connector=self._connector(order))
         if not order.recover:
             try:
                 await volume.open(order.open_timeout_seconds)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
-from farpage.blockio import BlockIO, Feature
+from farpage.blockio import BlockIO, Feature, Lent
 from farpage.definition.model import PagingCommand
 from farpage.nbd import protocol as p
 from farpage.vios.refusing import RefusingCommands
@@ -85,6 +85,14 @@ def offered_features(features: Feature, commands: Iterable[PagingCommand]) -> Fe
     return features & offered
 
 
+@runtime_checkable
+class Lending(Protocol):
+    """A device's volume whose storage a client on this host may read by itself."""
+
+    async def lend(self) -> Lent | None:
+        """Open the storage once more, read-only; None where it cannot be."""
+
+
 class ConvertedVolume(RefusingCommands):
     """A device's volume behind the table: configured commands go straight to it, others finish with ENOTSUP.
 
@@ -95,6 +103,7 @@ class ConvertedVolume(RefusingCommands):
     def __init__(self, volume: BlockIO, commands: Iterable[PagingCommand]) -> None:
         configured = set(commands)
         self._volume = volume
+        self._may_lend = PagingCommand.PAGE_IN in configured
         self.size_bytes = volume.size_bytes
         self.limits = volume.limits
         self.read_only = volume.read_only or PagingCommand.PAGE_OUT not in configured
@@ -103,6 +112,12 @@ class ConvertedVolume(RefusingCommands):
             if conversion.command in configured:
                 for method in conversion.device:
                     setattr(self, method, getattr(volume, method))
+
+    async def lend(self) -> Lent | None:
+        """Open the storage for a client to read by itself; None where device or configuration forbid it."""
+        if not self._may_lend or not isinstance(self._volume, Lending):
+            return None
+        return await self._volume.lend()
 
     async def close(self) -> None:
         """Close the device's volume; that is never refused."""

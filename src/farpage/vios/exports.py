@@ -100,7 +100,10 @@ class VolumeExports:
         if wanted.principal and claim is not None:
             await self._replace_relay(wanted, claim)
         located, volume = await self._volumes.open(wanted.volume, claim, over, wanted.device)
-        return self._export(name, wanted, located, volume, self._counters(wanted.volume))
+        export = self._export(name, wanted, located, volume, self._counters(wanted.volume))
+        if claim is not None and not wanted.principal:
+            export.lend = volume.lend
+        return export
 
     async def _refuse_incomplete(self, wanted: ExportName) -> None:
         """Refuse a replica that lacks pages, which would read as zeros.

@@ -289,7 +289,7 @@ class Volumes:
         over: Callable[[], bool] = never,
         device_id: str = "",
         layer: Callable[[BlockIO], BlockIO] = lambda volume: volume,
-    ) -> tuple[Located, BlockIO]:
+    ) -> tuple[Located, ConvertedVolume]:
         """Open a volume for its owner, or read-only; the caller registers it before it waits for anything.
 
         When `over` says True the volume is not changed any more. `layer` puts something over the device's

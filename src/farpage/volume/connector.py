@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from farpage.address import Address
-from farpage.blockio import BlockIO
+from farpage.blockio import BlockIO, DirectFile, Lent
 from farpage.nbd.client import Connection
 
 
@@ -30,6 +30,8 @@ class PathConnection(BlockIO, Protocol):
     """An open export: a `BlockIO` that can be lost."""
 
     on_lost: Callable[[Exception], None] | None
+    direct: DirectFile | None
+    """The storage as this process reads it by itself, if the server has lent it; outlives the connection."""
 
     @property
     def peer_pid(self) -> int | None:
@@ -52,6 +54,35 @@ class Connector(Protocol):
         """
 
 
+class Borrower(Protocol):
+    """Reads by itself what servers lend."""
+
+    def file(self, lent: Lent) -> DirectFile:
+        """Take what is lent over."""
+
+
+@dataclass(frozen=True)
+class ConnectNbd:
+    """Connects over NBD and borrows the storage of what it opens, where the server is on this host."""
+
+    borrower: Borrower
+
+    async def __call__(self, endpoint: Endpoint, export_name: str, timeout_seconds: float) -> PathConnection:
+        """Connect and negotiate.
+
+        :raise FarpageError: when the server cannot be reached, refuses or violates the protocol.
+        """
+        connection = await Connection.open(
+            endpoint.address,
+            export_name,
+            handshake_timeout_seconds=timeout_seconds,
+            borrow=not endpoint.source,
+        )
+        if connection.lent is not None:
+            connection.direct = self.borrower.file(connection.lent)
+        return connection
+
+
 async def connect_nbd(endpoint: Endpoint, export_name: str, timeout_seconds: float) -> PathConnection:
-    """Connect over NBD: the connector of a running hypervisor."""
+    """Connect over NBD; everything is served."""
     return await Connection.open(endpoint.address, export_name, handshake_timeout_seconds=timeout_seconds)

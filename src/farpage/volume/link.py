@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from farpage.address import Address
-from farpage.blockio import CONNECTION_LOST
+from farpage.blockio import CONNECTION_LOST, DirectFile
 from farpage.errors import FarpageError
 from farpage.volume.command import Command
 from farpage.volume.connector import Connector, Endpoint, PathConnection
@@ -47,6 +47,11 @@ class PathStatus:
     held: int
     losses: int
     since_seconds: float
+    direct: bool = False
+    """The VIOS has lent the storage, so page-ins need not be served by it."""
+    direct_reads: int = 0
+    direct_failures: int = 0
+    """Direct reads that failed or were late, and were served instead."""
 
 
 @dataclass(eq=False)
@@ -81,6 +86,10 @@ class PathLink:
         self._lease: Lease | None = None
         self.machine = PathMachine(now_seconds)
         self.connection: PathConnection | None = None
+        self.direct: DirectFile | None = None
+        """The storage that its VIOS has lent; kept when the connection is lost."""
+        self.direct_reads = 0
+        self.direct_failures = 0
         self.epoch = 0
         self.in_flight: dict[Command, None] = {}
         self.held: list[Held] = []
@@ -110,6 +119,9 @@ class PathLink:
             held=sum(len(held.commands) for held in self.held),
             losses=self.machine.losses,
             since_seconds=self.machine.since_seconds,
+            direct=self.direct is not None,
+            direct_reads=self.direct_reads,
+            direct_failures=self.direct_failures,
         )
 
     async def open(
@@ -134,8 +146,12 @@ class PathLink:
         connection = await self._connector(self.endpoint, name, timeout_seconds)
         if connection.size_bytes < size_bytes:
             connection.abort()
+            if connection.direct:
+                connection.direct.close()
             raise VolumeTooSmall(volume, self.endpoint.vios, connection.size_bytes, size_bytes)
         self.connection = connection
+        self.give_back()
+        self.direct = connection.direct
         self.epoch = epoch
         self._lease = lease
 
@@ -175,6 +191,12 @@ class PathLink:
         server, self._server = self._server, None
         if server:
             server.close()
+
+    def give_back(self) -> None:
+        """Let go of the storage that was lent."""
+        direct, self.direct = self.direct, None
+        if direct:
+            direct.close()
 
     def hold(self, writes: list[Command], on_gone: Callable[[PathLink, Held], None]) -> list[Command]:
         """Keep `writes` until the server is fenced; returns those that may be repeated at once.

@@ -107,6 +107,7 @@ class MultipathVolume:
             had_owner=had_owner,
         )
         self._commands = self._paths.commands
+        self._direct = self._paths.direct
 
     def _links(self, endpoints: Iterable[Endpoint], device: str) -> list[PathLink]:
         now = asyncio.get_running_loop().time()
@@ -242,6 +243,7 @@ class MultipathVolume:
         `ready` until it is fenced.
         """
         self._paths.drop(reason)
+        self._direct.give_up(errno.ECANCELED)
         while left := self._take_all():
             for command in left:
                 self._commands.finish(command, errno.ECANCELED, None)
@@ -257,12 +259,14 @@ class MultipathVolume:
 
     async def close(self) -> None:
         """Wait for the commands in flight, then let go of the paths."""
+        self._direct.stop()
         await self._commands.idle()
         await self.abandon()
 
     async def abandon(self) -> None:
         """Let go of the paths at once; commands not finished end with ESHUTDOWN."""
         await self._paths.stop()
+        self._direct.give_up(errno.ESHUTDOWN)
         self._commands.stop_watching()
         for command in [*self._take_all(), *self._paths.disconnect()]:
             self._commands.finish(command, errno.ESHUTDOWN, None)
@@ -314,9 +318,8 @@ class MultipathVolume:
 
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         """Read; waits out every failure."""
-        self._commands.submit(
-            Command(lambda io, end: io.read(offset, length, end), done, length, offset=offset, mutates=False)
-        )
+        if not self._direct.read(offset, length, done):
+            self._paths.serve(offset, length, done)
 
     def write(self, offset: int, data: memoryview, done: Done) -> None:
         """Write; waits out every failure."""
@@ -346,6 +349,7 @@ class MultipathVolume:
 
     def push(self) -> None:
         """Send what was submitted in this turn now."""
+        self._direct.push()
         self._commands.push()
 
     # One replica, for comparing and repairing
@@ -357,7 +361,7 @@ class MultipathVolume:
         if device != self.device:
             done(errno.ESTALE, None)
         elif not other_path:
-            self.read(offset, length, done)
+            self._paths.serve(offset, length, done)
         elif (standby := self._paths.standby()) is not None and standby.connection is not None:
             # A server that hangs is noticed by the path's probes, and the command then ends with an error.
             standby.connection.read(offset, length, done)

@@ -20,8 +20,10 @@ import errno
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from farpage.blockio import ReadDone
 from farpage.errors import FarpageError
 from farpage.volume.command import Command
+from farpage.volume.direct import DirectReads
 from farpage.volume.dispatch import Dispatch
 from farpage.volume.errors import NoPath
 from farpage.volume.failover import Failover, FailoverLog
@@ -120,6 +122,7 @@ class Paths:
         self._forget_fenced = ownership.when_fenced(self._fenced)
         if had_owner:
             self.commands.hold_writes()
+        self.direct = DirectReads(self.serve, self.commands.push, place.path_timeout_seconds)
 
     # What they look like
 
@@ -191,13 +194,23 @@ class Paths:
     def disconnect(self) -> list[Command]:
         """Let go of them all; returns the commands that were in flight."""
         left: list[Command] = []
+        self.direct.close()
         for path in self._known:
+            path.give_back()
             left += path.in_flight
             path.in_flight.clear()
             path.disconnect()
             for held in list(path.held):
                 path.forget(held)
         return left
+
+    # Reading
+
+    def serve(self, offset: int, length: int, done: ReadDone) -> None:
+        """Read over the path that carries the commands."""
+        self.commands.submit(
+            Command(lambda io, end: io.read(offset, length, end), done, length, offset=offset, mutates=False)
+        )
 
     # Failing
 
@@ -326,6 +339,7 @@ class Paths:
         now = self._loop.time()
         path.machine.apply(PathEvent.ACTIVATED, now)
         self.commands.carry_over(path)
+        self.direct.use(path)
         self._activated.set()
         self._stalls(False)
         self.failovers.taken_over(self._place.device_name, path.endpoint.vios, now)
@@ -397,6 +411,7 @@ class Paths:
             task.cancel()
         held_before = bool(self.quarantine)
         self._predecessors.drained(fences)
+        self.direct.stop()
         left = self._left_by(fences)
         self._known[:] = [*links, *(path for path in self._known if path.held)]
         self.links = links
@@ -431,6 +446,7 @@ class Paths:
                 left += [command for command in commands if not command.mutates]
                 left += self.quarantine.admit(path, [command for command in commands if command.mutates])
             path.disconnect()
+            path.give_back()
         return left
 
     # Opening
@@ -452,6 +468,7 @@ class Paths:
         :raise OSError: when it gives no lease.
         """
         await self._opening.open(path)
+        self.direct.lent(path)
         self._predecessors.accepted(self._loop.time())
         self._look_for_predecessors()
         self.quarantine.opened(path)
@@ -482,8 +499,10 @@ class Paths:
 
     def _fenced(self) -> None:
         """Give every path up: another owner has the volume. Commands wait until the volume is abandoned."""
+        self.direct.stop()
         for path in self.links:
             self.fail(path, self._ownership.fenced)
+            path.give_back()
         if self._was_active and self._activated.is_set():
             self._owner.no_path(True)
         self._activated.set()  # whoever waits for a path in vain must hear of it

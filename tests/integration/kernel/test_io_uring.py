@@ -40,7 +40,7 @@ def pages(tmp_path: Path) -> Iterator[int]:
 
 
 def take(ring: Ring, count: int) -> dict[int, int]:
-    """Wait for `count` completions on the eventfd; returns the results by token."""
+    """Wait for `count` completions ; returns the results by token."""
     poll = select.poll()
     poll.register(ring.fileno(), select.POLLIN)
     found: dict[int, int] = {}

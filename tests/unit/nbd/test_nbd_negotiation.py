@@ -73,7 +73,7 @@ def test_unknown_client_flags_end_the_connection() -> None:
 def test_go_enters_with_size_limits_and_description() -> None:
     negotiation = begun()
     step = asked(negotiation, p.NBD_OPT_GO, info_request("v"))
-    assert step == Enter(p.NBD_OPT_GO, "v")
+    assert step == Enter(p.NBD_OPT_GO, "v", (p.NBD_INFO_BLOCK_SIZE,))
     assert isinstance(step, Enter)
     answer = negotiation.entered(step, INFO)
     assert reply_types(answer) == [p.NBD_REP_INFO] * 3 + [p.NBD_REP_ACK]
@@ -85,7 +85,9 @@ def test_info_describes_and_does_not_enter() -> None:
     step = asked(negotiation, p.NBD_OPT_INFO, info_request("v"))
     assert isinstance(step, Describe)
     assert reply_types(negotiation.described(step, INFO))[-1] == p.NBD_REP_ACK
-    assert asked(negotiation, p.NBD_OPT_GO, info_request("v")) == Enter(p.NBD_OPT_GO, "v")
+    assert asked(negotiation, p.NBD_OPT_GO, info_request("v")) == Enter(
+        p.NBD_OPT_GO, "v", (p.NBD_INFO_BLOCK_SIZE,)
+    )
 
 
 @pytest.mark.parametrize(("flags", "padding"), [(p.NBD_FLAG_C_FIXED_NEWSTYLE, 124), (3, 0)])
@@ -104,7 +106,9 @@ def test_a_refused_go_tells_why_and_the_client_may_try_again() -> None:
     answer = negotiation.refused(step, ExportRefused.forbidden("epoch 3 is older than 4"))
     assert replied(answer) == [p.NBD_REP_ERR_POLICY]
     assert b"epoch 3 is older than 4" in answer.data
-    assert asked(negotiation, p.NBD_OPT_GO, info_request("w")) == Enter(p.NBD_OPT_GO, "w")
+    assert asked(negotiation, p.NBD_OPT_GO, info_request("w")) == Enter(
+        p.NBD_OPT_GO, "w", (p.NBD_INFO_BLOCK_SIZE,)
+    )
 
 
 def test_a_refused_export_name_ends_the_connection() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from farpage.address import UnixAddress
-from farpage.blockio import CONNECTION_LOST, BlockLimits, Done, Feature, ReadDone
+from farpage.blockio import CONNECTION_LOST, BlockLimits, DirectFile, Done, Feature, ReadDone
 from farpage.device.base import never
 from farpage.device.claim import Claim, Claims
 from farpage.device.errors import VolumeFenced, VolumeTaken
@@ -153,6 +153,7 @@ class ModelConnection(RefusingCommands):
         self.over = over
         self.epoch = epoch
         self.on_lost: Callable[[Exception], None] | None = None
+        self.direct: DirectFile | None = None
         self._open: dict[int, Callable[[int], None]] = {}
         self._number = 0
 
@@ -275,6 +276,8 @@ class Rig:
         for vios in self.vioses.values():
             clock = asyncio.get_running_loop().time
             vios.leases = served.Leases(LEASE_SECONDS, clock) if leases else None
+        self.lends: DirectFile | None = None
+        """What the VIOSes lend to whoever opens the volume."""
         self.leases = Leases(self.connect)
         self.events = Recorder()
         self.volume = MultipathVolume(
@@ -301,9 +304,11 @@ class Rig:
         try:
             # Not wait_for, which in Python 3.11 swallows a cancellation that comes together with the answer.
             async with asyncio.timeout(timeout_seconds):
-                return await opening
+                connection = await opening
         except TimeoutError as error:
             raise Unreachable("the server", endpoint.vios, "no answer", "") from error
+        connection.direct = None if lease else self.lends
+        return connection
 
     def states(self) -> dict[str, str]:
         """Return the state of each path."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farpage.cli.options import AsJson, State, duration_option, ram_tier_option, size_option
+from farpage.cli.options import AsJson, DirectReads, State, duration_option, ram_tier_option, size_option
 from farpage.pager.limit import DEFAULT_TIER_PERCENT
 
 app = typer.Typer()
@@ -55,6 +55,7 @@ def up(
             "--lease", "A VIOS carries out no writes of a hypervisor that it has not heard of for so long."
         ),
     ] = 5.0,
+    direct_reads: DirectReads = True,
     limit: Annotated[int | None, size_option("--limit", "Limit of clients that name none.")] = None,
     ram_tier: Annotated[int, ram_tier_option()] = DEFAULT_TIER_PERCENT,
     pool_size: Annotated[int | None, size_option("--pool-size", "Size of the memory pool.")] = None,
@@ -77,6 +78,7 @@ def up(
         path_timeout_seconds=path_timeout,
         no_path_timeout_seconds=no_path_timeout,
         lease_seconds=lease,
+        direct_reads=direct_reads,
         default_limit_bytes=limit,
         ram_tier_percent=ram_tier,
         pool_size_bytes=pool_size,

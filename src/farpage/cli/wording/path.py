@@ -21,7 +21,19 @@ if TYPE_CHECKING:
 def overview(paths: Sequence[PathInfo]) -> Table:
     """Return one line per path."""
     return table(
-        ["client", "vios", "state", "for", "epoch", "in flight", "held", "failovers", "device", "reason"],
+        [
+            "client",
+            "vios",
+            "state",
+            "for",
+            "epoch",
+            "in flight",
+            "held",
+            "failovers",
+            "device",
+            "reads",
+            "reason",
+        ],
         (
             (
                 path.client,
@@ -33,6 +45,7 @@ def overview(paths: Sequence[PathInfo]) -> Table:
                 str(path.held),
                 str(path.failovers),
                 path.device,
+                path.reads.value,
                 path.reason or "-",
             )
             for path in paths

@@ -1,0 +1,227 @@
+"""A worker's own reads of the storage that VIOSes on its host have lent: over io_uring, else with threads.
+
+Reads go into aligned buffers, and what waits for them is given those. Nothing here ever waits for a device:
+one that hangs keeps its buffers, and what it answers after the end of the process is nobody's concern.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from farpage.blockio import DirectFile, Lent, ReadDone
+from farpage.device.threads import IoThreads
+from farpage.errors import Unsupported
+from farpage.kernel.io_uring import Ring
+from farpage.kernel.memory import AlignedBuffer
+from farpage.log import get_logger
+
+log = get_logger()
+
+IN_FLIGHT: Final = 128
+"""Reads of all clients of a worker; further ones are served."""
+LARGEST_BYTES: Final = 1 << 20
+KEPT_BYTES: Final = 8 << 20
+"""So much unused buffer memory is kept."""
+PREALLOCATED: Final = 32
+"""Buffers of one page that are there from the start."""
+BLOCK_BYTES: Final = 4096
+
+
+class Buffers:
+    """Aligned buffers in powers of two from one page up."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[AlignedBuffer]] = {BLOCK_BYTES: []}
+        self._kept_bytes = 0
+        for _ in range(PREALLOCATED):
+            self.give(AlignedBuffer(BLOCK_BYTES, populate=True))
+
+    def take(self, length: int) -> AlignedBuffer:
+        """Return a buffer of at least `length` bytes."""
+        size_bytes = length if length == BLOCK_BYTES else 1 << (length - 1).bit_length()
+        free = self._free.get(size_bytes)
+        if free:
+            self._kept_bytes -= size_bytes
+            return free.pop()
+        return AlignedBuffer(size_bytes, populate=True)
+
+    def give(self, buffer: AlignedBuffer) -> None:
+        """Take a buffer back."""
+        if self._kept_bytes + buffer.size_bytes <= KEPT_BYTES:
+            self._kept_bytes += buffer.size_bytes
+            self._free.setdefault(buffer.size_bytes, []).append(buffer)
+
+
+class Engine(Protocol):
+    """Carries reads out for an event loop."""
+
+    def read(
+        self, descriptor: int, buffer: AlignedBuffer, length: int, offset: int, done: Callable[[int], None]
+    ) -> bool:
+        """Begin a read; `done` gets the bytes read or a negative errno. False when too many are in flight."""
+
+    def push(self) -> None:
+        """Start what was begun."""
+
+
+class RingEngine:
+    """Reads over io_uring: those of a turn start with one system call."""
+
+    def __init__(self, ring: Ring) -> None:
+        """Take the ring over, in the event loop's thread."""
+        self._ring = ring
+        self._loop = asyncio.get_running_loop()
+        self._reads: dict[int, tuple[Callable[[int], None], AlignedBuffer]] = {}
+        """By token; a buffer stays while the kernel may write to it."""
+        self._token = 0
+        self._later: asyncio.Handle | None = None
+        self._loop.add_reader(ring.fileno(), self._deliver)
+
+    def read(
+        self, descriptor: int, buffer: AlignedBuffer, length: int, offset: int, done: Callable[[int], None]
+    ) -> bool:
+        """Begin a read."""
+        self._token = token = self._token + 1
+        if not self._ring.read(descriptor, buffer.address, length, offset, token):
+            return False
+        self._reads[token] = (done, buffer)
+        if self._later is None:
+            self._later = self._loop.call_soon(self._push_later)
+        return True
+
+    def push(self) -> None:
+        """Start what was begun, with one system call."""
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+            self._submit()
+
+    def _push_later(self) -> None:
+        self._later = None
+        self._submit()
+
+    def _submit(self) -> None:
+        try:
+            self._ring.submit()
+        except OSError as error:  # no memory at the moment; what is in flight brings some back
+            log.warning("reads_delayed", problem=str(error))
+            self._later = self._loop.call_later(0.001, self._push_later)
+
+    def _deliver(self) -> None:
+        for token, result in self._ring.completions():
+            done, _ = self._reads.pop(token)
+            try:
+                done(result)
+            except Exception:
+                log.exception("completion_failed")
+
+
+class ThreadEngine:
+    """Reads in threads, where the kernel has no io_uring or does not allow it."""
+
+    def __init__(self) -> None:
+        """Start the threads."""
+        self._threads = IoThreads("direct")
+        self._in_flight = 0
+
+    def read(
+        self, descriptor: int, buffer: AlignedBuffer, length: int, offset: int, done: Callable[[int], None]
+    ) -> bool:
+        """Begin a read."""
+        if self._in_flight >= IN_FLIGHT:
+            return False
+        self._in_flight += 1
+        results: list[int] = []
+
+        def work() -> int:
+            with buffer.view[:length] as view:
+                results.append(os.preadv(descriptor, [view], offset))
+            return 0
+
+        def finished(error: int) -> None:
+            self._in_flight -= 1
+            done(-error if error else results[0])
+
+        self._threads.submit(finished, work)
+        return True
+
+    def push(self) -> None:
+        """Nothing is held back."""
+
+
+class DirectReader:
+    """Reads by itself what is lent to this process: a `farpage.volume.connector.Borrower`."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        """Without an `engine` one is made when it is needed."""
+        self._engine = engine
+        self._buffers: Buffers | None = None
+
+    def file(self, lent: Lent) -> DirectFile:
+        """Take what is lent over."""
+        if self._engine is None:
+            self._engine = open_engine()
+        if self._buffers is None:
+            self._buffers = Buffers()
+        return BorrowedFile(lent.take(), lent.origin_bytes, self._engine, self._buffers)
+
+
+def open_engine() -> Engine:
+    """Make the best engine that the kernel allows."""
+    try:
+        return RingEngine(Ring(IN_FLIGHT))
+    except Unsupported as error:
+        log.info("direct_reads_with_threads", reason=error.cause)
+        return ThreadEngine()
+
+
+class BorrowedFile:
+    """A `DirectFile` over a descriptor, which it owns."""
+
+    def __init__(self, descriptor: int, origin_bytes: int, engine: Engine, buffers: Buffers) -> None:
+        """The volume begins at `origin_bytes` of the file."""
+        self._descriptor = descriptor
+        self._origin = origin_bytes
+        self._engine = engine
+        self._buffers = buffers
+        self._in_flight = 0
+        self._closed = False
+        self.push = engine.push
+
+    def read(self, offset: int, length: int, done: ReadDone) -> bool:
+        """Read whole blocks; `done` may come after `close`, too."""
+        if self._closed or length > LARGEST_BYTES:
+            return False
+        buffer = self._buffers.take(length)
+
+        def arrived(result: int) -> None:
+            self._in_flight -= 1
+            try:
+                if result != length:
+                    done(-result if result < 0 else errno.EIO, None)
+                elif length == BLOCK_BYTES:
+                    done(0, buffer.view)
+                else:
+                    with buffer.view[:length] as payload:
+                        done(0, payload)
+            finally:
+                self._buffers.give(buffer)
+                if self._closed and not self._in_flight:
+                    os.close(self._descriptor)
+
+        if not self._engine.read(self._descriptor, buffer, length, self._origin + offset, arrived):
+            self._buffers.give(buffer)
+            return False
+        self._in_flight += 1
+        return True
+
+    def close(self) -> None:
+        """Begin nothing any more; the descriptor is closed when nothing is in flight."""
+        if not self._closed:
+            self._closed = True
+            if not self._in_flight:
+                os.close(self._descriptor)
