@@ -5,13 +5,14 @@ Whatever fails half-way is undone: at once where a VIOS answers, else when one i
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
 from farpage.definition import releasing, replacing, rules
-from farpage.definition.errors import ClientExists
+from farpage.definition.errors import ClientExists, NoDeviceFits
 from farpage.definition.model import (
     ClientRecord,
     Definition,
@@ -86,12 +87,12 @@ class ClientRecords:
             )
 
         try:
-            definition = await self._keeper.change(edit)
+            definition = await self._enter(edit)
         except ClientExists:
             if wanted.name not in self._leftovers:
                 raise
             await self.delete(wanted.name)
-            definition = await self._keeper.change(edit)
+            definition = await self._enter(edit)
         except NoVios:
             # One that hangs may still store it.
             self._leftovers[wanted.name] = self._keeper.current.revision
@@ -106,6 +107,14 @@ class ClientRecords:
             await self.discard(wanted.name)
             raise
         self._leftovers.pop(wanted.name, None)
+
+    async def _enter(self, edit: Callable[[Definition], Definition]) -> Definition:
+        try:
+            return await self._keeper.change(edit)
+        except NoDeviceFits:
+            # What is known of their room is some seconds old.
+            await asyncio.gather(*(vios.ask_devices() for vios in self._vioses.values() if vios.reachable))
+            return await self._keeper.change(edit)
 
     def _provisioned(self) -> dict[str, int]:
         return {

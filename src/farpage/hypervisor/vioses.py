@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +52,11 @@ class Vios:
             return False
         self.problem = ""
         return was_away
+
+    async def ask_devices(self) -> None:
+        """Ask for its devices anew; what is known of them stays when it does not answer."""
+        with suppress(FarpageError):
+            self.devices = await self.client.get("/v1/devices", tuple[DeviceInfo, ...])
 
     async def definition(self) -> Definition:
         """Fetch the definition that it stores."""

@@ -114,6 +114,18 @@ def test_a_device_is_added_to_every_vios(farpage: Farpage, running_set: RunningS
     assert [device.is_common for device in found] == [True]
 
 
+def test_room_that_has_just_come_free_is_used(farpage: Farpage) -> None:
+    sizes = [
+        device["size_bytes"]
+        for one in farpage("device", "list", "--vios", "vios1", "--json").json
+        for device in one["devices"]
+    ]
+    for _ in range(3):
+        made = farpage("client", "create", "large", "--memory", str(max(sizes) // 4096 * 3 // 4 * 4096))
+        assert made.status == 0, made.err
+        assert farpage("client", "delete", "large").status == 0
+
+
 def test_no_alarm_is_no_output_but_the_header(farpage: Farpage) -> None:
     assert farpage("alarm", "list", "--json").status == 0
     assert farpage("alarm", "list").out.startswith("AT")
