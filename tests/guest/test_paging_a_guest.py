@@ -83,10 +83,13 @@ async def test_a_guest_is_attached_and_detached_five_times_while_it_runs(
         )
         assert attached.attachment is Attachment.PROCESS
         assert len(userfaultfds(guest.pid)) == 1
+        await until_client(
+            embedded.hypervisor,
+            "vm1",
+            lambda info: info.resident_bytes <= LIMIT_BYTES * 1.05 and info.on_device_bytes > 0,
+            "paged to its limit",
+        )
         await next_pass(guest)
-        paged = await embedded.hypervisor.client("vm1")
-        assert paged.resident_bytes <= LIMIT_BYTES * 1.05
-        assert paged.on_device_bytes > 0
         detached = await embedded.hypervisor.detach("vm1")
         assert detached.attachment is Attachment.NONE
         assert userfaultfds(guest.pid) == []

@@ -68,6 +68,13 @@ class Lease:
         assert self._ends_at is not None
         self._timer = self._loop.call_at(self._ends_at, self._look)
         self._renewing = self._loop.create_task(self._keep())
+        # The server that is started in this one's place knows nothing of it: nothing must be opened under it.
+        self._connection.on_lost = lambda _error: self._give_up()
+
+    def _give_up(self) -> None:
+        if self._renewing and not self._renewing.done():
+            self._renewing.cancel()
+            self._lost()
 
     def when_over(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call back once, when the lease is over; returns what takes that back."""
@@ -119,9 +126,7 @@ class Lease:
             self._timer = self._loop.call_at(self._ends_at, self._look)
             return
         self.over = True
-        if self._renewing and not self._renewing.done():
-            self._renewing.cancel()
-            self._lost()
+        self._give_up()
         callbacks = list(self._on_over.values())
         self._on_over.clear()
         for callback in callbacks:

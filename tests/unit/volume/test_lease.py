@@ -46,6 +46,19 @@ def test_a_worker_keeps_one_lease_at_each_vios_alive() -> None:
     with_leases(test)
 
 
+def test_nothing_is_opened_under_the_lease_of_a_server_that_has_ended() -> None:
+    async def test(rig: Rig) -> None:
+        before = await lease_at(rig, "vios1")
+        rig.vioses["vios1"].kill()
+        rig.vioses["vios1"].up = True
+        await asyncio.sleep(0)
+        after = await lease_at(rig, "vios1")
+        assert after is not before
+        assert after.renewed
+
+    with_leases(test)
+
+
 def test_a_lease_is_taken_for_over_only_after_the_server_has_stopped() -> None:
     async def test(rig: Rig) -> None:
         lease, vios = await lease_at(rig, "vios1"), rig.vioses["vios1"]
