@@ -6,9 +6,9 @@ from tests.simulation.mutations import MUTATIONS
 from tests.simulation.run import run_seed
 
 FOUND_BY = {
-    "quarantine_off": 14,
+    "quarantine_off": 9,
     "epoch_checks_off": 6,
-    "checksums_off": 62,
+    "checksums_off": 101,
     "leases_off": 102,
     "stale_after_ack": 84,
     "predecessors_off": 59,
