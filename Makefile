@@ -55,7 +55,7 @@ bench: setup
 	-$(BIN)/python -m bench.guest --out $(OUT)
 	-$(BIN)/python -m bench.mirror --out $(OUT)
 	-$(BIN)/python -m bench.copy --out $(OUT)
-	-$(BIN)/python -m bench.move
+	-$(BIN)/python -m bench.move --out $(OUT)
 	-$(BIN)/python -m bench.migrate --out $(OUT)
 	-$(BIN)/python -m bench.costs --out $(OUT)
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
-from bench._published import Panel, Summary
+from bench._published import BenchResult, Panel, Summary
 from bench._rounds import Spread, ratio
 
 NONE: Final = "none"
@@ -62,7 +62,7 @@ class Target(_Document):
         return f"| {self.what} | {found} | {bound} | {'reached' if self.reached else 'missed'} |"
 
 
-class MirrorResult(_Document):
+class MirrorResult(BenchResult):
     """Everything that a run found."""
 
     machine: str
@@ -77,7 +77,12 @@ class MirrorResult(_Document):
         """Whether every target was."""
         return all(target.reached for target in self.targets)
 
-    def as_markdown(self) -> str:
+    @property
+    def status(self) -> int:
+        """1 where a target was missed."""
+        return 0 if self.reached else 1
+
+    def as_text(self) -> str:
         """Return both tables."""
         lines = [f"{self.machine}; {self.placement}; {self.disk}; {self.rounds} rounds: median (range)", ""]
         lines += ["| | page-outs a second | page-in p50, us |", "| --- | --- | --- |"]

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from bench._published import BenchResult, Panel, Summary
 from bench._rounds import Spread, ratio
 from bench._toucher import Waits
 
@@ -131,7 +132,7 @@ class LoadResult(_Document):
         )
 
 
-class MovingResult(_Document):
+class MovingResult(BenchResult):
     """Everything that a run found."""
 
     machine: str
@@ -147,6 +148,11 @@ class MovingResult(_Document):
     def reached(self) -> bool:
         """Whether every target was, under every load."""
         return all(load.reached for load in self.loads)
+
+    @property
+    def status(self) -> int:
+        """1 where a target was missed."""
+        return 0 if self.reached else 1
 
     def as_text(self) -> str:
         """Return two tables in Markdown."""
@@ -178,3 +184,37 @@ class MovingResult(_Document):
             f"{MOST_SWITCH_MS:g} | {'reached' if self.reached else 'missed'} |"
         )
         return "\n".join(lines)
+
+    def summary(self) -> Summary:
+        """Return what is published."""
+        context = {
+            "machine": self.machine,
+            "placement": self.placement,
+            "disk": self.disk,
+            "client": f"{self.memory_bytes >> 20} MiB paged to {self.limit_bytes >> 20} MiB, "
+            f"{self.threads} threads",
+            "rounds": str(self.rounds),
+        }
+        panels = [
+            Panel(
+                title=f"page-in p99, {load.load}",
+                unit="us",
+                figures={str(period): found.p99_us for period, found in load.periods.items()},
+                ratios={"during / before": load.p99_ratio},
+            )
+            for load in self.loads
+        ]
+        panels += [
+            Panel(
+                title=f"longest stall, {load.load}",
+                unit="ms",
+                figures={
+                    "during": load.periods[Period.DURING].longest_ms,
+                    "going over": load.going_over_ms,
+                    "switch-over": load.switch_over_ms,
+                },
+                decimals=1,
+            )
+            for load in self.loads
+        ]
+        return Summary("move", "Waits of a client whose volume moves", context, panels)

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from bench._nbd_cases import Case
 from bench._nbd_contenders import OURS
-from bench._published import Panel, Summary
+from bench._published import BenchResult, Panel, Summary
 from bench._rounds import Spread, ratio
 
 
@@ -38,7 +38,7 @@ class CaseResult(_Document):
     figures: tuple[Figures, ...]
 
 
-class NbdResult(_Document):
+class NbdResult(BenchResult):
     """Everything that a run found."""
 
     machine: str

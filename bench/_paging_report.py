@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from bench._pagers import Measured
-from bench._published import Panel, Summary
+from bench._published import BenchResult, Panel, Summary
 from bench._rounds import Spread, ratio
 from bench._toucher import Phase
+from farpage.errors import ExitStatus
 
 Figure = Callable[[Measured], float]
 
@@ -55,7 +56,7 @@ class PhaseRatio(_Document):
     ratios: dict[str, Spread | None]
 
 
-class PagingResult(_Document):
+class PagingResult(BenchResult):
     """Everything that a run found."""
 
     machine: str
@@ -71,6 +72,68 @@ class PagingResult(_Document):
     """Why host swap could not take part; empty when it did."""
     results: tuple[PhaseResult, ...]
     ratios: tuple[PhaseRatio, ...]
+
+    @property
+    def status(self) -> int:
+        """That of a run without its peers where host swap could not take part."""
+        return int(ExitStatus.UNSUPPORTED if self.without_swap else ExitStatus.OK)
+
+    def as_text(self) -> str:
+        """Return the tables."""
+        lines = [
+            f"machine    {self.machine}",
+            f"placement  {self.placement}",
+            f"disk       {self.disk}; farpage's device is read and written: {self.access}",
+            f"memory     {self.memory_bytes >> 20} MiB, {self.limit_bytes >> 20} MiB of it resident at most, "
+            f"{self.ram_tier_percent}% of that for compressed pages",
+            f"rounds     {self.rounds}, contenders in turn; median (lowest-highest)",
+            "",
+            "A wait is a touch of a page that was not in memory. touches/s includes the check of every page.",
+            "Wasted: of the pages brought in from a device those that farpage read ahead and nobody is known "
+            "to have used; host swap does not say.",
+            *([self.without_swap] if self.without_swap else []),
+        ]
+        for key in dict.fromkeys((row.phase, row.threads) for row in self.results):
+            lines += ["", f"{key[0]}, {key[1]} thread{'s' if key[1] > 1 else ''}"]
+            lines.append(_row("", list(SHOWN.values())))
+            lines += [
+                _row(row.contender, [_amount(row.figures[name]) for name in SHOWN])
+                for row in self.results
+                if (row.phase, row.threads) == key
+            ]
+            lines += [
+                _row(
+                    f"farpage / {row.against}",
+                    [_ratio(row.ratios[name]) for name in SHOWN],
+                )
+                for row in self.ratios
+                if (row.phase, row.threads) == key
+            ]
+        return "\n".join(lines)
+
+    def summary(self) -> Summary:
+        """Return what is published: touches a second and waits at the 99th percentile in every phase."""
+        panels = []
+        for name in ("touches_per_second", "touch_p99_us"):
+            for phase, threads in dict.fromkeys((row.phase, row.threads) for row in self.results):
+                ours = [row for row in self.results if (row.phase, row.threads) == (phase, threads)]
+                against = [row for row in self.ratios if (row.phase, row.threads) == (phase, threads)]
+                panels.append(
+                    Panel(
+                        title=f"{phase}, {threads} thread{'s' if threads > 1 else ''}",
+                        unit="touches/s" if name == "touches_per_second" else "p99 of all touches, us",
+                        figures={row.contender: row.figures[name] for row in ours},
+                        ratios={f"farpage / {row.against}": row.ratios[name] for row in against},
+                    )
+                )
+        context = {
+            "machine": self.machine,
+            "placement": self.placement,
+            "disk": f"{self.disk}; farpage's device is read and written: {self.access}",
+            "memory": f"{self.memory_bytes >> 20} MiB, {self.limit_bytes >> 20} MiB of it resident at most",
+            "rounds": f"{self.rounds}, contenders in turn",
+        }
+        return Summary("paging", "Paging beside the host's own swap", context, panels)
 
 
 Rounds = dict[str, list[list[Measured]]]
@@ -112,65 +175,6 @@ def ratios(rounds: Rounds, phases: Sequence[Phase], ours: str) -> tuple[PhaseRat
         for peer, measured in rounds.items()
         if peer != ours
     )
-
-
-def as_text(result: PagingResult) -> str:
-    """Return the tables."""
-    lines = [
-        f"machine    {result.machine}",
-        f"placement  {result.placement}",
-        f"disk       {result.disk}; farpage's device is read and written: {result.access}",
-        f"memory     {result.memory_bytes >> 20} MiB, {result.limit_bytes >> 20} MiB of it resident at most, "
-        f"{result.ram_tier_percent}% of that for compressed pages",
-        f"rounds     {result.rounds}, contenders in turn; median (lowest-highest)",
-        "",
-        "A wait is a touch of a page that was not in memory. touches/s includes the check of every page.",
-        "Wasted: of the pages brought in from a device those that farpage read ahead and nobody is known to "
-        "have used; host swap does not say.",
-        *([result.without_swap] if result.without_swap else []),
-    ]
-    for key in dict.fromkeys((row.phase, row.threads) for row in result.results):
-        lines += ["", f"{key[0]}, {key[1]} thread{'s' if key[1] > 1 else ''}"]
-        lines.append(_row("", list(SHOWN.values())))
-        lines += [
-            _row(row.contender, [_amount(row.figures[name]) for name in SHOWN])
-            for row in result.results
-            if (row.phase, row.threads) == key
-        ]
-        lines += [
-            _row(
-                f"farpage / {row.against}",
-                [_ratio(row.ratios[name]) for name in SHOWN],
-            )
-            for row in result.ratios
-            if (row.phase, row.threads) == key
-        ]
-    return "\n".join(lines)
-
-
-def summary(result: PagingResult) -> Summary:
-    """Return what is published: touches a second and waits at the 99th percentile in every phase."""
-    panels = []
-    for name in ("touches_per_second", "touch_p99_us"):
-        for phase, threads in dict.fromkeys((row.phase, row.threads) for row in result.results):
-            ours = [row for row in result.results if (row.phase, row.threads) == (phase, threads)]
-            against = [row for row in result.ratios if (row.phase, row.threads) == (phase, threads)]
-            panels.append(
-                Panel(
-                    title=f"{phase}, {threads} thread{'s' if threads > 1 else ''}",
-                    unit="touches/s" if name == "touches_per_second" else "p99 of all touches, us",
-                    figures={row.contender: row.figures[name] for row in ours},
-                    ratios={f"farpage / {row.against}": row.ratios[name] for row in against},
-                )
-            )
-    context = {
-        "machine": result.machine,
-        "placement": result.placement,
-        "disk": f"{result.disk}; farpage's device is read and written: {result.access}",
-        "memory": f"{result.memory_bytes >> 20} MiB, {result.limit_bytes >> 20} MiB of it resident at most",
-        "rounds": f"{result.rounds}, contenders in turn",
-    }
-    return Summary("paging", "Paging beside the host's own swap", context, panels)
 
 
 def _amount(spread: Spread) -> str:

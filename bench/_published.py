@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict
 
 from bench._rounds import Spread
 from farpage.errors import InvalidInput, Unsupported
@@ -35,6 +38,25 @@ class Summary:
     title: str
     context: Mapping[str, str]
     panels: Sequence[Panel]
+
+
+class BenchResult(BaseModel):
+    """What a benchmark found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def status(self) -> int:
+        """The exit status."""
+        return 0
+
+    @abstractmethod
+    def as_text(self) -> str:
+        """Return the report for a terminal."""
+
+    @abstractmethod
+    def summary(self) -> Summary:
+        """Return what is published."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +88,9 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def publish(summary: Summary, text: str, document: str, options: argparse.Namespace) -> None:
-    """Print what was asked for, and write the files."""
+    """Print what was asked for; write the table, the document and the plot where a folder is named."""
     print(document if options.json else text)
-    write_files(summary, document, options.out)
-
-
-def write_files(summary: Summary, document: str, folder: Path | None) -> None:
-    """Write the table, the document and the plot to a folder that is there, if one is wanted."""
+    folder = options.out
     if folder is not None:
         (folder / f"{summary.name}.md").write_text(as_markdown(summary))
         (folder / f"{summary.name}.json").write_text(document + "\n")

@@ -18,18 +18,16 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict
-
+from bench._command import carry_out, check_rounds
 from bench._machine import describe_disk, describe_machine, describe_placement, put_ahead, put_back
 from bench._moves import Moves
 from bench._nbd_contenders import Place, Served, running
-from bench._published import Panel, Summary, add_options, check_options, publish
+from bench._published import BenchResult, Panel, Summary, add_options
 from bench._rounds import Spread, ratio, turns
-from farpage.cli.report import report
-from farpage.errors import FarpageError
 from farpage.terminal.sizes import parse_size
 
 OURS, PEER, SPARSE = "farpage", "nbdcopy", "farpage, 5 % data"
@@ -38,10 +36,8 @@ MOST_TIME: Final = 0.15
 SPARSE_PERCENT: Final = 5
 
 
-class CopyResult(BaseModel):
+class CopyResult(BenchResult):
     """Everything that a run found; ratios are taken round by round."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     machine: str
     placement: str
@@ -57,6 +53,11 @@ class CopyResult(BaseModel):
     def reached(self) -> bool:
         """Whether both targets were."""
         return self.rate_ratio.median >= LEAST_RATE and self.sparse_ratio.median < MOST_TIME
+
+    @property
+    def status(self) -> int:
+        """1 where a target was missed."""
+        return 0 if self.reached else 1
 
     def as_text(self) -> str:
         """Return the table."""
@@ -163,14 +164,12 @@ def main() -> int:
     for program in ("nbdkit", "nbdcopy", "qemu-img"):
         if shutil.which(program) is None:
             raise SystemExit(f"{program} is not installed: apt.txt names the packages")
-    try:
-        check_options(options)
-        size_bytes = parse_size(options.size, field="--size")
-        result = asyncio.run(run(options.dir, size_bytes, options.rounds, options.realtime))
-    except FarpageError as problem:
-        return report(problem)
-    publish(result.summary(), result.as_text(), result.model_dump_json(indent=2), options)
-    return 0 if result.reached else 1
+
+    def begin() -> Coroutine[Any, Any, CopyResult]:
+        check_rounds(options.dir, options.rounds)
+        return run(options.dir, parse_size(options.size, field="--size"), options.rounds, options.realtime)
+
+    return carry_out(options, begin)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,16 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict
-
-from bench._interrupts import undone_when_interrupted
+from bench._command import carry_out
 from bench._machine import describe_machine, describe_placement
 from bench._pagers import Farpage, Work
-from bench._published import Panel, Summary, add_options, check_options, publish
+from bench._published import BenchResult, Panel, Summary, add_options
 from bench._rounds import Spread
 from bench._toucher import Pattern, Phase, Toucher, build
-from farpage.cli.report import report
-from farpage.errors import FarpageError
 from farpage.pager.replacement import Replacement
 from farpage.pager.table import ENTRY_BYTES, PAGE_BYTES
 from farpage.terminal.sizes import parse_size
@@ -41,10 +37,8 @@ POPULATE: Final = Phase(Pattern.POPULATE, write_percent=100)
 TICKS_A_SECOND: Final = os.sysconf("SC_CLK_TCK")
 
 
-class CostsResult(BaseModel):
+class CostsResult(BenchResult):
     """Everything that a run found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     machine: str
     placement: str
@@ -67,6 +61,11 @@ class CostsResult(BaseModel):
             and self.table_percent <= MOST_TABLE_PERCENT
             and self.worker_bytes <= MOST_WORKER_BYTES
         )
+
+    @property
+    def status(self) -> int:
+        """1 where a target was missed."""
+        return 0 if self.reached else 1
 
     def as_text(self) -> str:
         """Return the report for a terminal."""
@@ -190,19 +189,13 @@ def main() -> int:
     parser.add_argument("--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk (%(default)s)")
     add_options(parser)
     options = parser.parse_args()
-    try:
-        check_options(options)
+
+    def begin() -> Coroutine[Any, Any, CostsResult]:
         memory_bytes = parse_size(options.memory, field="--memory")
         limit_bytes = parse_size(options.limit, field="--limit")
-        result = asyncio.run(
-            undone_when_interrupted(run(options.dir, memory_bytes, limit_bytes, options.seconds))
-        )
-    except asyncio.CancelledError:
-        return report(KeyboardInterrupt())
-    except FarpageError as problem:
-        return report(problem)
-    publish(result.summary(), result.as_text(), result.model_dump_json(indent=2), options)
-    return 0 if result.reached else 1
+        return run(options.dir, memory_bytes, limit_bytes, options.seconds)
+
+    return carry_out(options, begin)
 
 
 if __name__ == "__main__":

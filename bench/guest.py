@@ -25,21 +25,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any, Final
 
 from bench import _hostswap
-from bench._interrupts import undone_when_interrupted
+from bench._command import carry_out, check_rounds, tell
 from bench._machine import describe_disk, describe_machine, describe_placement
-from bench._published import Panel, Summary, add_options, check_options, publish
+from bench._published import BenchResult, Panel, Summary, add_options
 from bench._rounds import Spread, ratio, turns
 from farpage.attach.qmp import QmpFailed
-from farpage.cli.report import report
 from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.errors import ExitStatus, FarpageError, InvalidInput, Unsupported
 from farpage.guest.image import GuestImage, build_image
@@ -71,14 +68,11 @@ class Settings:
     folder: Path
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise InvalidInput("--rounds", f"{self.rounds} is not a count", "five make a steady median")
+        check_rounds(self.folder, self.rounds)
         if not MIB <= self.data_bytes <= self.memory_bytes * 3 // 8:
             raise InvalidInput("--data", "the guest has not twice as much memory to spare", "name less of it")
         if not 16 * MIB <= self.limit_bytes < self.memory_bytes:
             raise InvalidInput("--limit", "not from 16M to below the memory", "a quarter of it is usual")
-        if not self.folder.is_dir():
-            raise InvalidInput("--dir", f"{self.folder} is not a folder", "name one on the disk to measure")
 
 
 @dataclass(frozen=True)
@@ -91,10 +85,8 @@ class Outcome:
     lookup_seconds: float
 
 
-class GuestResult(BaseModel):
+class GuestResult(BenchResult):
     """Everything that a run found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     machine: str
     placement: str
@@ -111,6 +103,11 @@ class GuestResult(BaseModel):
     """By part of the work, then by contender."""
     ratios: dict[str, Spread]
     """Of farpage's seconds to those of host swap, by part of the work; empty without it."""
+
+    @property
+    def status(self) -> int:
+        """That of a run without its peer where host swap could not take part."""
+        return int(ExitStatus.UNSUPPORTED if self.without_swap else ExitStatus.OK)
 
     def summary(self) -> Summary:
         """Return what is published."""
@@ -296,7 +293,7 @@ async def run(settings: Settings) -> GuestResult:
         contenders, swap, without_swap = [FARPAGE, SWAP], None, _hostswap.why_unavailable()
         if without_swap:
             contenders = [FARPAGE]
-            _tell(without_swap)
+            tell(without_swap)
         else:
             size_bytes = settings.memory_bytes * 3 // 2
             swap = undo.enter_context(_hostswap.swap_file(folder, size_bytes))
@@ -307,7 +304,7 @@ async def run(settings: Settings) -> GuestResult:
             for contender in turns(contenders, number):
                 outcome = await bench.turn(contender)
                 outcomes[contender].append(outcome)
-                _tell(f"round {number + 1} of {settings.rounds}: {contender} {outcome.total_seconds:.2f} s")
+                tell(f"round {number + 1} of {settings.rounds}: {contender} {outcome.total_seconds:.2f} s")
         values = {
             part: {name: [figure(outcome) for outcome in found] for name, found in outcomes.items()}
             for part, figure in PARTS.items()
@@ -331,10 +328,6 @@ async def run(settings: Settings) -> GuestResult:
         )
 
 
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.guest", description=str(__doc__).split("\n")[0])
@@ -346,23 +339,20 @@ def main() -> int:
     parser.add_argument("--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk (%(default)s)")
     add_options(parser)
     options = parser.parse_args()
-    try:
-        check_options(options)
-        settings = Settings(
-            memory_bytes=parse_size(options.memory, field="--memory"),
-            data_bytes=parse_size(options.data, field="--data"),
-            limit_bytes=parse_size(options.limit, field="--limit"),
-            lookups=options.lookups,
-            rounds=options.rounds,
-            folder=options.dir,
+
+    def begin() -> Coroutine[Any, Any, GuestResult]:
+        return run(
+            Settings(
+                memory_bytes=parse_size(options.memory, field="--memory"),
+                data_bytes=parse_size(options.data, field="--data"),
+                limit_bytes=parse_size(options.limit, field="--limit"),
+                lookups=options.lookups,
+                rounds=options.rounds,
+                folder=options.dir,
+            )
         )
-        result = asyncio.run(undone_when_interrupted(run(settings)))
-    except asyncio.CancelledError:
-        return report(KeyboardInterrupt())
-    except FarpageError as problem:
-        return report(problem)
-    publish(result.summary(), result.as_text(), result.model_dump_json(indent=2), options)
-    return int(ExitStatus.UNSUPPORTED if result.without_swap else ExitStatus.OK)
+
+    return carry_out(options, begin)
 
 
 if __name__ == "__main__":

@@ -26,18 +26,18 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
+from bench._command import carry_out
 from bench._machine import describe_disk, describe_machine, describe_placement
-from bench._published import Panel, Summary, add_options, check_options, publish
+from bench._published import BenchResult, Panel, Summary, add_options
 from bench._rounds import Spread
-from farpage.cli.report import report
 from farpage.definition.model import PAGE_BYTES
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.layout import StateLayout
@@ -92,10 +92,8 @@ class Row(BaseModel):
     pages_wrong: int
 
 
-class MigrateResult(BaseModel):
+class MigrateResult(BenchResult):
     """Everything that a run found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     machine: str
     disk: str
@@ -104,6 +102,11 @@ class MigrateResult(BaseModel):
     fill_bytes: int
     limit_bytes: int
     rows: tuple[Row, ...]
+
+    @property
+    def status(self) -> int:
+        """1 where a guest found a wrong page."""
+        return 1 if any(row.pages_wrong for row in self.rows) else 0
 
     def as_text(self) -> str:
         """Return a table in Markdown."""
@@ -389,8 +392,8 @@ def main() -> int:
     parser.add_argument("--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk (%(default)s)")
     add_options(parser)
     options = parser.parse_args()
-    try:
-        check_options(options)
+
+    def begin() -> Coroutine[Any, Any, MigrateResult]:
         sizes = {name: parse_size(getattr(options, name), field=f"--{name}") for name in SIZES}
         work = Work(
             image=build_image(),
@@ -398,11 +401,9 @@ def main() -> int:
             limit_bytes=sizes["limit"],
             shrink_bytes=sizes["shrink"],
         )
-        result = asyncio.run(run(work, options.dir))
-    except FarpageError as problem:
-        return report(problem)
-    publish(result.summary(), result.as_text(), result.model_dump_json(indent=2), options)
-    return 1 if any(row.pages_wrong for row in result.rows) else 0
+        return run(work, options.dir)
+
+    return carry_out(options, begin)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from bench._command import carry_out, check_rounds, tell
 from bench._machine import describe_disk, describe_machine, describe_placement, put_ahead
 from bench._mirror_report import (
     IN_MEMORY,
@@ -38,14 +39,12 @@ from bench._mirror_report import (
     targets,
 )
 from bench._pagers import CLIENT, Work
-from bench._published import add_options, check_options, publish
+from bench._published import add_options
 from bench._rounds import turns
 from bench._toucher import MemoryKind, Pattern, Phase, Toucher, WrongPages, build
-from farpage.cli.report import report
 from farpage.definition.model import Redundancy
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet, SetSettings
-from farpage.errors import FarpageError
 from farpage.hypervisor.model import Attachment, ClientAttach, ClientCreate
 from farpage.terminal.sizes import parse_size
 
@@ -165,7 +164,7 @@ async def run(
             placement = describe_placement()
             for number in range(rounds):
                 for contender in turns(contenders, number):
-                    print(f"round {number + 1} of {rounds}: {contender.name}", file=sys.stderr, flush=True)
+                    tell(f"round {number + 1} of {rounds}: {contender.name}")
                     await turn(contender, work, number + 1, figures[contender.name])
         return MirrorResult(
             machine=describe_machine(),
@@ -188,22 +187,19 @@ def main() -> int:
     parser.add_argument("--realtime", action="store_true", help="run ahead of all other work; needs root")
     add_options(parser)
     options = parser.parse_args()
-    try:
-        check_options(options)
-        result = asyncio.run(
-            run(
-                options.dir,
-                parse_size(options.memory, field="--memory"),
-                parse_size(options.limit, field="--limit"),
-                options.rounds,
-                options.seconds,
-                realtime=options.realtime,
-            )
+
+    def begin() -> Coroutine[Any, Any, MirrorResult]:
+        check_rounds(options.dir, options.rounds)
+        return run(
+            options.dir,
+            parse_size(options.memory, field="--memory"),
+            parse_size(options.limit, field="--limit"),
+            options.rounds,
+            options.seconds,
+            realtime=options.realtime,
         )
-    except FarpageError as problem:
-        return report(problem)
-    publish(result.summary(), result.as_markdown(), result.model_dump_json(indent=2), options)
-    return 0 if result.reached else 1
+
+    return carry_out(options, begin)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,22 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from bench._interrupts import cancelled_by_signals
+from bench._command import carry_out, check_rounds, tell
 from bench._machine import describe_disk, describe_machine, describe_placement
 from bench._moving_report import LoadResult, MovingResult, Period, Round, Span, figures, longest_ms
 from bench._pagers import CLIENT
+from bench._published import add_options
 from bench._toucher import MemoryKind, Pattern, Phase, Toucher, WrongPages, build, waits_of
-from farpage.cli.report import report
 from farpage.definition.model import Redundancy
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet, SetSettings
-from farpage.errors import FarpageError, InvalidInput
+from farpage.errors import InvalidInput
 from farpage.hypervisor.model import ClientAttach, ClientCreate
 from farpage.hypervisor.movement import ENDED, ClientMove, MoveStage
 from farpage.terminal.sizes import parse_size
@@ -65,10 +65,7 @@ class Settings:
     folder: Path
 
     def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise InvalidInput("--dir", f"{self.folder} is not a folder", "name one on the disk to measure")
-        if self.rounds < 1:
-            raise InvalidInput("--rounds", f"{self.rounds} is not a count", "five make a steady median")
+        check_rounds(self.folder, self.rounds)
         if not 0.1 <= self.seconds <= 60:
             raise InvalidInput("--seconds", f"{self.seconds} is not from 0.1 to 60", "two are plenty")
         if self.memory_bytes % (1 << 20) or not 16 << 20 <= self.limit_bytes < self.memory_bytes:
@@ -196,7 +193,7 @@ async def run(settings: Settings) -> MovingResult:
                     rounds[load].append(found)
                     if client.wrong_pages:
                         raise WrongPages("farpage", client.wrong_pages, phase.name)
-                    _tell(f"round {number + 1} of {settings.rounds}: {load}: {_brief(found)}")
+                    tell(f"round {number + 1} of {settings.rounds}: {load}: {_brief(found)}")
     return MovingResult(
         machine=describe_machine(),
         disk=disk,
@@ -217,18 +214,6 @@ def _brief(found: Round) -> str:
     )
 
 
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-async def _main(settings: Settings, *, as_json: bool) -> int:
-    task = asyncio.get_running_loop().create_task(run(settings))
-    with cancelled_by_signals(task):
-        result = await task
-    print(result.model_dump_json(indent=2) if as_json else result.as_text())
-    return 0 if result.reached else 1
-
-
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.move", description=str(__doc__).split("\n")[0])
@@ -239,23 +224,23 @@ def main() -> int:
     parser.add_argument("--threads", default=1, type=int, help="that touch pages (%(default)s)")
     parser.add_argument("--load", choices=WRITE_PERCENTS, help="this load alone")
     parser.add_argument("--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    add_options(parser)
     options = parser.parse_args()
-    try:
-        settings = Settings(
-            memory_bytes=parse_size(options.memory, field="--memory"),
-            limit_bytes=parse_size(options.limit, field="--limit"),
-            rounds=options.rounds,
-            seconds=options.seconds,
-            threads=options.threads,
-            loads=(options.load,) if options.load else tuple(WRITE_PERCENTS),
-            folder=options.dir,
+
+    def begin() -> Coroutine[Any, Any, MovingResult]:
+        return run(
+            Settings(
+                memory_bytes=parse_size(options.memory, field="--memory"),
+                limit_bytes=parse_size(options.limit, field="--limit"),
+                rounds=options.rounds,
+                seconds=options.seconds,
+                threads=options.threads,
+                loads=(options.load,) if options.load else tuple(WRITE_PERCENTS),
+                folder=options.dir,
+            )
         )
-        return asyncio.run(_main(settings, as_json=options.json))
-    except asyncio.CancelledError:
-        return report(KeyboardInterrupt())
-    except FarpageError as problem:
-        return report(problem)
+
+    return carry_out(options, begin)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bench._command import carry_out, check_rounds
 from bench._machine import describe_disk, describe_machine, describe_placement, put_ahead
 from bench._nbd_cases import CHOSEN, CORES, FIO_OPTIONS, PLACEMENTS, STORAGES, TRANSPORTS, WORKS, Case
 from bench._nbd_contenders import (
@@ -41,7 +43,7 @@ from bench._nbd_contenders import (
     running,
 )
 from bench._nbd_report import CaseResult, NbdResult, case_result
-from bench._published import add_out, check_options, write_files
+from bench._published import add_out
 from bench._rounds import turns
 
 
@@ -163,7 +165,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> tuple[Settings, argpa
     parser.add_argument(
         "--placement", choices=PLACEMENTS, action="append", help="of cores; repeatable (free)"
     )
-    parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="where to put the file (/tmp)")
+    parser.add_argument("--dir", type=Path, default=Path("/tmp"), help="where to put the file (/tmp)")
     parser.add_argument("--realtime", action="store_true", help="run before everything else on the machine")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object")
@@ -176,29 +178,34 @@ def parse_arguments(words: Sequence[str] | None = None) -> tuple[Settings, argpa
         size_bytes=arguments.size_mib << 20,
         peers=tuple(arguments.peer or ("nbdkit", "qemu-nbd")),
         cases=chosen_cases(arguments),
-        folder=arguments.folder,
+        folder=arguments.dir,
         realtime=arguments.realtime,
     )
     return settings, arguments
 
 
-def main() -> None:
-    """Run the benchmark."""
-    settings, arguments = parse_arguments()
-    check_options(arguments)
-    for program in ("fio", "taskset"):
-        if shutil.which(program) is None:
-            raise SystemExit(f"{program} is not installed: apt.txt names the packages")
+async def run(settings: Settings) -> NbdResult:
+    """Measure, on files that are gone afterwards."""
     if settings.realtime:
         put_ahead()
     with tempfile.TemporaryDirectory(prefix="fp-bench-", dir=settings.folder) as folder:
-        result = asyncio.run(measure(settings, Path(folder)))
-    if arguments.json:
-        print(result.model_dump_json(indent=2))
-    else:
-        print(result.as_markdown() if arguments.markdown else result.as_text())
-    write_files(result.summary(), result.model_dump_json(indent=2), arguments.out)
+        return await measure(settings, Path(folder))
+
+
+def main() -> int:
+    """Run the command line."""
+    settings, options = parse_arguments()
+    for program in ("fio", "taskset"):
+        if shutil.which(program) is None:
+            raise SystemExit(f"{program} is not installed: apt.txt names the packages")
+    text = NbdResult.as_markdown if options.markdown else NbdResult.as_text
+
+    def begin() -> Coroutine[Any, Any, NbdResult]:
+        check_rounds(settings.folder, settings.rounds)
+        return run(settings)
+
+    return carry_out(options, begin, text=text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,24 +17,24 @@ The exit status is 0, 1 when a page came back wrong, or 6 when host swap could n
 from __future__ import annotations
 
 import argparse
-import asyncio
 import shutil
 import sys
 import tempfile
+from collections.abc import Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bench import _hostswap
-from bench._interrupts import cancelled_by_signals
+from bench._command import carry_out, check_rounds, tell
 from bench._machine import describe_disk, describe_machine, describe_placement
 from bench._pagers import Farpage, HostSwap, Pager, Work, Zram, measure
-from bench._paging_report import PagingResult, Rounds, as_text, ratios, results, summary
-from bench._published import add_options, check_options, publish
+from bench._paging_report import PagingResult, Rounds, ratios, results
+from bench._published import add_options
 from bench._rounds import turns
 from bench._toucher import Pattern, Phase, build
-from farpage.cli.report import report
-from farpage.errors import ExitStatus, FarpageError, InvalidInput, Unsupported
+from farpage.errors import InvalidInput, Unsupported
 from farpage.pager.limit import DEFAULT_TIER_PERCENT, LARGEST_TIER_PERCENT
 from farpage.terminal.sizes import parse_percent, parse_size
 
@@ -74,10 +74,7 @@ class Settings:
     """What is measured, after the memory is populated; empty for everything."""
 
     def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise InvalidInput("--dir", f"{self.folder} is not a folder", "name one on the disk to measure")
-        if self.rounds < 1:
-            raise InvalidInput("--rounds", f"{self.rounds} is not a count", "five make a steady median")
+        check_rounds(self.folder, self.rounds)
         if not 0.05 <= self.seconds <= 60:
             raise InvalidInput("--seconds", f"{self.seconds} is not from 0.05 to 60", "two are plenty")
         if self.memory_bytes % (1 << 20) or self.limit_bytes % (1 << 20):
@@ -120,7 +117,7 @@ async def run(settings: Settings) -> PagingResult:
             swaps, compressing = _host_swap(undo, work)
         except Unsupported as problem:
             without_swap = str(problem)
-            _tell(without_swap)
+            tell(without_swap)
         parts = [
             (_chosen(PHASES, settings.only), [farpage, *swaps]),
             (_chosen(COMPRESSIBLE_PHASES, settings.only), [farpage, *swaps, *compressing]),
@@ -158,7 +155,7 @@ async def _rounds(work: Work, contenders: list[Pager], count: int) -> Rounds:
     rounds: Rounds = {pager.name: [] for pager in contenders}
     for number in range(count):
         for pager in turns(contenders, number):
-            _tell(f"round {number + 1} of {count}: {pager.name}, {work.phases[-1].name} and before")
+            tell(f"round {number + 1} of {count}: {pager.name}, {work.phases[-1].name} and before")
             rounds[pager.name].append(await measure(pager, work, seed=number + 1))
     return rounds
 
@@ -174,20 +171,8 @@ def _host_swap(undo: ExitStack, work: Work) -> tuple[list[Pager], list[Pager]]:
     with _hostswap.swapping_on(path), _hostswap.memory_cgroup(work.limit_bytes):
         pass
     if why := _hostswap.why_no_zram():
-        _tell(f"without zram: {why}")
+        tell(f"without zram: {why}")
     return [HostSwap(path, exponent) for exponent in CLUSTERS], [] if why else [Zram(path)]
-
-
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-async def _main(settings: Settings, options: argparse.Namespace) -> ExitStatus:
-    task = asyncio.get_running_loop().create_task(run(settings))
-    with cancelled_by_signals(task):
-        result = await task
-    publish(summary(result), as_text(result), result.model_dump_json(indent=2), options)
-    return ExitStatus.UNSUPPORTED if result.without_swap else ExitStatus.OK
 
 
 def main() -> int:
@@ -220,22 +205,23 @@ def main() -> int:
     )
     add_options(parser)
     options = parser.parse_args()
-    try:
-        check_options(options)
-        settings = Settings(
-            memory_bytes=parse_size(options.memory, field="--memory"),
-            limit_bytes=parse_size(options.limit, field="--limit"),
-            rounds=options.rounds,
-            seconds=options.seconds,
-            folder=options.dir,
-            ram_tier_percent=parse_percent(options.ram_tier, field="--ram-tier", most=LARGEST_TIER_PERCENT),
-            only=frozenset(map(Pattern, options.only)),
+
+    def begin() -> Coroutine[Any, Any, PagingResult]:
+        return run(
+            Settings(
+                memory_bytes=parse_size(options.memory, field="--memory"),
+                limit_bytes=parse_size(options.limit, field="--limit"),
+                rounds=options.rounds,
+                seconds=options.seconds,
+                folder=options.dir,
+                ram_tier_percent=parse_percent(
+                    options.ram_tier, field="--ram-tier", most=LARGEST_TIER_PERCENT
+                ),
+                only=frozenset(map(Pattern, options.only)),
+            )
         )
-        return int(asyncio.run(_main(settings, options)))
-    except asyncio.CancelledError:
-        return report(KeyboardInterrupt())
-    except FarpageError as problem:
-        return report(problem)
+
+    return carry_out(options, begin)
 
 
 if __name__ == "__main__":
