@@ -36,6 +36,7 @@ from farpage.device.claim import Claim
 from farpage.device.engine import Engine
 from farpage.device.errors import CapacityExceeded, DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
 from farpage.device.file import FEATURES, FileVolume
+from farpage.device.freeing import free_slowly
 from farpage.device.label import Header, Label, read_label, sync_folder, write_label
 from farpage.device.spec import CacheMode, DirectorySpec
 from farpage.device.volumefile import Access, VolumeFile
@@ -143,11 +144,15 @@ class DirectoryDevice(PagingDevice):
             return self.volume(name)
 
     def delete_volume(self, name: str, *, force: bool = False) -> None:
-        """Remove the file; whoever has it open yet finds itself superseded."""
+        """Remove the file, whose room becomes free in the background.
+
+        Whoever has it open yet finds itself superseded.
+        """
         with self._problems_named(), self._locked(), self._header(name) as header:
             path = self._file(name)
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with contextlib.ExitStack() as undo:
+                undo.callback(os.close, descriptor)
                 if not force:
                     try:
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,8 +162,8 @@ class DirectoryDevice(PagingDevice):
                 path.unlink()
                 sync_folder(path.parent)
                 self._header_path(name).unlink(missing_ok=True)
-            finally:
-                os.close(descriptor)
+                undo.pop_all()
+                free_slowly(descriptor)
 
     def claim(self, name: str, claim: Claim) -> Claim:
         """Record the claim in the volume's header, which every VIOS looks at before it writes."""
