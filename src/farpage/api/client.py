@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -178,9 +178,16 @@ class ControlClient:
         await self.request("DELETE", path, params=params, timeout_seconds=timeout_seconds)
 
 
+_READERS: Final[dict[Any, TypeAdapter[Any]]] = {}
+"""By what they read; making one takes longer than a request."""
+
+
 def _parse(answer: type[Answer], content: bytes) -> Answer:
+    reader: TypeAdapter[Answer] | None = _READERS.get(answer)
+    if reader is None:
+        reader = _READERS[answer] = TypeAdapter(answer)
     try:
-        return TypeAdapter(answer).validate_json(content)
+        return reader.validate_json(content)
     except ValidationError as problem:
         raise RemoteError(
             200,
