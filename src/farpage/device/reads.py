@@ -61,6 +61,11 @@ class RingReader:
             eventloop.defer(self._loop, self._submit)
         return True
 
+    def push(self) -> None:
+        """Start what was begun now, and not when the loop comes to it."""
+        if self._submitting:
+            self._submit()
+
     def _submit(self) -> None:
         if self._closed:
             return

@@ -25,7 +25,7 @@ from farpage.blockio import (
     Lent,
     ReadDone,
 )
-from farpage.nbd import codec, connecting, options
+from farpage.nbd import codec, connecting, eventloop, options
 from farpage.nbd import protocol as p
 from farpage.nbd.codec import ProtocolViolation
 from farpage.nbd.connecting import Negotiated, list_exports
@@ -76,7 +76,7 @@ class Connection:
         self._blocked = False
         self._ended = False
         self._idle: asyncio.Event | None = None
-        self._loop.add_reader(sock, self._on_readable)
+        eventloop.add_reader(self._loop, sock, self._on_readable)
 
     @classmethod
     async def open(
@@ -330,7 +330,7 @@ class Connection:
         self._unsent.append(codec.encode_request(command, flags, cookie, offset, length))
         if not self._push_scheduled:
             self._push_scheduled = True
-            self._loop.call_soon(self._scheduled_push)
+            eventloop.defer(self._loop, self._scheduled_push)
         return started
 
     def _command(
@@ -458,7 +458,7 @@ class Connection:
 
     def _end(self) -> None:
         self._ended = True
-        self._loop.remove_reader(self._socket)
+        eventloop.remove_reader(self._loop, self._socket)
         if self._blocked:
             self._loop.remove_writer(self._socket)
         self._socket.close()

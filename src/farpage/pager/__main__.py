@@ -10,6 +10,7 @@ from pathlib import Path
 
 from farpage.daemon import prepare_for_paging, started
 from farpage.log import configure_logging
+from farpage.nbd.eventloop import DataPlaneLoop
 from farpage.pager.worker import run
 
 
@@ -20,7 +21,8 @@ def main() -> None:
     configure_logging(worker=str(os.getpid()))
     prepare_for_paging()
     started()
-    asyncio.run(run(int(sys.argv[1]), Path(sys.argv[2])))
+    with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
+        runner.run(run(int(sys.argv[1]), Path(sys.argv[2])))
 
 
 if __name__ == "__main__":

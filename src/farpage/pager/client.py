@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 
+from farpage.nbd import eventloop
 from farpage.pager.buffers import BufferPool
 from farpage.pager.doubts import Doubts
 from farpage.pager.eviction import Eviction
@@ -94,7 +95,7 @@ class PagedClient:
         for first, count in self.space.memory.present_runs():
             table.move(first, count, ZERO, DIRTY)
             self.space.replacement.added(first, count)
-        self._loop.add_reader(self.space.memory.fileno(), self.faults.on_events)
+        eventloop.add_reader(self._loop, self.space.memory.fileno(), self.faults.on_events)
         self.eviction.wake()
 
     def start_handed_over(self) -> None:
@@ -106,7 +107,7 @@ class PagedClient:
         :raise ClientGone: the client has exited.
         """
         self.space.memory.release(0, self.space.table.pages)
-        self._loop.add_reader(self.space.memory.fileno(), self.faults.on_events)
+        eventloop.add_reader(self._loop, self.space.memory.fileno(), self.faults.on_events)
 
     def recover(self) -> None:
         """Go on where a pager that was killed has left off; see `farpage.pager.recovery`.
@@ -127,7 +128,7 @@ class PagedClient:
         for first, count in runs_of(decided.in_memory.tolist()):
             space.replacement.added(first, count)
         if not self.freeze.frozen:
-            self._loop.add_reader(space.memory.fileno(), self.faults.on_events)
+            eventloop.add_reader(self._loop, space.memory.fileno(), self.faults.on_events)
         # The dead pager took events with it: who waits for their answers shall ask again.
         space.memory.wake(0, space.table.pages)
         self._doubts.begin(decided.doubtful)
@@ -244,7 +245,7 @@ class PagedClient:
             self.outage.cancel()
             self.stop_scrub()
             self._doubts.cancel()
-            self._loop.remove_reader(self.space.memory.fileno())
+            eventloop.remove_reader(self._loop, self.space.memory.fileno())
             # These refer to each other in circles; the table's memory must not wait for the collector.
             self.space.table = PageTable(0)
             self.space.tier.clear()

@@ -6,23 +6,18 @@ one that hangs keeps its buffers, and what it answers after the end of the proce
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 from collections.abc import Callable
 from typing import Final, Protocol
 
 from farpage.blockio import DirectFile, Lent, ReadDone
+from farpage.device.reads import RingReader
 from farpage.device.threads import IoThreads
-from farpage.errors import Unsupported
-from farpage.kernel.io_uring import Ring
 from farpage.kernel.memory import AlignedBuffer
-from farpage.log import get_logger
-
-log = get_logger()
 
 IN_FLIGHT: Final = 128
-"""Reads of all clients of a worker; further ones are served."""
+"""Reads of all clients of a worker with threads; further ones are served."""
 LARGEST_BYTES: Final = 1 << 20
 KEPT_BYTES: Final = 8 << 20
 """So much unused buffer memory is kept."""
@@ -66,58 +61,6 @@ class Engine(Protocol):
 
     def push(self) -> None:
         """Start what was begun."""
-
-
-class RingEngine:
-    """Reads over io_uring: those of a turn start with one system call."""
-
-    def __init__(self, ring: Ring) -> None:
-        """Take the ring over, in the event loop's thread."""
-        self._ring = ring
-        self._loop = asyncio.get_running_loop()
-        self._reads: dict[int, tuple[Callable[[int], None], AlignedBuffer]] = {}
-        """By token; a buffer stays while the kernel may write to it."""
-        self._token = 0
-        self._later: asyncio.Handle | None = None
-        self._loop.add_reader(ring.fileno(), self._deliver)
-
-    def read(
-        self, descriptor: int, buffer: AlignedBuffer, length: int, offset: int, done: Callable[[int], None]
-    ) -> bool:
-        """Begin a read."""
-        self._token = token = self._token + 1
-        if not self._ring.read(descriptor, buffer.address, length, offset, token):
-            return False
-        self._reads[token] = (done, buffer)
-        if self._later is None:
-            self._later = self._loop.call_soon(self._push_later)
-        return True
-
-    def push(self) -> None:
-        """Start what was begun, with one system call."""
-        if self._later is not None:
-            self._later.cancel()
-            self._later = None
-            self._submit()
-
-    def _push_later(self) -> None:
-        self._later = None
-        self._submit()
-
-    def _submit(self) -> None:
-        try:
-            self._ring.submit()
-        except OSError as error:  # no memory at the moment; what is in flight brings some back
-            log.warning("reads_delayed", problem=str(error))
-            self._later = self._loop.call_later(0.001, self._push_later)
-
-    def _deliver(self) -> None:
-        for token, result in self._ring.completions():
-            done, _ = self._reads.pop(token)
-            try:
-                done(result)
-            except Exception:
-                log.exception("completion_failed")
 
 
 class ThreadEngine:
@@ -172,11 +115,7 @@ class DirectReader:
 
 def open_engine() -> Engine:
     """Make the best engine that the kernel allows."""
-    try:
-        return RingEngine(Ring(IN_FLIGHT))
-    except Unsupported as error:
-        log.info("direct_reads_with_threads", reason=error.cause)
-        return ThreadEngine()
+    return RingReader.open() or ThreadEngine()
 
 
 class BorrowedFile:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from farpage.errors import ExitStatus, FarpageError
+from farpage.nbd import eventloop
 from farpage.pager.eviction import Eviction
 from farpage.pager.faults import Faults
 from farpage.pager.outage import Outage
@@ -60,7 +61,7 @@ class Freeze:
         """Answer no access from now on."""
         if not self._faults.frozen:
             self._faults.frozen = True
-            self._loop.remove_reader(self._space.memory.fileno())
+            eventloop.remove_reader(self._loop, self._space.memory.fileno())
 
     def end(self) -> None:
         """Answer accesses again, also those that have waited.
@@ -70,7 +71,7 @@ class Freeze:
         if self._faults.frozen:
             self._faults.frozen = False
             self._eviction.drain(on=False)
-            self._loop.add_reader(self._space.memory.fileno(), self._faults.on_events)
+            eventloop.add_reader(self._loop, self._space.memory.fileno(), self._faults.on_events)
             # Events that were put off are dropped: who waits shall ask again.
             self._space.memory.wake(0, self._space.table.pages)
             self._faults.admit()
