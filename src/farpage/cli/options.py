@@ -71,17 +71,6 @@ def duration_option(name: str, help_text: str) -> Any:
     return typer.Option(name, metavar="TIME", parser=_naming(parse_duration, name), help=help_text)
 
 
-def ram_tier_option() -> Any:
-    """Return the option for the RAM tier's share of a client's limit; its value is percent."""
-    return typer.Option(
-        "--ram-tier",
-        metavar="PERCENT",
-        parser=_naming(partial(parse_percent, most=LARGEST_TIER_PERCENT), "--ram-tier"),
-        help="Share of a client's limit that holds pages which left memory, compressed, so that those that "
-        f"come back soon need no device; 0 for none, at most {LARGEST_TIER_PERCENT}%.",
-    )
-
-
 def _naming(parse: Callable[..., float], name: str) -> Callable[[str | float], float]:
     def parser(value: str | float) -> float:
         # Typer also passes a default through the parser.
@@ -113,3 +102,41 @@ MoveInBackground: TypeAlias = Annotated[
 AtATime: TypeAlias = Annotated[
     int, typer.Option("--at-a-time", metavar="N", help="Move so many clients beside each other.")
 ]
+
+Workers: TypeAlias = Annotated[
+    int | None, typer.Option("--workers", min=1, max=256, help="Data workers; by default one per core.")
+]
+
+PathTimeout: TypeAlias = Annotated[
+    float, duration_option("--path-timeout", "A command that waits longer makes its path suspect.")
+]
+
+NoPathTimeout: TypeAlias = Annotated[
+    float | None,
+    duration_option(
+        "--no-path-timeout",
+        "After so long without a path, accesses that wait fail for good; by default they wait on.",
+    ),
+]
+
+Lease: TypeAlias = Annotated[
+    float,
+    duration_option(
+        "--lease", "A VIOS carries out no writes of a hypervisor that it has not heard of for so long."
+    ),
+]
+
+Limit: TypeAlias = Annotated[int | None, size_option("--limit", "Limit of clients that name none.")]
+
+RamTier: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--ram-tier",
+        metavar="PERCENT",
+        parser=_naming(partial(parse_percent, most=LARGEST_TIER_PERCENT), "--ram-tier"),
+        help="Share of a client's limit that holds pages which left memory, compressed, so that those that "
+        f"come back soon need no device; 0 for none, at most {LARGEST_TIER_PERCENT}%.",
+    ),
+]
+
+PoolSize: TypeAlias = Annotated[int | None, size_option("--pool-size", "Size of the memory pool.")]

@@ -12,9 +12,13 @@ from farpage.cli.options import (
     DaemonControl,
     DaemonTls,
     DirectReads,
+    Limit,
+    NoPathTimeout,
+    PathTimeout,
+    PoolSize,
+    RamTier,
     State,
-    duration_option,
-    ram_tier_option,
+    Workers,
     size_option,
 )
 from farpage.pager.limit import DEFAULT_TIER_PERCENT
@@ -54,27 +58,17 @@ def run(
             "by default 'run' in its --dir.",
         ),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, max=256, help="Data workers; by default one per core.")
-    ] = None,
-    path_timeout: Annotated[
-        float, duration_option("--path-timeout", "A command that waits longer makes its path suspect.")
-    ] = 1.0,
+    workers: Workers = None,
+    path_timeout: PathTimeout = 1.0,
     resync_bandwidth: Annotated[
         int,
         size_option("--resync-bandwidth", "The most a second that is copied to a replica that missed pages."),
     ] = 100 << 20,
-    no_path_timeout: Annotated[
-        float | None,
-        duration_option(
-            "--no-path-timeout",
-            "After so long without a path, accesses that wait fail for good; by default they wait on.",
-        ),
-    ] = None,
+    no_path_timeout: NoPathTimeout = None,
     direct_reads: DirectReads = True,
-    limit: Annotated[int | None, size_option("--limit", "Limit of clients that name none.")] = None,
-    ram_tier: Annotated[int, ram_tier_option()] = DEFAULT_TIER_PERCENT,
-    pool_size: Annotated[int | None, size_option("--pool-size", "Size of the memory pool.")] = None,
+    limit: Limit = None,
+    ram_tier: RamTier = DEFAULT_TIER_PERCENT,
+    pool_size: PoolSize = None,
 ) -> None:
     """Run a hypervisor in the foreground until SIGTERM or Ctrl-C."""
     from farpage.cli.daemons import run_hypervisor

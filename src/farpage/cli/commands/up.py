@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from farpage.cli.options import AsJson, DirectReads, State, duration_option, ram_tier_option, size_option
+from farpage.cli.options import (
+    AsJson,
+    DirectReads,
+    Lease,
+    Limit,
+    NoPathTimeout,
+    PathTimeout,
+    PoolSize,
+    RamTier,
+    State,
+    Workers,
+)
 from farpage.pager.limit import DEFAULT_TIER_PERCENT
 
 app = typer.Typer()
@@ -36,29 +47,14 @@ def up(
             "by default in the state folder.",
         ),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, max=256, help="Data workers; by default one per core.")
-    ] = None,
-    path_timeout: Annotated[
-        float, duration_option("--path-timeout", "A command that waits longer makes its path suspect.")
-    ] = 1.0,
-    no_path_timeout: Annotated[
-        float | None,
-        duration_option(
-            "--no-path-timeout",
-            "After so long without a path, accesses that wait fail for good; by default they wait on.",
-        ),
-    ] = None,
-    lease: Annotated[
-        float,
-        duration_option(
-            "--lease", "A VIOS carries out no writes of a hypervisor that it has not heard of for so long."
-        ),
-    ] = 5.0,
+    workers: Workers = None,
+    path_timeout: PathTimeout = 1.0,
+    no_path_timeout: NoPathTimeout = None,
+    lease: Lease = 5.0,
     direct_reads: DirectReads = True,
-    limit: Annotated[int | None, size_option("--limit", "Limit of clients that name none.")] = None,
-    ram_tier: Annotated[int, ram_tier_option()] = DEFAULT_TIER_PERCENT,
-    pool_size: Annotated[int | None, size_option("--pool-size", "Size of the memory pool.")] = None,
+    limit: Limit = None,
+    ram_tier: RamTier = DEFAULT_TIER_PERCENT,
+    pool_size: PoolSize = None,
     as_json: AsJson = False,
 ) -> None:
     """Start VIOSes, a hypervisor and a device of files, and stay until Ctrl-C.

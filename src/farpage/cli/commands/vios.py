@@ -14,9 +14,9 @@ from farpage.cli.options import (
     DaemonControl,
     DaemonTls,
     Indirect,
+    Lease,
     MoveInBackground,
     State,
-    duration_option,
 )
 
 app = typer.Typer(name="vios", help="Virtual I/O servers: reach paging devices and serve their volumes.")
@@ -45,12 +45,7 @@ def run(
         list[str] | None,
         typer.Option("--device", metavar="SPEC", help="Device to serve, as 'device add' takes it."),
     ] = None,
-    lease: Annotated[
-        float,
-        duration_option(
-            "--lease", "It carries out no writes of a hypervisor that it has not heard of for so long."
-        ),
-    ] = 5.0,
+    lease: Lease = 5.0,
 ) -> None:
     """Run a VIOS in the foreground until SIGTERM or Ctrl-C."""
     from farpage.cli.daemons import run_vios
