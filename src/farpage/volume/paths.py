@@ -276,7 +276,9 @@ class Paths:
                 quarantined_bytes=sum(command.length_bytes for command in writes),
             )
         )
-        if event is PathEvent.LOST and not self._going_over:
+        # A VIOS lets go of what is open under an older epoch than the definition's: nothing is wrong then.
+        outdated = path.epoch < self._ownership.epoch
+        if event is PathEvent.LOST and not self._going_over and not outdated:
             self._owner.alarm("path_failed", f"VIOS {path.endpoint.vios}: {reason}")
         self._choose()
 
@@ -315,7 +317,7 @@ class Paths:
 
     async def _take_over(self, path: PathLink) -> None:
         problem = ""
-        if self._was_active:
+        if self._was_active and not self._fences(path):
             self._opening.raise_above(self._written_epoch)
             path.disconnect()
             try:
@@ -329,6 +331,10 @@ class Paths:
             self._choose()
             return
         self._carries(path)
+
+    def _fences(self, path: PathLink) -> bool:
+        """Tell whether a path is open under an epoch that keeps out all that was written before."""
+        return path.connection is not None and path.epoch == self.epoch > self._written_epoch
 
     def _carries(self, path: PathLink) -> None:
         """Have a path that is open under the present epoch carry the commands."""
@@ -462,11 +468,16 @@ class Paths:
         )
 
     async def open(self, path: PathLink) -> None:
-        """Open the volume over a path under the present epoch; writes held for its server are replayed then.
+        """Open the volume over a path; writes held for its server are replayed then.
+
+        The epoch is the present one; where no path carries commands the one to take over with, so that it is
+        not opened once more for that.
 
         :raise FarpageError: when the server cannot be reached, or refuses.
         :raise OSError: when it gives no lease.
         """
+        if self._was_active and self.commands.active is None:
+            self._opening.raise_above(self._written_epoch)
         await self._opening.open(path)
         self.direct.lent(path)
         self._predecessors.accepted(self._loop.time())

@@ -323,6 +323,30 @@ def test_a_volume_shares_its_epochs_with_the_client_s_other_replica() -> None:
     with_rig(test)
 
 
+def test_a_path_let_go_of_for_another_replica_s_epoch_is_opened_at_once_without_an_alarm() -> None:
+    async def test(rig: Rig) -> None:
+        vios = rig.vioses["vios1"]
+        vios.claim(Claim(rig.volume.ownership.raise_epoch(), OWNER))
+        read = rig.read(0)
+        await rig.until(lambda: read == [0], 0.03)
+        assert vios.opened == [1, 2]
+        assert "path_failed" not in rig.events.alarms
+
+    with_rig(test, paths=1)
+
+
+def test_a_server_that_comes_back_alone_is_opened_once() -> None:
+    async def test(rig: Rig) -> None:
+        vios = rig.vioses["vios1"]
+        vios.kill()
+        vios.up = True
+        read = rig.read(0)
+        await rig.until(lambda: read == [0])
+        assert vios.opened == [1, 2]
+
+    with_rig(test, paths=1)
+
+
 def test_an_older_epoch_of_its_own_makes_an_owner_come_back_under_the_newer() -> None:
     async def test(rig: Rig) -> None:
         for vios in rig.vioses.values():
