@@ -7,7 +7,7 @@ from tests.simulation.run import run_seed
 
 FOUND_BY = {
     "quarantine_off": 9,
-    "epoch_checks_off": 6,
+    "epoch_checks_off": 8,
     "checksums_off": 101,
     "leases_off": 102,
     "stale_after_ack": 84,

@@ -18,11 +18,15 @@ from farpage.volume.hedge import HedgeBudget
 from farpage.volume.replica import Mode, Read, Replica
 
 TICK_SECONDS: Final = 0.002
-"""One timer for all reads; while there are any."""
+"""One timer for all reads, while there are any: at most so often."""
+LONGEST_TICK_SECONDS: Final = 0.064
+"""At least so often, however late the next read will be."""
+AGAIN_SHARE: Final = 0.125
+"""A late read that cannot be repeated is looked at again when it has waited so much longer."""
 CLEARLY: Final = 0.8
 """A replica is preferred to the present one when it takes less than this share of its time."""
 REST_FACTOR: Final = 0.998
-"""At each tick: what was ten times slower is asked again after two seconds of reads."""
+"""In the shortest tick: what was ten times slower is asked again after two seconds of reads."""
 
 
 class Reads:
@@ -36,7 +40,8 @@ class Reads:
         self._budget = HedgeBudget()
         self._preferred: Replica | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._since_tick = 0
+        self._tick_seconds = TICK_SECONDS
+        """How far ahead the timer was set."""
         self._closed = False
         self.in_flight = 0
         """Reads that are not answered yet."""
@@ -50,15 +55,14 @@ class Reads:
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         """Read; waits out every failure."""
         self.in_flight += 1
-        self._since_tick += 1
         self._budget.read()
         read = Read(offset, length, done)
         preferred = self._preferred
         if preferred is None or not preferred.readable:
             preferred = self.choose(read)
         self._start(read, preferred)
-        if self._timer is None:
-            self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
+        if self._timer is None or self._tick_seconds > TICK_SECONDS:
+            self._tick_in(TICK_SECONDS)
 
     def _start(self, read: Read, replica: Replica) -> None:
         read.on += 1
@@ -121,17 +125,24 @@ class Reads:
 
     # Lateness
 
+    def _tick_in(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._tick_seconds = seconds
+        self._timer = self._loop.call_later(seconds, self._tick)
+
     def _tick(self) -> None:
         self._timer = None
-        if self._since_tick or self.in_flight:
-            self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
-        self._since_tick = 0
         now = self._loop.time()
+        rested = REST_FACTOR ** (self._tick_seconds / TICK_SECONDS)
+        next_seconds = LONGEST_TICK_SECONDS
         for replica in self._replicas:
             if replica.reads:
-                self._hedge(replica, now)
+                next_seconds = min(next_seconds, self._hedge(replica, now))
             elif replica is not self._preferred:
-                replica.latency.rested(REST_FACTOR)
+                replica.latency.rested(rested)
+        if self.in_flight:
+            self._tick_in(max(next_seconds, TICK_SECONDS))
         readable = [replica for replica in self._replicas if replica.readable]
         if len(readable) < 2:
             return
@@ -140,21 +151,24 @@ class Reads:
         if preferred is None or best.latency.mean_seconds < preferred.latency.mean_seconds * CLEARLY:
             self._preferred = best
 
-    def _hedge(self, replica: Replica, now: float) -> None:
+    def _hedge(self, replica: Replica, now: float) -> float:
+        """Repeat what is late on a replica; returns in how many seconds there may be more to repeat."""
         late_seconds = max(replica.latency.p99_seconds(), TICK_SECONDS)
         for read, started in list(replica.reads.items()):
-            if now - started < late_seconds:
-                return
-            replica.latency.waited(now - started)
+            waited_seconds = now - started
+            if waited_seconds < late_seconds:
+                return late_seconds - waited_seconds
+            replica.latency.waited(waited_seconds)
             if read.hedged_to is not None or read.done is None:
                 continue
             other = self._other(read, replica)
             if other is None or not self._budget.spend():
-                return
+                return waited_seconds * AGAIN_SHARE
             self.hedged += 1
             read.hedged_to = other
             self._start(read, other)
             other.volume.push()
+        return LONGEST_TICK_SECONDS
 
     def repeat(self, replica: Replica) -> None:
         """Ask others for what a replica that has stopped to answer was asked."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable
+from unittest import mock
 
 import pytest
 
 from farpage.definition.model import ReplicaState
 from farpage.volume.dirty import MemoryDirtyStore
 from farpage.volume.errors import NoPath
+from farpage.volume.reading import Reads
 from tests.support.simulated_loop import run_simulated
 from tests.unit.volume.mirror_model import IN_SYNC, PAGES, STALE, MirrorRig
 from tests.unit.volume.model import PAGE, Disk
@@ -355,6 +357,30 @@ def test_no_more_reads_are_repeated_than_the_budget_allows() -> None:
             vios.resume()
 
     with_mirror(scenario)
+
+
+def test_reads_that_nobody_answers_are_looked_at_ever_more_seldom() -> None:
+    looks = []
+    look = Reads._tick
+
+    def counted(reads: Reads) -> None:
+        looks.append(reads)
+        look(reads)
+
+    async def scenario(rig: MirrorRig) -> None:
+        await read_often(rig)
+        for vios in rig.vioses.values():
+            vios.hang()
+        rig.read(5)
+        looks.clear()
+        began = asyncio.get_running_loop().time()
+        await rig.until(lambda: asyncio.get_running_loop().time() - began > 0.9)
+        assert 0 < len(looks) < 60
+        for vios in rig.vioses.values():
+            vios.resume()
+
+    with mock.patch.object(Reads, "_tick", counted):
+        with_mirror(scenario)
 
 
 def test_reads_go_to_the_replica_that_answers_while_the_other_hangs() -> None:
