@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from tests.simulation.world import Process, World
+from tests.simulation.world import Process, Turn, Work, World
 
 USUAL_SECONDS = 0.0003
 Message = Callable[[], None]
@@ -44,7 +44,8 @@ class Pipe:
         self._network = network
         self.client = client
         self.server = server
-        self.names = {client: client_host, server: server.name}
+        names = {client: client_host, server: server.name}
+        self._ways = {client: (names[server], names[client]), server: (names[client], names[server])}
         self.on_end: dict[Process, Message] = {}
         """What each side does when the other has closed, or the connection is broken."""
         self.closed: set[Process] = set()
@@ -60,25 +61,22 @@ class Pipe:
 
     def send(self, to: Process, message: Message) -> None:
         """Deliver a message in its order, if the connection holds till then."""
-        if self._way(to) in self._network.blocked:
+        network = self._network
+        if self._ways[to] in network.blocked:
             self._held.append((to, message))
             return
-        world = self._network.world
-        arrival = max(world.now_seconds + self._network.delay_seconds(), self._last[to])
+        world = network.world
+        arrival = max(world.now_seconds + network.delay_seconds(), self._last[to])
         self._last[to] = arrival
+        world.at(arrival, None, Work(partial(self._deliver, to, message)))
 
-        def deliver() -> None:
-            if self._way(to) in self._network.blocked:
-                self._held.append((to, message))
-            elif to.alive:
-                world.after(0.0, lambda: self._receive(to, message), to)
-            else:
-                self.reset(self.other(to))
-
-        world.after(arrival - world.now_seconds, deliver)
-
-    def _way(self, to: Process) -> tuple[str, str]:
-        return (self.names[self.other(to)], self.names[to])
+    def _deliver(self, to: Process, message: Message) -> None:
+        if self._ways[to] in self._network.blocked:
+            self._held.append((to, message))
+        elif to.alive:
+            self._network.world.let(to, Turn(to.loop, self._receive, (to, message)))
+        else:
+            self.reset(self.other(to))
 
     def _receive(self, to: Process, message: Message) -> None:
         if to not in self.closed:

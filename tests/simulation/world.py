@@ -12,12 +12,12 @@ import asyncio
 import contextlib
 import enum
 import hashlib
-import heapq
 import random
 from asyncio.events import _set_running_loop
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context
+from heapq import heappop, heappush
 from typing import Any, TypeVar, cast
 
 from farpage.errors import FarpageError
@@ -43,14 +43,55 @@ class ProcessState(enum.Enum):
 class Work:
     """What the hardware does: a handle without a loop."""
 
-    __slots__ = ("_cancelled", "_run")
+    __slots__ = ("_run", "cancelled")
 
     def __init__(self, work: Callable[[], None]) -> None:
-        self._cancelled = False
+        self.cancelled = False
         self._run = work
 
 
-Due = asyncio.Handle | Work
+class Turn:
+    """What a process does: `asyncio.Handle` without what nobody asks for here, such as its own context."""
+
+    __slots__ = ("_arguments", "_callback", "_context", "_loop", "cancelled", "is_timer")
+
+    def __init__(
+        self,
+        loop: ProcessLoop,
+        callback: Callable[..., object],
+        arguments: tuple[Any, ...] = (),
+        context: Context | None = None,
+        *,
+        is_timer: bool = False,
+    ) -> None:
+        self._loop = loop
+        self._callback = callback
+        self._arguments = arguments
+        self._context = context
+        self.is_timer = is_timer
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Do not run; what it refers to may be freed, although it stays in the queue."""
+        self.cancelled = True
+        self._callback = _nothing
+        self._arguments = ()
+
+    def _run(self) -> None:
+        try:
+            if self._context is None:
+                self._callback(*self._arguments)
+            else:
+                self._context.run(self._callback, *self._arguments)
+        except Exception as error:
+            self._loop.call_exception_handler({"exception": error})
+
+
+def _nothing() -> None:
+    pass
+
+
+Due = Turn | Work
 """What is to run at some time."""
 
 
@@ -109,12 +150,29 @@ class World:
     def at(self, when_seconds: float, process: Process | None, handle: Due) -> None:
         """Run a handle in a process at a time of the world."""
         self._number += 1
-        heapq.heappush(self._later, (when_seconds, self._number, process, handle))
+        heappush(self._later, (when_seconds, self._number, process, handle))
 
     def after(self, seconds: float, work: Callable[[], None], process: Process | None = None) -> None:
         """Let the hardware, or a process, do something later."""
-        handle = asyncio.Handle(work, (), process.loop) if process else Work(work)
-        self.at(self.now_seconds + seconds, process, handle)
+        self._number += 1
+        handle = Turn(process.loop, work) if process else Work(work)
+        heappush(self._later, (self.now_seconds + seconds, self._number, process, handle))
+
+    def let(self, process: Process, turn: Turn) -> None:
+        """Have a process do something as soon as it runs: at once, unless it is stopped.
+
+        Only the hardware may ask for it, and in what it does last: the process goes on in its place.
+        """
+        if process.state is not ProcessState.RUNNING:
+            process.keep(turn)
+            return
+        self._switch(process)
+        turn._run()
+
+    def _switch(self, process: Process | None) -> None:
+        if process is not self._running:
+            self._running = process
+            _set_running_loop(process.loop if process else None)
 
     def run_until(self, end_seconds: float, done: Callable[[], bool] = lambda: False) -> bool:
         """Let time pass until `done`, a violation, or the end; returns whether it was `done`."""
@@ -125,7 +183,7 @@ class World:
             _set_running_loop(None)
 
     def _run_until(self, end_seconds: float, done: Callable[[], bool]) -> bool:
-        ready, later = self._ready, self._later
+        ready, later, running = self._ready, self._later, ProcessState.RUNNING
         while not self.violations:
             if not ready:
                 if done():
@@ -134,21 +192,21 @@ class World:
                     self.now_seconds = end_seconds
                     return False
                 self.now_seconds = max(self.now_seconds, later[0][0])
-                while later and later[0][0] <= self.now_seconds:
-                    _, _, process, handle = heapq.heappop(later)
+                now_seconds = self.now_seconds
+                while later and later[0][0] <= now_seconds:
+                    _, _, process, handle = heappop(later)
                     ready.append((process, handle))
             process, handle = ready.popleft()
-            if handle._cancelled:
+            if handle.cancelled:
                 continue
-            if process is not None and process.state is not ProcessState.RUNNING:
+            if process is not None and process.state is not running:
                 process.keep(handle)
                 continue
             self.events += 1
             if self.events > EVENTS_MAX:
                 self.violated(f"more than {EVENTS_MAX} events: something spins")
             if process is not self._running:
-                self._running = process
-                _set_running_loop(process.loop if process else None)
+                self._switch(process)
             handle._run()
         return False
 
@@ -173,7 +231,7 @@ class Process:
         """What the kernel does when the process ends: its sockets close."""
         self.on_gone: list[Callable[[], None]] = []
         """Those who wait for a process that is gone, its system calls included."""
-        self._kept: list[Due] = []
+        self._kept: list[Turn] = []
         self._system_calls = 0
 
     @property
@@ -188,7 +246,7 @@ class Process:
 
     def keep(self, handle: Due) -> None:
         """Keep what cannot run now."""
-        if self.state is ProcessState.STOPPED:
+        if self.state is ProcessState.STOPPED and isinstance(handle, Turn):
             self._kept.append(handle)
 
     def stop(self) -> None:
@@ -201,7 +259,7 @@ class Process:
         if self.state is ProcessState.STOPPED:
             self.state = ProcessState.RUNNING
             kept, self._kept = self._kept, []
-            for handle in sorted(kept, key=lambda handle: isinstance(handle, asyncio.TimerHandle)):
+            for handle in sorted(kept, key=lambda turn: turn.is_timer):
                 self.world.soon(self, handle)
 
     def kill(self) -> None:
@@ -221,8 +279,7 @@ class Process:
             result = work()
             self._system_calls -= 1
             self._tell_gone()
-            if self.alive:
-                self.world.soon(self, asyncio.Handle(done, (result,), self.loop))
+            self.world.let(self, Turn(self.loop, done, (result,)))
 
         self.world.after(seconds, finish)
 
@@ -249,7 +306,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self._world = world
         self._process = process
         self._tasks: list[asyncio.Task[Any]] = []
-        self._readers: dict[int, asyncio.Handle] = {}
+        self._readers: dict[int, Turn] = {}
         # Clocks of processes do not agree: times must not go from one to the other.
         self._offset = 1000.0 * (len(world.processes) + 1)
 
@@ -267,27 +324,26 @@ class ProcessLoop(asyncio.AbstractEventLoop):
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
-        self._world._ready.append((self._process, handle))
-        return handle
+    ) -> Turn:
+        turn = Turn(self, callback, args, context)
+        self._world._ready.append((self._process, turn))
+        return turn
 
     call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
-        return self.call_at(self.time() + delay, callback, *args, context=context)
+    ) -> Turn:
+        turn = Turn(self, callback, args, context, is_timer=True)
+        self._world.at(self._world.now_seconds + delay, self._process, turn)
+        return turn
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
-        self._world.at(when - self._offset, self._process, handle)
-        return handle
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Leave it where it is: it is skipped when its time comes."""
+    ) -> Turn:
+        turn = Turn(self, callback, args, context, is_timer=True)
+        self._world.at(when - self._offset, self._process, turn)
+        return turn
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
@@ -339,7 +395,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def add_reader(  # type: ignore[override]
         self, fd: Any, callback: Callable[..., Any], *args: Any
     ) -> None:
-        self._readers[fd] = asyncio.Handle(callback, args, self)
+        self._readers[fd] = Turn(self, callback, args)
 
     def remove_reader(self, fd: Any) -> bool:
         handle = self._readers.pop(fd, None)
