@@ -27,7 +27,8 @@ from bench._published import BenchResult, Panel, Summary, add_options
 from bench._rounds import Spread
 from bench._toucher import Pattern, Phase, Toucher, build
 from farpage.pager.replacement import Replacement
-from farpage.pager.table import ENTRY_BYTES, PAGE_BYTES
+from farpage.pager.states import ENTRY_BYTES
+from farpage.pager.table import PAGE_BYTES
 from farpage.terminal.sizes import parse_size
 
 MOST_IDLE_PERCENT: Final = 1.0

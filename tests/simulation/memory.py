@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from farpage.kernel.userfaultfd import EVENT_DTYPE, Event
+from farpage.kernel.userfaultfd import Event, event_dtype
 from farpage.pager.table import PAGE_BYTES
 from tests.simulation.world import Process, World
 from tests.support.paging import ModelMemory
@@ -77,7 +77,7 @@ class SimulatedMemory(ModelMemory):
 
     def read_faults(self) -> npt.NDArray[np.void]:
         count = min(len(self._faults), 64)
-        events = np.zeros(count, EVENT_DTYPE)
+        events = np.zeros(count, event_dtype())
         for event, (flags, page) in zip(events, self._faults[:count], strict=True):
             event["event"], event["flags"], event["address"] = Event.PAGEFAULT, flags, page * PAGE_BYTES
         del self._faults[:count]

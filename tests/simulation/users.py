@@ -10,7 +10,8 @@ from typing import Protocol
 from farpage.pager.buffers import BufferPool
 from farpage.pager.client import PagedClient
 from farpage.pager.limit import Limit
-from farpage.pager.table import CLEAN, ENTRY_BYTES, ON_DEVICE, PAGE_BYTES, READING, STATE_NAMES, PageTable
+from farpage.pager.states import CLEAN, ENTRY_BYTES, ON_DEVICE, READING, STATE_NAMES
+from farpage.pager.table import PAGE_BYTES, PageTable
 from farpage.pager.tier import ENTRY_BYTES as TIER_ENTRY_BYTES
 from farpage.volume.paged import PagedVolume
 from tests.simulation.checker import History

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from farpage.blockio import Done, ReadDone
-from farpage.kernel.userfaultfd import EVENT_DTYPE, FLAG_MINOR, FLAG_WP, FLAG_WRITE, Event
+from farpage.kernel.userfaultfd import FLAG_MINOR, FLAG_WP, FLAG_WRITE, Event, event_dtype
 from farpage.pager.buffers import BufferPool
 from farpage.pager.eviction import Eviction
 from farpage.pager.faults import Faults
@@ -20,7 +20,8 @@ from farpage.pager.limit import Limit
 from farpage.pager.memory import PagedMemory
 from farpage.pager.outage import Outage
 from farpage.pager.space import Space
-from farpage.pager.table import PAGE_BYTES, STATE_NAMES, PageTable
+from farpage.pager.states import STATE_NAMES
+from farpage.pager.table import PAGE_BYTES, PageTable
 from farpage.volume.connector import Endpoint
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
@@ -91,7 +92,7 @@ class ModelMemory(PagedMemory):
         return self._eventfd
 
     def read_faults(self) -> npt.NDArray[np.void]:
-        events = np.zeros(min(len(self._faults), 64), EVENT_DTYPE)
+        events = np.zeros(min(len(self._faults), 64), event_dtype())
         for event in events:
             flags, page = self._faults.pop(0)
             event["event"], event["flags"], event["address"] = Event.PAGEFAULT, flags, page * PAGE_BYTES

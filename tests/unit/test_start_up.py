@@ -25,7 +25,7 @@ SLOW = {
     ("module", "may_load"),
     [
         ("farpage.pager.worker", {"numpy"}),
-        ("farpage.hypervisor.daemon", {"pydantic", "numpy"}),
+        ("farpage.hypervisor.daemon", {"pydantic"}),
         ("farpage.vios.daemon", {"pydantic"}),
     ],
 )

@@ -9,8 +9,6 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
-from prometheus_client import CONTENT_TYPE_LATEST
-
 from farpage import __version__
 from farpage.api.errors import create_app
 from farpage.api.framework import FastAPI, Path, Response
@@ -18,7 +16,6 @@ from farpage.definition.errors import ClientMissing
 from farpage.definition.model import Definition, Name
 from farpage.errors import FarpageError, InvalidInput
 from farpage.hypervisor.attached import ATTACHMENTS
-from farpage.hypervisor.metrics import DefinitionFigures, MoveFigures, render
 from farpage.hypervisor.model import (
     Alarm,
     Attachment,
@@ -151,6 +148,8 @@ class _Operations:
         return await self.pool()
 
     async def metrics(self) -> bytes:
+        from farpage.hypervisor.metrics import DefinitionFigures, MoveFigures, render
+
         hypervisor = self._hypervisor
         # All at once: a worker that hangs holds up the answer once, not once for each of its clients.
         reports = await asyncio.gather(*map(hypervisor.clients.report, list(hypervisor.clients.attached)))
@@ -273,6 +272,9 @@ def create_api(hypervisor: Hypervisor, loop: asyncio.AbstractEventLoop) -> FastA
     @app.get("/metrics", response_class=Response)
     async def get_metrics() -> Response:
         """Metrics in Prometheus' text format."""
+        # Loaded with the first scrape, and here, where the data plane's loop does not wait for it.
+        from prometheus_client import CONTENT_TYPE_LATEST
+
         return Response(await on_loop(operations.metrics()), media_type=CONTENT_TYPE_LATEST)
 
     return app

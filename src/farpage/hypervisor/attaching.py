@@ -20,7 +20,7 @@ from farpage.handover import Handover
 from farpage.hypervisor.attached import Attached
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.errors import ClientAttached, MemoryTooLarge
-from farpage.hypervisor.handovers import HandoverMismatch, Handovers, kept, lay_out, release_of
+from farpage.hypervisor.handovers import HandoverMismatch, Handovers, kept, release_of
 from farpage.hypervisor.model import ClientAttach, ClientCreate
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.settings import HypervisorSettings
@@ -197,6 +197,8 @@ class Attaching:
             worker = self._workers.least_loaded()
             state = StateFile.create(self._clients.run.state_path(client), pages, claimed.epoch)
             if found is not None:
+                from farpage.hypervisor.tables import lay_out
+
                 lay_out(found, state)
         except FarpageError:
             self._pool.limits.pop(client)

@@ -1,4 +1,4 @@
-"""The page tables of released clients: made, kept at the VIOS, fetched, and laid out for a worker."""
+"""The page tables of released clients, kept at the VIOS and fetched; `tables.py` makes and lays them out."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from farpage import handover
 from farpage.definition.model import ClientRecord, Release, ReplicaState
 from farpage.errors import ExitStatus, FarpageError
-from farpage.handover import Handover, HandoverDamaged
+from farpage.handover import Handover
 from farpage.hypervisor.definitions import DefinitionKeeper, NoVios
 from farpage.hypervisor.vioses import Vios
 from farpage.log import get_logger
 from farpage.pager.attachmentrecord import AdoptedRelease
-from farpage.pager.statefile import StateFile
-from farpage.pager.table import ON_DEVICE, POISONED, ZERO, PageTable
 
 log = get_logger()
 
@@ -45,29 +41,6 @@ class HandoverMismatch(FarpageError):
     client: str
     released_bytes: int
     found_bytes: int
-
-
-def table_of(client: str, epoch: int, state: StateFile) -> bytes:
-    """Encode the table of a client that is all on its volume.
-
-    :raise HandoverDamaged: it is not: a bug.
-    """
-    table = PageTable(state.pages, state.table_storage)
-    on_device, lost = table.states == ON_DEVICE, table.states == POISONED
-    if not np.all(on_device | lost | (table.states == ZERO)):
-        raise HandoverDamaged(f"client {client!r}", "some of its pages are in memory still")
-    return handover.encode(Handover(client, epoch, on_device, lost, table.checksums.copy()))
-
-
-def lay_out(found: Handover, state: StateFile) -> None:
-    """Enter a handover in a new state file: no page is in memory, whatever the memory holds."""
-    table = PageTable(state.pages, state.table_storage)
-    states = np.full(state.pages, ZERO, np.uint8)
-    states[found.on_device] = ON_DEVICE
-    states[found.lost] = POISONED
-    table.checksums[:] = found.checksums
-    table.restate(states)
-    state.foreign = True
 
 
 def kept(released: Release) -> AdoptedRelease:

@@ -30,10 +30,11 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.detaching import Detaching
 from farpage.hypervisor.errors import ClientAttached, ClientMoving, ClientNotAttached, ClientRuns
-from farpage.hypervisor.handovers import Handovers, table_of
+from farpage.hypervisor.handovers import Handovers
 from farpage.kernel.process import read_status
 from farpage.log import get_logger
 from farpage.pager.messages import LetGo, PagedOut, PageOut, Thaw
+from farpage.pager.statefile import StateFile
 
 log = get_logger()
 
@@ -111,7 +112,7 @@ class Releases:
         records = self._clients.records
         record = records.of(client)
         volume = record.volumes[0].name
-        encoded = await asyncio.to_thread(table_of, volume, epoch, attached.state)
+        encoded = await asyncio.to_thread(_encoded, volume, epoch, attached.state)
         await self._handovers.store(volume, record, epoch, encoded)
         digest = handover.check(encoded, whose=client).digest
         released = Release(hypervisor=records.hypervisor, epoch=epoch, digest=digest)
@@ -229,3 +230,9 @@ def _is_stopped(pid: int) -> bool:
         return all(read_status(pid, thread).state in STOPPED_STATES for thread in threads)
     except (OSError, ProcessLookupError):
         return True
+
+
+def _encoded(volume: str, epoch: int, state: StateFile) -> bytes:
+    from farpage.hypervisor.tables import table_of
+
+    return table_of(volume, epoch, state)

@@ -19,7 +19,7 @@ from farpage.hypervisor.model import (
 )
 from farpage.pager.messages import ClientReport, PathReport, ReplicaReport, ScrubReport
 from farpage.pager.progress import ScrubProgress
-from farpage.pager.table import IN_MEMORY, STATE_NAMES
+from farpage.pager.states import IN_MEMORY, STATE_NAMES
 
 RESIDENT_STATES = tuple(STATE_NAMES[state] for state in IN_MEMORY)
 

@@ -16,15 +16,17 @@ import os
 import select
 import struct
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final
 
 from farpage.errors import Unsupported
 from farpage.kernel.libc import syscall, syscall_numbers
+
+if TYPE_CHECKING:  # a control process, which reads no events, starts without it
+    import numpy as np
+    import numpy.typing as npt
 
 UFFD_API: Final = 0xAA
 """The only version of the interface that exists."""
@@ -96,16 +98,27 @@ FLAG_MINOR: Final = 1 << 2
 """The page is in the page cache but not in the client's page table."""
 
 EVENT_BYTES: Final = 32
-EVENT_DTYPE: Final = np.dtype(
-    {
-        "names": ["event", "flags", "address", "start", "end", "thread_id"],
-        "formats": ["u1", "<u8", "<u8", "<u8", "<u8", "<u4"],
-        "offsets": [0, 8, 16, 8, 16, 24],
-        "itemsize": EVENT_BYTES,
-    }
-)
-"""struct uffd_msg. `flags` and `address` hold for PAGEFAULT; `start` and `end` are the same bytes,
-read for REMOVE and UNMAP. Addresses are in the client's address space, in bytes."""
+EVENTS_MAX: Final = 64
+"""Events that are read at a time."""
+
+
+@cache
+def event_dtype() -> np.dtype[np.void]:
+    """Return the type of struct uffd_msg.
+
+    `flags` and `address` hold for PAGEFAULT; `start` and `end` are the same bytes, read for REMOVE and UNMAP.
+    Addresses are in the client's address space, in bytes.
+    """
+    import numpy as np
+
+    return np.dtype(
+        {
+            "names": ["event", "flags", "address", "start", "end", "thread_id"],
+            "formats": ["u1", "<u8", "<u8", "<u8", "<u8", "<u4"],
+            "offsets": [0, 8, 16, 8, 16, 24],
+            "itemsize": EVENT_BYTES,
+        }
+    )
 
 
 def _ioc(number: int, size: int, direction: int) -> int:
@@ -172,14 +185,8 @@ class Userfaultfd:
         self._triple = bytearray(24)
         self._range_mode_result = bytearray(32)
         self._copy = bytearray(40)
-        self._event_bytes = bytearray(0)
-        self._events: npt.NDArray[np.void] = np.empty(0, EVENT_DTYPE)
-        self._allocate_events(64)
-
-    def _allocate_events(self, maximum: int) -> None:
-        self._event_bytes = bytearray(EVENT_BYTES * maximum)
-        self._events = np.frombuffer(self._event_bytes, EVENT_DTYPE)
-        self._event_vector = [self._event_bytes]
+        self._event_vector = [bytearray(EVENT_BYTES * EVENTS_MAX)]
+        self._events: npt.NDArray[np.void] | None = None
 
     @classmethod
     def create(cls, *, nonblocking: bool = True) -> Userfaultfd:
@@ -354,18 +361,23 @@ class Userfaultfd:
         return 0
 
     def read_events(self) -> npt.NDArray[np.void]:
-        """Read up to 64 events with one system call, without waiting.
+        """Read up to `EVENTS_MAX` events with one system call, without waiting.
 
-        Returns an array (n,) of `EVENT_DTYPE`, empty when there is none: a view that the next call
+        Returns an array (n,) of `event_dtype()`, empty when there is none: a view that the next call
         overwrites. Events are page faults, unless others were asked for: then see `event`.
 
         :raise OSError: when the descriptor is not one that was set up.
         """
+        events = self._events
+        if events is None:
+            import numpy as np
+
+            events = self._events = np.frombuffer(self._event_vector[0], event_dtype())
         try:
             count = os.readv(self._descriptor, self._event_vector)
         except BlockingIOError:
-            return self._events[:0]
-        return self._events[: count // EVENT_BYTES]
+            return events[:0]
+        return events[: count // EVENT_BYTES]
 
 
 def _lacks(features: Feature, cause: str, hint: str) -> Unsupported:

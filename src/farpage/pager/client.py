@@ -21,17 +21,8 @@ from farpage.pager.releasing import Freeze
 from farpage.pager.replacement import Replacement
 from farpage.pager.scrub import Scrub
 from farpage.pager.space import Space
-from farpage.pager.table import (
-    DIRTY,
-    ON_DEVICE,
-    POISONED,
-    READING,
-    REWRITTEN,
-    WRITING,
-    ZERO,
-    PageTable,
-    runs_of,
-)
+from farpage.pager.states import DIRTY, ON_DEVICE, POISONED, READING, REWRITTEN, WRITING, ZERO
+from farpage.pager.table import PageTable, runs_of
 from farpage.volume.paged import PagedVolume
 
 DETACH_WINDOW_PAGES: Final = 64

@@ -8,7 +8,8 @@ from typing import Final
 
 from farpage.pager.recovery import Pages
 from farpage.pager.space import Space
-from farpage.pager.table import DIRTY, REWRITTEN, runs_of
+from farpage.pager.states import DIRTY, REWRITTEN
+from farpage.pager.table import runs_of
 
 LOOK_SECONDS: Final = 0.1
 """Pause between two looks whether the servers are fenced."""

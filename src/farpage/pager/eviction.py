@@ -16,16 +16,8 @@ from typing import Final
 from farpage.pager.buffers import BUFFER_BYTES, SharedBuffer
 from farpage.pager.checksum import page_checksums, zero_pages
 from farpage.pager.space import Space, ends_with_client
-from farpage.pager.table import (
-    CLEAN,
-    DIRTY,
-    ON_DEVICE,
-    PAGE_BYTES,
-    REWRITTEN,
-    WRITING,
-    ZERO,
-    runs_of,
-)
+from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, REWRITTEN, WRITING, ZERO
+from farpage.pager.table import PAGE_BYTES, runs_of
 
 SLICE_PAGES: Final = BUFFER_BYTES // PAGE_BYTES
 SLICE_RUNS: Final = 16

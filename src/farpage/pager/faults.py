@@ -19,19 +19,9 @@ from farpage.pager.checksum import page_checksums
 from farpage.pager.readahead import ReadAhead
 from farpage.pager.salvage import Salvage, Salvaged
 from farpage.pager.space import Space, ends_with_client
+from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, POISONED, READING, REWRITTEN, WRITING, ZERO
 from farpage.pager.streams import Ahead, Streams, pieces
-from farpage.pager.table import (
-    CLEAN,
-    DIRTY,
-    ON_DEVICE,
-    PAGE_BYTES,
-    POISONED,
-    READING,
-    REWRITTEN,
-    WRITING,
-    ZERO,
-    runs_of,
-)
+from farpage.pager.table import PAGE_BYTES, runs_of
 
 RETRY_SECONDS: Final = 0.001
 """Pause after an EAGAIN: the client's mappings are changing, or a remove event is pending."""

@@ -37,7 +37,7 @@ class PagedMemory:
         return self._uffd.fileno()
 
     def read_faults(self) -> npt.NDArray[np.void]:
-        """Return the faults that wait, up to 64, as `farpage.kernel.userfaultfd.EVENT_DTYPE`."""
+        """Return the faults that wait, up to 64, as `farpage.kernel.userfaultfd.event_dtype()`."""
         try:
             return self._uffd.read_events()
         except OSError as error:

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from farpage.attach.memory import ClientMemory
+from farpage.definition.states import PAGE_BYTES
 from farpage.kernel.userfaultfd import Userfaultfd
 from farpage.pager.messages import Attach
 from farpage.pager.statefile import StateFile, StateFileUnusable
-from farpage.pager.table import PAGE_BYTES
 
 
 def received(

@@ -28,7 +28,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from farpage.pager.table import (
+from farpage.pager.states import (
     CLEAN,
     DIRTY,
     ON_DEVICE,

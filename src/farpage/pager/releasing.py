@@ -19,7 +19,7 @@ from farpage.pager.eviction import Eviction
 from farpage.pager.faults import Faults
 from farpage.pager.outage import Outage
 from farpage.pager.space import Space
-from farpage.pager.table import READING
+from farpage.pager.states import READING
 
 LOOK_SECONDS: Final = 0.002
 PATIENCE_SECONDS: Final = 10.0

@@ -14,7 +14,7 @@ from farpage.pager.messages import (
     ScrubReport,
     TierReport,
 )
-from farpage.pager.table import STATE_NAMES
+from farpage.pager.states import STATE_NAMES
 
 
 def report_of(client: str, paged: PagedClient) -> ClientReport:

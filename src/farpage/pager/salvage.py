@@ -14,7 +14,8 @@ from typing import Final
 
 from farpage.pager.checksum import page_checksum, page_checksums
 from farpage.pager.space import Space
-from farpage.pager.table import CLEAN, PAGE_BYTES, STORED, runs_of
+from farpage.pager.states import CLEAN, STORED
+from farpage.pager.table import PAGE_BYTES, runs_of
 
 NAMED_PAGES: Final = 8
 """Most pages that an alarm names."""

@@ -16,7 +16,8 @@ from farpage.pager.counters import Counters
 from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.replacement import Replacement
-from farpage.pager.table import DIRTY, PAGE_BYTES, POISONED, READING, STORED, ZERO, PageTable
+from farpage.pager.states import DIRTY, POISONED, READING, STORED, ZERO
+from farpage.pager.table import PAGE_BYTES, PageTable
 from farpage.pager.tier import RamTier
 from farpage.volume.paged import PagedVolume
 

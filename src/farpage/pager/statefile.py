@@ -24,7 +24,7 @@ from typing import Final, Self
 
 from farpage.errors import ExitStatus, FarpageError
 from farpage.kernel.memory import punch_hole
-from farpage.pager.table import ENTRY_BYTES
+from farpage.pager.states import ENTRY_BYTES
 
 MAGIC: Final = b"FPSTATE1"
 SLOTS: Final = 4

@@ -19,25 +19,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from farpage.pager.states import CLEAN, DIRTY, ENTRY_BYTES, REWRITTEN, STATE_COUNT, WRITING
+
 PAGE_BYTES: Final = 4096
-ENTRY_BYTES: Final = 5
-"""Bytes of table for a page."""
-
-ZERO: Final = 0
-CLEAN: Final = 1
-DIRTY: Final = 2
-WRITING: Final = 3
-REWRITTEN: Final = 4
-READING: Final = 5
-ON_DEVICE: Final = 6
-POISONED: Final = 7
-STATE_COUNT: Final = 8
-STATE_NAMES: Final = ("zero", "clean", "dirty", "writing", "rewritten", "reading", "on_device", "poisoned")
-
-IN_MEMORY: Final = (CLEAN, DIRTY, WRITING, REWRITTEN)
-"""States whose pages take room in the memory pool."""
-STORED: Final = (ON_DEVICE, READING, CLEAN)
-"""States in which the volume holds the page's content, and no write of it is in flight."""
 
 
 class PageTable:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-
 from farpage import __version__
 from farpage.api.errors import create_app
 from farpage.api.framework import FastAPI, Path, Query, Request, Response
@@ -36,7 +34,7 @@ Revision = Annotated[int, Query(ge=0, le=NUMBER_MAX, description="Revision that 
 BINARY = "application/octet-stream"
 
 
-def make_app(service: ViosService, registry: CollectorRegistry) -> FastAPI:
+def make_app(service: ViosService) -> FastAPI:
     """Make the application; its requests run in the loop of whoever serves it."""
     app = create_app(f"farpage VIOS {service.name}", __version__)
 
@@ -143,9 +141,11 @@ def make_app(service: ViosService, registry: CollectorRegistry) -> FastAPI:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Return the metrics in Prometheus' text format."""
-        # In a thread: a device that hangs must not hold up other requests.
-        text = await asyncio.to_thread(generate_latest, registry)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+        # Loaded with the first scrape. In a thread: a device that hangs must not hold up other requests.
+        from farpage.vios.metrics import CONTENT_TYPE, render
+
+        text = await asyncio.to_thread(render, service.volumes, service.exports, service.definitions)
+        return Response(text, media_type=CONTENT_TYPE)
 
     return app
 

@@ -88,10 +88,8 @@ async def run(settings: ViosSettings) -> None:
 def _control_server(service: ViosService, control: Sequence[Address], tls: Path | None) -> ControlServer:
     from farpage.api.serve import ControlServer
     from farpage.vios.api import make_app
-    from farpage.vios.metrics import registry_of
 
-    registry = registry_of(service.volumes, service.exports, service.definitions)
-    return ControlServer(make_app(service, registry), control, tls)
+    return ControlServer(make_app(service), control, tls)
 
 
 async def _start(

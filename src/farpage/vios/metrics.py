@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -15,6 +15,8 @@ from farpage.device.errors import DeviceUnusable
 from farpage.vios.copying.copies import Copying
 from farpage.vios.exports import VolumeExports
 from farpage.vios.volumes import Volumes
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _COUNTERS = {
     "reads": "Read commands answered",
@@ -125,8 +127,8 @@ class ViosCollector(Collector):
             yield counter
 
 
-def registry_of(volumes: Volumes, exports: VolumeExports, definitions: DefinitionStore) -> CollectorRegistry:
-    """Return a registry of this VIOS alone."""
+def render(volumes: Volumes, exports: VolumeExports, definitions: DefinitionStore) -> bytes:
+    """Return the text of one scrape; safe to call from any thread."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(ViosCollector(volumes, exports, definitions))
-    return registry
+    return generate_latest(registry)

@@ -9,7 +9,7 @@ from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.fullness import FullDevices, lifted_limits
 from farpage.hypervisor.pool import MemoryPool
 from farpage.pager.messages import SetLimit, TierReport
-from farpage.pager.table import STATE_NAMES
+from farpage.pager.states import STATE_NAMES
 from tests.support.simulated_loop import run_simulated
 
 MIB = 1 << 20

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from farpage.pager.limit import Limit
-from farpage.pager.table import CLEAN, DIRTY, WRITING, PageTable
+from farpage.pager.states import CLEAN, DIRTY, WRITING
+from farpage.pager.table import PageTable
 from tests.support.paging import ModelClient, content_of
 
 PAGES = 256

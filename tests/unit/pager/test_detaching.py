@@ -8,7 +8,8 @@ import pytest
 
 from farpage.pager.buffers import BufferPool
 from farpage.pager.client import PagedClient, VolumeFenced
-from farpage.pager.table import ON_DEVICE, PAGE_BYTES, PageTable
+from farpage.pager.states import ON_DEVICE
+from farpage.pager.table import PAGE_BYTES, PageTable
 from tests.support.paging import ModelMemory, ModelVolume, content_of
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from farpage.pager.limit import Limit
 from farpage.pager.outage import Outage
-from farpage.pager.table import DIRTY
+from farpage.pager.states import DIRTY
 from tests.support.paging import ModelClient, content_of
 from tests.support.simulated_loop import run_simulated
 

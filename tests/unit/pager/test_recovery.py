@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farpage.pager.recovery import Recovery, recover
-from farpage.pager.table import (
+from farpage.pager.states import (
     CLEAN,
     DIRTY,
     IN_MEMORY,

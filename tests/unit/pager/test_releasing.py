@@ -13,7 +13,8 @@ from farpage.pager.buffers import BufferPool
 from farpage.pager.client import PagedClient
 from farpage.pager.memory import ClientGone
 from farpage.pager.releasing import NotPagedOut
-from farpage.pager.table import DIRTY, ON_DEVICE, PAGE_BYTES, POISONED, READING, ZERO, PageTable
+from farpage.pager.states import DIRTY, ON_DEVICE, POISONED, READING, ZERO
+from farpage.pager.table import PAGE_BYTES, PageTable
 from tests.support.paging import ModelMemory, ModelVolume, content_of
 
 PAGES = 64

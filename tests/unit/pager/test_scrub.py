@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable
 
 from farpage.pager.limit import Limit
 from farpage.pager.scrub import Scrub
-from farpage.pager.table import CLEAN, ON_DEVICE, PAGE_BYTES
+from farpage.pager.states import CLEAN, ON_DEVICE
+from farpage.pager.table import PAGE_BYTES
 from tests.support.paging import ModelClient, content_of
 from tests.support.simulated_loop import run_simulated
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from farpage.pager.statefile import SLOTS, StateFile, StateFileUnusable
-from farpage.pager.table import DIRTY, ENTRY_BYTES, ON_DEVICE, PageTable
+from farpage.pager.states import DIRTY, ENTRY_BYTES, ON_DEVICE
+from farpage.pager.table import PageTable
 
 PAGES = 5000
 DEVICES = [f"00000000-0000-0000-0000-{number:012x}" for number in range(SLOTS + 1)]

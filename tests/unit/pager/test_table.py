@@ -7,17 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farpage.pager.table import (
-    CLEAN,
-    DIRTY,
-    ENTRY_BYTES,
-    ON_DEVICE,
-    STATE_COUNT,
-    WRITING,
-    ZERO,
-    PageTable,
-    runs_of,
-)
+from farpage.pager.states import CLEAN, DIRTY, ENTRY_BYTES, ON_DEVICE, STATE_COUNT, WRITING, ZERO
+from farpage.pager.table import PageTable, runs_of
 
 PAGES = 48
 States = st.lists(st.integers(0, STATE_COUNT - 1), min_size=PAGES, max_size=PAGES)
