@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -464,7 +464,11 @@ class ClientRecords:
             )
             specs.append(
                 ReplicaSpec(
-                    device=device, name=self._device_name(device), state=replica.state, endpoints=endpoints
+                    device=device,
+                    name=self._device_name(device),
+                    state=replica.state,
+                    endpoints=endpoints,
+                    others=self._leases_of(device, {path.vios for path in ordered}),
                 )
             )
         return tuple(specs)
@@ -481,7 +485,14 @@ class ClientRecords:
             endpoints=(EndpointSpec(vios=move.target_vios, address=data[0]),),
             source=move.source,
             source_vios=move.source_vios,
+            others=self._leases_of(move.source, {move.source_vios}),
         )
+
+    def _leases_of(self, device: str, without: Collection[str]) -> tuple[tuple[str, float], ...]:
+        """Return how long the leases last, where that is known, of the other VIOSes that reach a device."""
+        now = self._keeper.current
+        others = (reach.vios for reach in now.devices[device].reached_by if reach.vios not in without)
+        return tuple((vios, lease) for vios in others if (lease := now.vioses[vios].lease_seconds))
 
     def _why(self, decision: Indirect | Unreachable) -> str:
         if isinstance(decision, Unreachable):

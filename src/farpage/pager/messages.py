@@ -29,7 +29,9 @@ class ReplicaSpec(Message, frozen=True, kw_only=True):
 
     `state` is the one of the definition, `endpoints` the VIOS that serve it, in the order of preference.
     `source` is the identifier of the device that it is being moved from, and `source_vios` the VIOS over
-    which the target's VIOS gets at that; empty when it is not being moved.
+    which the target's VIOS gets at that; empty when it is not being moved. `others` are VIOSes that
+    nothing is sent to and that reach the device, or the one that it is being moved from, each with how long
+    its leases last.
     """
 
     device: str
@@ -38,6 +40,7 @@ class ReplicaSpec(Message, frozen=True, kw_only=True):
     endpoints: tuple[EndpointSpec, ...]
     source: str = ""
     source_vios: str = ""
+    others: tuple[tuple[str, float], ...] = ()
 
 
 class Attach(Message, frozen=True, kw_only=True):

@@ -118,7 +118,8 @@ def _place(spec: ReplicaSpec) -> ReplicaPlace:
 
 
 def _endpoints(replica: ReplicaSpec) -> tuple[Endpoint, ...]:
+    name, source, others = replica.name, replica.source, replica.others
     return tuple(
-        Endpoint(spec.vios, parse_address(spec.address), replica.name, replica.source, spec.lease_seconds)
+        Endpoint(spec.vios, parse_address(spec.address), name, source, spec.lease_seconds, others)
         for spec in replica.endpoints
     )

@@ -24,6 +24,9 @@ class Endpoint:
     source: str = ""
     lease_seconds: float | None = None
     """How long a lease of the VIOS lasts; None where that is not known."""
+    others: tuple[tuple[str, float], ...] = ()
+    """VIOSes that nothing is sent to and that reach the device, or the one that `source` names, each with how
+    long its leases last."""
 
 
 class PathConnection(BlockIO, Protocol):

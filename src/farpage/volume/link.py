@@ -78,9 +78,9 @@ class PathLink:
         *,
         device: str = "",
     ) -> None:
-        """`device` is the identifier of the device that the path leads to."""
         self.endpoint = endpoint
-        self._device = device
+        self.device = device
+        """Identifier of the device that it leads to."""
         self._ownership = ownership
         self._leases = leases
         self._lease: Lease | None = None
@@ -106,7 +106,7 @@ class PathLink:
     @property
     def place(self) -> tuple[str, Address, str]:
         """Which server leads to which device: opening it drains whatever has led there before."""
-        return (self.endpoint.vios, self.endpoint.address, self._device)
+        return (self.endpoint.vios, self.endpoint.address, self.device)
 
     def status(self) -> PathStatus:
         """Return what users see."""
@@ -141,7 +141,7 @@ class PathLink:
         if self._leases is not None and self._ownership.owner:
             lease = await self._leases.at(self.endpoint, timeout_seconds)
         name = self._ownership.export_name(
-            volume, epoch, lease.identifier if lease else "", self._device, self.endpoint.source
+            volume, epoch, lease.identifier if lease else "", self.device, self.endpoint.source
         )
         connection = await self._connector(self.endpoint, name, timeout_seconds)
         if connection.size_bytes < size_bytes:

@@ -290,6 +290,8 @@ class MultipathVolume:
                     link.endpoint = endpoint
             new = [endpoint for endpoint in endpoints if (endpoint.vios, endpoint.address) not in used]
             self._paths.extend(self._links(new, device))
+            if not any(endpoint.source for endpoint in endpoints):
+                self._paths.use_alone(device)
             return
         await self._paths.go_over(self._links(endpoints, device), device_name, fences)
         self.device, self.device_name = device, device_name

@@ -117,7 +117,7 @@ class Paths:
         self._going_over = False
         self._activated = asyncio.Event()
         self._closing = False
-        self._predecessors = Predecessors(tuple(links), ownership.epoch)
+        self._predecessors = Predecessors(links)
         self._looking: asyncio.TimerHandle | None = None
         self._forget_fenced = ownership.when_fenced(self._fenced)
         if had_owner:
@@ -364,6 +364,11 @@ class Paths:
         self._known += links
         self._tasks += [self._keep_up(path) for path in links]
 
+    def use_alone(self, device: str) -> None:
+        """Rely on a device alone from now on: no other one has anything that it has not."""
+        self._predecessors.only(device)
+        self._look_for_predecessors()
+
     async def go_over(self, links: list[PathLink], device_name: str, fences: str) -> None:
         """Carry the commands over other paths from now on, to a device that gets at the same content.
 
@@ -435,7 +440,7 @@ class Paths:
         self._tasks = [self._keep_up(path) for path in links]
         chosen.machine.apply(PathEvent.PROBED, now)
         self._carries(chosen)
-        self._look_for_predecessors()
+        self._opened(chosen)
         if held_before and not self.quarantine:
             self._owner.server_fenced()
 
@@ -480,9 +485,20 @@ class Paths:
             self._opening.raise_above(self._written_epoch)
         await self._opening.open(path)
         self.direct.lent(path)
-        self._predecessors.accepted(self._loop.time())
-        self._look_for_predecessors()
+        self._opened(path)
         self.quarantine.opened(path)
+
+    def _opened(self, path: PathLink) -> None:
+        """Take note that a server has accepted the epoch, and so that it has nothing older left."""
+        self._predecessors.opened(path, self._loop.time())
+        if path.endpoint.source and path.connection is not None and not self.predecessors_gone:
+            # It is acknowledged by both devices: over the relay it has come behind the epoch.
+            path.connection.flush(self._relayed)
+        self._look_for_predecessors()
+
+    def _relayed(self, error: int) -> None:
+        if error in (0, errno.ENOTSUP):  # a target that has nothing to flush tells nothing of the source
+            self._predecessors.marked(self._loop.time())
 
     @property
     def predecessors_gone(self) -> bool:

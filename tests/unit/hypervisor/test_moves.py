@@ -34,14 +34,18 @@ CLAIM = Claim(OWNER, 0)
 ROUTE = Route(source=C, source_vios="three", target=A, target_vios="one")
 
 
-def moving_client() -> Definition:
-    """Client vm1 on its way from C, which VIOS two and three reach, to A; the relay goes over three."""
+def resting_client() -> Definition:
+    """Client vm1 on C, which VIOS two and three reach; VIOS one reaches A."""
     devices = defined(one=[found(A, "a")], two=[found(C, "c", 2 * MIB)], three=[found(C, "c", 2 * MIB)])
     definition = rules.add_client(
         devices, "vm1", memory_bytes=2 * MIB, hypervisor="host", redundancy=Redundancy.NONE
     )
-    definition = rules.claim(definition, "vm1", OWNER, "host")
-    return moving.begin(definition, "vm1", CLAIM, ROUTE, PRINCIPAL)
+    return rules.claim(definition, "vm1", OWNER, "host")
+
+
+def moving_client() -> Definition:
+    """The same on its way to A; the relay goes over three."""
+    return moving.begin(resting_client(), "vm1", CLAIM, ROUTE, PRINCIPAL)
 
 
 class StoringVios(Vios):
@@ -161,6 +165,15 @@ def test_after_a_crash_a_cancelled_client_goes_back_over_the_vios_that_its_relay
     assert [endpoint.vios for endpoint in order.replica.endpoints] == ["three"]
     assert states(hypervisor.current) == {C: ReplicaState.IN_SYNC}
     assert hypervisor.deleted == [(A, 1)]
+
+
+def test_a_worker_is_told_of_the_vioses_that_reach_its_volume_and_that_it_does_not_use() -> None:
+    for definition in (moving_client(), resting_client()):
+        lasts = definition.vioses["two"].model_copy(update={"lease_seconds": 7.0})
+        known = definition.model_copy(update={"vioses": {**definition.vioses, "two": lasts}})
+        over = "" if definition.moves else "three"
+        (replica,) = Set(known).records.replicas("vm1", turn=0, over=over)
+        assert replica.others == (("two", 7.0),)
 
 
 def test_what_is_on_the_target_of_a_cancelled_move_stays_until_the_worker_has_gone_back() -> None:

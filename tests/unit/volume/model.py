@@ -58,6 +58,10 @@ class ModelVios:
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def do(self, work: Callable[[], None]) -> None:
+        """Carry out what a volume is asked for."""
+        self.serve(work)
+
+    def serve(self, work: Callable[[], None]) -> None:
         """Carry work out soon, or when the server is resumed."""
         if self.hung:
             self.backlog.append(work)
@@ -195,7 +199,10 @@ class ModelConnection(RefusingCommands):
             if ending:
                 ending(error)
 
-        self.vios.do(carry_out)
+        self._serve(carry_out)
+
+    def _serve(self, work: Callable[[], None]) -> None:
+        self.vios.do(work)
 
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         def end(error: int) -> None:
@@ -232,6 +239,9 @@ class ModelLease(ModelConnection):
     def __init__(self, vios: ModelVios, export: served.LeaseExport) -> None:
         super().__init__(vios, NEVER_OLDER)
         self.export = export
+
+    def _serve(self, work: Callable[[], None]) -> None:
+        self.vios.serve(work)
 
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         offer = bytearray(length)
@@ -280,16 +290,22 @@ class Rig:
         """What the VIOSes lend to whoever opens the volume."""
         self.leases = Leases(self.connect)
         self.events = Recorder()
-        self.volume = MultipathVolume(
+        self.volume = self.made([self.endpoint(name) for name in self.vioses], had_owner=had_owner)
+
+    def made(
+        self, endpoints: list[Endpoint], *, device: str = "disk-1", had_owner: bool = False
+    ) -> MultipathVolume:
+        """Make a volume that is used over some endpoints."""
+        return MultipathVolume(
             "vm1",
             SIZE,
             Ownership(OWNER, 1),
-            [self.endpoint(name) for name in self.vioses],
+            endpoints,
             leases=self.leases,
             had_owner=had_owner,
             connector=self.connect,
             events=self.events,
-            device="disk-1",
+            device=device,
             device_name="disk",
             path_timeout_seconds=1.0,
         )

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from farpage.device.claim import Claim
 from farpage.volume.connector import Endpoint
 from farpage.volume.errors import NoPath
+from farpage.volume.lease import MARGIN
 from tests.support.simulated_loop import run_simulated
-from tests.unit.volume.model import PAGE, ModelVios, Rig
+from tests.unit.volume.model import LEASE_SECONDS, PAGE, ModelVios, Rig
 
 PAGES = 16
 
@@ -43,9 +44,10 @@ class RelayVios(ModelVios):
 class MovingRig(Rig):
     """Two VIOS of the old device and one of the new one, which gets at the content through `vios1`."""
 
-    def __init__(self, paths: int = 2, *, had_owner: bool = False) -> None:
-        super().__init__(paths, had_owner=had_owner)
-        self.vioses["vios3"] = RelayVios("vios3", self.vioses["vios1"])
+    def __init__(self, paths: int = 2, *, had_owner: bool = False, leases: bool = False) -> None:
+        super().__init__(paths, had_owner=had_owner, leases=leases)
+        there = self.vioses["vios3"] = RelayVios("vios3", self.vioses["vios1"])
+        there.leases = self.vioses["vios1"].leases
 
     async def go(self) -> None:
         endpoint = Endpoint("vios3", self.endpoint("vios3").address, "new", source="disk-1")
@@ -104,6 +106,63 @@ def test_one_that_goes_over_before_it_has_opened_anything_writes_behind_what_an_
         await rig.go()
         await rig.until(lambda: written == [0])
         assert rig.volume.predecessors_gone
+        await rig.volume.abandon()
+
+    run_simulated(main)
+
+
+def test_one_that_goes_over_before_it_has_opened_anything_waits_for_leases_at_the_sources_other_vios() -> (
+    None
+):
+    async def main() -> None:
+        rig = MovingRig(paths=2, had_owner=True, leases=True)
+        loop = asyncio.get_running_loop()
+        written, hung = rig.write(1, 7), rig.vioses["vios1"]
+        hung.hang()  # what stands for the relay
+        await rig.go()
+        await asyncio.sleep(2 * LEASE_SECONDS)
+        assert (written, rig.volume.predecessors_gone) == ([], False)
+        hung.resume()
+        began = loop.time()
+        await rig.until(lambda: written == [0])
+        assert LEASE_SECONDS <= loop.time() - began <= LEASE_SECONDS * (1 + MARGIN) + 0.2
+        await rig.volume.abandon()
+        rig.leases.close()
+
+    run_simulated(main)
+
+
+def test_a_volume_that_is_on_its_way_when_it_is_opened_waits_for_those_leases_too() -> None:
+    async def main() -> None:
+        rig = MovingRig(leases=True)
+        there = Endpoint("vios3", rig.endpoint("vios3").address, "new", "disk-1", others=(("vios2", 5.0),))
+        rig.volume = rig.made([there], device="disk-2", had_owner=True)
+        hung = rig.vioses["vios1"]
+        hung.hang()  # what stands for the relay
+        await rig.volume.open(5.0)
+        written, read = rig.write(1, 7), rig.read(2)
+        await asyncio.sleep(2 * LEASE_SECONDS)
+        assert (written, rig.volume.predecessors_gone) == ([], False)
+        hung.resume()
+        await rig.until(lambda: read == [0])
+        await asyncio.sleep(LEASE_SECONDS)
+        assert written == []
+        await rig.until(lambda: written == [0], 1.0)
+        await rig.volume.abandon()
+        rig.leases.close()
+
+    run_simulated(main)
+
+
+def test_what_may_arrive_late_at_the_source_does_not_matter_once_the_target_has_everything() -> None:
+    async def main() -> None:
+        rig = MovingRig(paths=2, had_owner=True)
+        written = rig.write(1, 7)
+        await rig.go()
+        await asyncio.sleep(2 * LEASE_SECONDS)
+        assert (written, rig.volume.predecessors_gone) == ([], False)
+        await rig.volume.go_over([Endpoint("vios3", rig.endpoint("vios3").address, "new")], "disk-2", "new")
+        await rig.until(lambda: written == [0])
         await rig.volume.abandon()
 
     run_simulated(main)
