@@ -211,12 +211,8 @@ class DefinitionKeeper:
         is_new = not any(record.hypervisor == self._hypervisor for record in records)
         return {vios: why for vios, why in known.missing.items() if vios in self._vioses or not is_new}
 
-    async def known_copies(self) -> KnownCopies:
-        """Ask everybody who keeps a copy: the VIOS, and those that their copies name."""
-        async with self._lock:
-            return await self._known_copies()
-
     async def _known_copies(self) -> KnownCopies:
+        """Ask everybody who keeps a copy: the VIOS, and those that their copies name."""
         copies: dict[str, Definition] = {}
         missing: dict[str, str] = {}
         if self._own is not None:

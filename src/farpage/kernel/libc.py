@@ -23,7 +23,6 @@ class SyscallNumbers:
     close: int
     userfaultfd: int
     pidfd_getfd: int
-    process_madvise: int
     io_uring_setup: int
     io_uring_enter: int
     io_uring_register: int
@@ -45,7 +44,6 @@ _NUMBERS = {
         io_uring_enter=426,
         io_uring_register=427,
         pidfd_getfd=438,
-        process_madvise=440,
     ),
 }
 

@@ -11,11 +11,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from farpage.errors import Unsupported
-from farpage.kernel.libc import last_error, libc, syscall_numbers
+from farpage.kernel.libc import last_error, libc
 
 if TYPE_CHECKING:  # loading it takes a fifth of a worker's start, and a VIOS makes no use of it
-    import numpy as np
-    import numpy.typing as npt
+    pass
 
 PAGE_SIZE: Final = mmap.PAGESIZE
 """Bytes in one page of this machine."""
@@ -23,8 +22,6 @@ PAGE_SIZE: Final = mmap.PAGESIZE
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 0x01, 0x02
 _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
-MADV_COLD: Final = 20
-MADV_PAGEOUT: Final = 21
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14."""
 
@@ -123,29 +120,6 @@ def address_of(buffer: memoryview | bytearray | mmap.mmap | bytes) -> int:
         import numpy as np
 
         return int(np.frombuffer(buffer, np.uint8).ctypes.data)
-
-
-def process_madvise(pidfd: int, ranges: npt.NDArray[np.uint64], advice: int) -> int:
-    """Advise about memory of another process (process_madvise(2)) and return the bytes it was applied to.
-
-    `ranges` is an array (n, 2) of start addresses and lengths in bytes, at most 1024 of them (IOV_MAX).
-
-    :raise OSError: with its errno; EPERM without CAP_SYS_NICE or permission to trace it.
-    """
-    import numpy as np
-
-    vector = np.ascontiguousarray(ranges, np.uint64)
-    result: int = libc.syscall(
-        ctypes.c_long(syscall_numbers().process_madvise),
-        ctypes.c_long(pidfd),
-        ctypes.c_void_p(vector.ctypes.data),
-        ctypes.c_size_t(len(vector)),
-        ctypes.c_long(advice),
-        ctypes.c_long(0),
-    )
-    if result < 0:
-        raise last_error()
-    return result
 
 
 class AlignedBuffer:

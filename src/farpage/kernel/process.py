@@ -201,11 +201,6 @@ def open_identified(process: ProcessIdentity) -> int | None:
     return None
 
 
-def process_exists(pid: int) -> bool:
-    """Tell whether a process of this number exists, a zombie included."""
-    return Path(f"/proc/{pid}").exists()
-
-
 def is_gone(pidfd: int) -> bool:
     """Tell without waiting whether the process behind a pidfd has ended (a zombie has)."""
     poll = select.poll()

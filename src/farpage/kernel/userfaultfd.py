@@ -34,7 +34,6 @@ UFFD_API: Final = 0xAA
 CREATE_FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
 """How farpage makes descriptors: non-blocking, which poll needs (fs/userfaultfd.c, userfaultfd_poll)."""
 
-_USER_MODE_ONLY: Final = 1
 _FEATURES_INITIALIZED: Final = 1 << 31
 """Set by the kernel in a context's features once UFFDIO_API succeeded (fs/userfaultfd.c)."""
 

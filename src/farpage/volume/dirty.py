@@ -75,11 +75,6 @@ class DirtyMap:
         self.count -= int(np.count_nonzero(pages))
         pages[:] = 0
 
-    def mark_all(self) -> None:
-        """Note that every page is missed."""
-        self._pages[:] = 1
-        self.count = len(self._pages)
-
     def keep(self, wanted: NDArray[np.bool_]) -> None:
         """Forget the pages that nobody will read before they are written again."""
         self._pages[: len(wanted)] *= wanted

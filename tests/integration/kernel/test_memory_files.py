@@ -5,16 +5,13 @@ import mmap
 import os
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 from farpage.kernel.memory import (
-    MADV_PAGEOUT,
     PAGE_SIZE,
     AlignedBuffer,
     address_of,
     create_memfd,
-    process_madvise,
     punch_hole,
     reserve_addresses,
     resident_bytes,
@@ -83,16 +80,6 @@ def test_an_aligned_buffer_in_use_refuses_to_close() -> None:
         buffer.close()
     part.release()
     buffer.close()
-
-
-def test_pageout_advice_leaves_the_pages_of_a_memfd_where_they_are(memfd: int) -> None:
-    with mmap.mmap(memfd, 64 * PAGE_SIZE) as mapping:
-        mapping.write(b"x" * 4 * PAGE_SIZE)
-        pidfd = os.pidfd_open(os.getpid())
-        ranges = np.array([[address_of(mapping), 4 * PAGE_SIZE]], np.uint64)
-        assert process_madvise(pidfd, ranges, MADV_PAGEOUT) == 4 * PAGE_SIZE
-        os.close(pidfd)
-        assert mapping[:2] == b"xx"
 
 
 def test_reserved_addresses_cannot_be_reserved_again() -> None:

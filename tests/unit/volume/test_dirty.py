@@ -54,7 +54,7 @@ def test_a_run_is_missed_whole_skips_nothing_it_should_and_is_found_if_there_is_
 
 def test_what_nobody_will_read_is_forgotten() -> None:
     dirty = empty()
-    dirty.mark_all()
+    dirty.mark(0, PAGES)
     wanted = np.zeros(PAGES, dtype=np.bool_)
     wanted[3:5] = True
     dirty.keep(wanted)
