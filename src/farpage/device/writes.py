@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from farpage.device.kernelqueue import KernelQueue
 from farpage.errors import Unsupported
 from farpage.kernel.aio import AsyncWrites
 from farpage.log import get_logger
-from farpage.nbd import eventloop
 
 log = get_logger()
 
@@ -29,21 +28,8 @@ class Write(NamedTuple):
     """Gets the bytes written or a negative errno."""
 
 
-class AsyncWriter:
-    """Direct writes of one device; made, used and closed in the running event loop's thread.
-
-    Writes that are started together go to the kernel in one system call.
-    """
-
-    def __init__(self, writes: AsyncWrites) -> None:
-        self._kernel = writes
-        self._loop = asyncio.get_running_loop()
-        self._writes: dict[int, Write] = {}
-        self._next_token = 0
-        self._submitting = False
-        self._closed = False
-        self._idle: asyncio.Future[None] | None = None
-        eventloop.add_reader(self._loop, writes.fileno(), self._deliver)
+class AsyncWriter(KernelQueue[AsyncWrites, Write]):
+    """Direct writes; see `KernelQueue`."""
 
     @classmethod
     def open(cls) -> AsyncWriter | None:
@@ -59,32 +45,27 @@ class AsyncWriter:
 
         `address` is that of its data, a multiple of a block.
         """
-        token = self._next_token
-        if not self._kernel.write(descriptor, address, len(write.data), offset, token):
+        if not self._queue.write(descriptor, address, len(write.data), offset, self._next_token):
             return False
-        self._next_token += 1
-        self._writes[token] = write
-        if not self._submitting:
-            self._submitting = True
-            eventloop.defer(self._loop, self._submit)
+        self._begun(write)
         return True
 
     def _submit(self) -> None:
         if self._closed:
             return
         self._submitting = False
-        tokens = self._kernel.queued
+        tokens = self._queue.queued
         if refusals := self._refusals(tokens):
-            ended = [(token, refusals.get(token, -errno.EAGAIN)) for token in self._kernel.drop()]
+            ended = [(token, refusals.get(token, -errno.EAGAIN)) for token in self._queue.drop()]
         else:
-            ended = self._kernel.submit()
+            ended = self._queue.submit()
         self._end(ended)
 
     def _refusals(self, tokens: list[int]) -> dict[int, int]:
         asked: dict[Callable[[], int], int] = {}
         refused: dict[int, int] = {}
         for token in tokens:
-            refusal = self._writes[token].refusal
+            refusal = self._kept[token].refusal
             if refusal not in asked:
                 try:
                     asked[refusal] = refusal()
@@ -93,25 +74,3 @@ class AsyncWriter:
             if error := asked[refusal]:
                 refused[token] = -error
         return refused
-
-    def _deliver(self) -> None:
-        self._end(self._kernel.completions())
-
-    def _end(self, ended: list[tuple[int, int]]) -> None:
-        for token, result in ended:
-            _, _, done = self._writes.pop(token)
-            try:
-                done(result)
-            except Exception:
-                log.exception("completion_failed")
-        if self._idle is not None and not self._writes and not self._idle.done():
-            self._idle.set_result(None)
-
-    async def close(self) -> None:
-        """Wait for the writes in flight, as long as the device hangs, and free the context."""
-        if self._writes:
-            self._idle = self._loop.create_future()
-            await self._idle
-        self._closed = True
-        eventloop.remove_reader(self._loop, self._kernel.fileno())
-        self._kernel.close()
