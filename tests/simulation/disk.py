@@ -70,6 +70,8 @@ class Disk:
         self.world = world
         self.name = name
         self.volumes: dict[str, StoredVolume] = {}
+        self.created = 0
+        """Volumes so far: each has an identifier of its own."""
         self.full = False
         self.failing = False
         self.hung = False
@@ -189,7 +191,9 @@ class SimulatedDevice(PagingDevice):
     def create_volume(self, name: str, size_bytes: int) -> VolumeStat:
         if name in self._disk.volumes:
             raise VolumeExists(name, self.name)
-        self._disk.volumes[name] = StoredVolume(f"{self._disk.name}/{name}", size_bytes)
+        self._disk.created += 1
+        identifier = f"{self._disk.name}/{name}/{self._disk.created}"
+        self._disk.volumes[name] = StoredVolume(identifier, size_bytes)
         return self.volume(name)
 
     def delete_volume(self, name: str, *, force: bool = False) -> None:

@@ -12,9 +12,11 @@ from unittest import mock
 from farpage.log import diverted
 from tests.simulation.checker import History, wrong_reads
 from tests.simulation.connection import SimulatedServerProcess
+from tests.simulation.dataworker import simulated_heirs
 from tests.simulation.keeping import Keeping
 from tests.simulation.moving import Moving
 from tests.simulation.mutations import mutated
+from tests.simulation.replacing import Replacing
 from tests.simulation.scenario import Scenario
 from tests.simulation.two_owners import TwoOwners
 from tests.simulation.world import Process, World
@@ -39,7 +41,13 @@ class Runnable(Protocol):
         """Give back what outlives the world."""
 
 
-SCENARIOS: dict[type[Runnable], int] = {Keeping: 10, Scenario: 60, TwoOwners: 10, Moving: 20}
+SCENARIOS: dict[type[Runnable], int] = {
+    Keeping: 10,
+    Replacing: 15,
+    Scenario: 45,
+    TwoOwners: 10,
+    Moving: 20,
+}
 """The scenarios, each drawn with its weight."""
 
 
@@ -83,6 +91,7 @@ def run_seed(
     kind = kind or scenario_of(world)
     with ExitStack() as stack:
         stack.enter_context(quiet())
+        stack.enter_context(simulated_heirs())
         stack.enter_context(mutated(mutation))
         stack.enter_context(mock.patch("farpage.volume.link.ServerProcess", SimulatedServerProcess))
         SimulatedServerProcess.find = partial(_process_of, world)

@@ -11,7 +11,7 @@ FOUND_BY = {
     "checksums_off": 101,
     "leases_off": 102,
     "stale_after_ack": 84,
-    "predecessors_off": 59,
+    "predecessors_off": 46,
     "fills_over_present": 18,
     "relay_not_awaited": 18,
     "relays_side_by_side": 378,

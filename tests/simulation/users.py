@@ -36,6 +36,9 @@ class User(Protocol):
     def start(self, process: Process, volume: PagedVolume) -> None:
         """Begin, within the process."""
 
+    def use(self, volume: PagedVolume) -> None:
+        """Use another volume from now on, which goes on with the commands of the one before."""
+
     def stop(self) -> None:
         """Begin nothing new."""
 
@@ -76,6 +79,9 @@ class VolumeUser:
         self._process = process
         self._volume = volume
         process.loop.call_soon(self._step)
+
+    def use(self, volume: PagedVolume) -> None:
+        self._volume = volume
 
     def stop(self) -> None:
         self._stopped = True
@@ -224,6 +230,9 @@ class PagerUser:
         self._started = True
         client.start()
         self.guest.start(self._chance.choice((1, 2, 3)))
+
+    def use(self, volume: PagedVolume) -> None:
+        self._client.space.volume = volume
 
     def stop(self) -> None:
         self.guest.stopped = True

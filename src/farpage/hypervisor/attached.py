@@ -28,6 +28,8 @@ class Attached:
     """Its worker has not said yet that it pages it; should that end first, whoever asked it sees to that."""
     served: tuple[ReplicaSpec, ...] = ()
     """The replicas that its worker uses, or may use; the order in `record` has those of the next one."""
+    replaced_epoch: int = 0
+    """The newest epoch of a worker that was replaced: what it has asked for and was not begun is not done."""
     paged: asyncio.Event = field(default_factory=asyncio.Event)
     """It has a worker: cleared while a lost one is replaced."""
 

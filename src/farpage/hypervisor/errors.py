@@ -31,6 +31,18 @@ class ClientNotAttached(FarpageError):
 
 
 @dataclass(eq=False)
+class WorkerReplaced(FarpageError):
+    """A data worker that has ended wanted something."""
+
+    code = "worker_replaced"
+    template = "client {client!r} has another data worker than the one of epoch {epoch}"
+    remedy = "nothing is left to be done: the one that it has now asks for what it wants itself"
+    exit_status = ExitStatus.CONFLICT
+    client: str
+    epoch: int
+
+
+@dataclass(eq=False)
 class ClientBusy(FarpageError):
     """Another request about the client is under way."""
 

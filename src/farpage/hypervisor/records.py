@@ -338,17 +338,19 @@ class ClientRecords:
             # The VIOS that opened the volume has the epoch stored; the definition follows later.
             log.warning("epoch_not_recorded", client=raised.client, epoch=raised.epoch, problem=error.cause)
 
-    async def record_replicas(self, wanted: RecordReplicas) -> None:
-        """Store what a client's replicas are worth.
+    async def record_replicas(self, wanted: RecordReplicas, begins: Callable[[], None]) -> None:
+        """Store what a client's replicas are worth; `begins` is called right before the first VIOS can.
 
         :raise NotTheOwner: somebody else has claimed the client.
-        :raise FarpageError: no VIOS has surely stored it.
+        :raise FarpageError: no VIOS has surely stored it; or what `begins` raises, when none will.
         """
-        await self._keeper.change(
-            lambda now: rules.set_replica_states(
-                now, wanted.client, wanted.owner, wanted.epoch, wanted.states
-            )
-        )
+
+        def edit(now: Definition) -> Definition:
+            changed = rules.set_replica_states(now, wanted.client, wanted.owner, wanted.epoch, wanted.states)
+            begins()
+            return changed
+
+        await self._keeper.change(edit)
 
     # Moved to another device
 

@@ -141,7 +141,7 @@ class Recovery:
                 "recover": True,
                 "frozen": attached.record.releasing,
                 "limit_pages": attached.limit_bytes // PAGE_BYTES,
-                "replicas": self._replicas.current(client, order),
+                "replicas": self._replicas.for_next_worker(client, attached, order),
             }
         )
         record = attached.record.model_copy(update={"order": order, "worker": worker.identity})

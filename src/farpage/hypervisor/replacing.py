@@ -14,6 +14,7 @@ from typing import Final
 from farpage.definition import replacing
 from farpage.definition.model import ReplicaState
 from farpage.errors import FarpageError
+from farpage.hypervisor.attached import Attached
 from farpage.hypervisor.clients import Clients
 from farpage.hypervisor.definitions import DefinitionKeeper
 from farpage.hypervisor.errors import ClientElsewhere, NotBeingReplaced, ReplacementUnderWay
@@ -255,28 +256,33 @@ class DeviceReplacements:
     async def _move(self, client: str, moved: _Moved, replacement: _Replacement) -> None:
         """Bring a client from where the definition has it to the end, whatever happens to it meanwhile."""
         old, new = replacement.old, replacement.new
+        let_go: Attached | None = None
         while client in self._keeper.current.clients:
             states = self._records.replica_states(client)
             if old not in states:
                 return
             try:
                 async with self._clients.only(client, WHAT):
-                    copying = await self._step(client, old, new)
+                    copying = await self._step(client, old, new, let_go)
                 if copying:
                     moved.stage, moved.problem = ReplaceStage.COPYING, ""
-                    await self._copied(client, old, new)
+                    let_go = await self._copied(client, old, new)
             except FarpageError as error:
                 if error.code not in ("client_busy", "worker_gone", "not_attached", "no_worker"):
                     raise
                 moved.problem = error.cause
                 await asyncio.sleep(POLL_SECONDS)
 
-    async def _step(self, client: str, old: str, new: str) -> bool:
-        """Take the next step of a client that nothing else is done with; True when its worker has to copy."""
+    async def _step(self, client: str, old: str, new: str, let_go: Attached | None) -> bool:
+        """Take the next step of a client that nothing else is done with; True when its worker has to copy.
+
+        A retired replica is removed when the client is not attached, or has `let_go` of it: a worker may have
+        been told of the replica when it was not recorded as retired yet.
+        """
         records = self._records
         states = records.replica_states(client)
         attached = self._clients.attached.get(client)
-        if states.get(old) is ReplicaState.RETIRED:
+        if states.get(old) is ReplicaState.RETIRED and attached in (None, let_go):
             await records.remove_retired(client, old)
             return False
         if client in self._clients.unrecovered:
@@ -285,7 +291,8 @@ class DeviceReplacements:
         if records.of(client).hypervisor != records.hypervisor:
             record = records.of(client)
             raise ClientElsewhere(client, record.hypervisor, record.epoch)
-        if states.get(new) in (None, ReplicaState.RETIRED):
+        if states.get(new) is not ReplicaState.IN_SYNC:
+            # It may have been begun, and then cut short before there was a volume.
             await records.begin_replacing(client, new)
             states = records.replica_states(client)
         if attached is None:
@@ -295,11 +302,15 @@ class DeviceReplacements:
             await self._replicas.add(client, attached, new)
         return True
 
-    async def _copied(self, client: str, old: str, new: str) -> None:
-        """Wait until the new replica has everything, then have the old one retired."""
+    async def _copied(self, client: str, old: str, new: str) -> Attached | None:
+        """Wait until the new replica has everything, then have the old one retired.
+
+        Returns the client if it uses the old one no more.
+        """
         attached = self._clients.attached.get(client)
         while attached and self._clients.attached.get(client) is attached:
             if self._records.replica_states(client).get(new) is ReplicaState.IN_SYNC:
                 await self._replicas.retire(client, attached, old)
-                return
+                return attached
             await asyncio.sleep(POLL_SECONDS)
+        return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from farpage.definition.model import ReplicaState
 from farpage.errors import FarpageError
 from farpage.hypervisor.attached import Attached
 from farpage.hypervisor.clients import Clients
+from farpage.hypervisor.errors import WorkerReplaced
 from farpage.pager.messages import AddReplica, Attach, GoOver, RecordReplicas, ReplicaSpec, RetireReplica
 
 
@@ -20,24 +21,53 @@ class ClientReplicas:
     async def record(self, wanted: RecordReplicas) -> None:
         """Store what a client's replicas are worth: in the definition, and for a recovery without that.
 
+        A recovery that comes before it is known to be stored, or not, knows that it may be.
+
+        :raise WorkerReplaced: the worker that asks for it has ended; nothing was changed.
         :raise FarpageError: it may not be stored.
         """
-        await self._clients.records.record_replicas(wanted)
+
+        def begins() -> None:
+            if self._is_replaced(wanted):
+                raise WorkerReplaced(wanted.client, wanted.epoch)
+            self._keep(wanted, _with_doubts)
+
+        await self._clients.records.record_replicas(wanted, begins)
+        if not self._is_replaced(wanted):
+            self._keep(wanted, _with_states)
+
+    def _is_replaced(self, wanted: RecordReplicas) -> bool:
+        attached = self._clients.attached.get(wanted.client)
+        return attached is not None and wanted.epoch <= attached.replaced_epoch
+
+    def _keep(
+        self, wanted: RecordReplicas, edit: Callable[[Attach, Mapping[str, ReplicaState]], Attach]
+    ) -> None:
+        """Change what a worker that takes over goes by."""
         attached = self._clients.attached.get(wanted.client)
         # One that is being adopted is in the run folder alone.
         record = attached.record if attached else self._clients.run.record(wanted.client)
         if record is None or record.order is None or record.order.owner != wanted.owner:
             return
-        record = record.model_copy(update={"order": _with_states(record.order, wanted.states)})
+        record = record.model_copy(update={"order": edit(record.order, wanted.states)})
         if attached:
             self._clients.keep(attached, record)
         else:
             self._clients.run.save(record)
 
+    def for_next_worker(self, client: str, attached: Attached, order: Attach) -> tuple[ReplicaSpec, ...]:
+        """Return the replicas as the definition has them now, for a worker in the place of a dead one.
+
+        What the dead one has asked for is not begun any more. What was, may be stored or not: such replicas
+        are `unsure`, and the next worker has them recorded anew before it goes by what is recorded.
+        """
+        attached.replaced_epoch = max(attached.replaced_epoch, attached.state.epoch)
+        return self.current(client, order)
+
     def current(self, client: str, order: Attach) -> tuple[ReplicaSpec, ...]:
         """Return the replicas as the definition has them now.
 
-        While that is not known their states are those of `order`, which `record_replicas` keeps up to date.
+        While that is not known their states are those of `order`, which `record` keeps up to date.
         """
         try:
             current = self._clients.records.replicas(client, turn=0)
@@ -47,10 +77,18 @@ class ClientReplicas:
         states |= self._clients.records.replica_states(client)
         # In the order of preference that the client had.
         before = {replica.device: replica.endpoints for replica in order.replicas}
-        return tuple(
+        unsure = {replica.device: replica for replica in order.replicas if replica.unsure}
+        # One that may be about to come back from being retired has to be recorded one way or the other.
+        returning = tuple(
+            replica.model_copy(update={"state": ReplicaState.STALE})
+            for device, replica in unsure.items()
+            if states.get(device) is ReplicaState.RETIRED
+        )
+        return returning + tuple(
             replica.model_copy(
                 update={
                     "state": states.get(replica.device, replica.state),
+                    "unsure": replica.device in unsure,
                     "endpoints": before[replica.device]
                     if set(before.get(replica.device, ())) == set(replica.endpoints)
                     else replica.endpoints,
@@ -110,9 +148,24 @@ def _without(replicas: tuple[ReplicaSpec, ...], device: str) -> tuple[ReplicaSpe
     return tuple(spec for spec in replicas if spec.device != device)
 
 
-def _with_states(order: Attach, states: Mapping[str, ReplicaState]) -> Attach:
+def _with_doubts(order: Attach, states: Mapping[str, ReplicaState]) -> Attach:
+    """Say of which replicas it is not sure any more what is recorded: they may come to have `states`."""
     replicas = tuple(
-        replica.model_copy(update={"state": states.get(replica.device, replica.state)})
+        replica.model_copy(
+            update={"unsure": replica.unsure or states.get(replica.device, replica.state) != replica.state}
+        )
         for replica in order.replicas
+    )
+    return order.model_copy(update={"replicas": replicas})
+
+
+def _with_states(order: Attach, states: Mapping[str, ReplicaState]) -> Attach:
+    """Say what is recorded of the replicas; nobody uses one any more that is retired."""
+    replicas = tuple(
+        replica.model_copy(update={"state": states[replica.device], "unsure": False})
+        if replica.device in states
+        else replica
+        for replica in order.replicas
+        if states.get(replica.device) is not ReplicaState.RETIRED
     )
     return order.model_copy(update={"replicas": replicas})

@@ -31,13 +31,15 @@ class ReplicaSpec(Message, frozen=True, kw_only=True):
     `source` is the identifier of the device that it is being moved from, and `source_vios` the VIOS over
     which the target's VIOS gets at that; empty when it is not being moved. `others` are VIOSes that
     nothing is sent to and that reach the device, or the one that it is being moved from, each with how long
-    its leases last.
+    its leases last. A state that is `unsure` was being changed: the replica is what it says, but the
+    definition may say something else by now, or soon.
     """
 
     device: str
     name: str
     state: ReplicaState
     endpoints: tuple[EndpointSpec, ...]
+    unsure: bool = False
     source: str = ""
     source_vios: str = ""
     others: tuple[tuple[str, float], ...] = ()

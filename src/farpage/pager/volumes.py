@@ -114,7 +114,7 @@ async def go_over(volume: PagedVolume, order: GoOver) -> None:
 
 
 def _place(spec: ReplicaSpec) -> ReplicaPlace:
-    return ReplicaPlace(spec.device, spec.name, spec.state, _endpoints(spec))
+    return ReplicaPlace(spec.device, spec.name, spec.state, _endpoints(spec), spec.unsure)
 
 
 def _endpoints(replica: ReplicaSpec) -> tuple[Endpoint, ...]:

@@ -178,6 +178,12 @@ class DirectReads:
             self._serve(read.offset, read.length, read.served)
         self._push()
 
+    def redirect(self, adopt: Callable[[int, int, ReadDone], ReadDone]) -> None:
+        """Have somebody else told of what is in flight; `adopt(offset, length, done)` returns who."""
+        for read in self._reads:
+            assert read.done is not None
+            read.done = adopt(read.offset, read.length, read.done)
+
     # Ending
 
     def stop(self) -> None:

@@ -17,6 +17,7 @@ from farpage.volume.losing import Losing
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.pace import Pace
+from farpage.volume.reading import Reads
 from farpage.volume.recorder import ReplicaRecorder, States
 from farpage.volume.replica import Mode, Replica, ReplicaPlace
 from farpage.volume.replicas import Replicas
@@ -68,7 +69,7 @@ class Members:
         """Take in a replica that was there before; what it has missed is in its dirty map."""
         self._enter(self._connected(place), state, failovers)
 
-    def adopt(self, volume: MultipathVolume) -> None:
+    def adopt(self, volume: MultipathVolume, reads: Reads) -> None:
         """Go on with an open volume as the first replica, in sync: its commands become the mirror's."""
         replica = self._replica(volume, Mode.COUNTS)
         replica.well = volume.answers
@@ -79,6 +80,7 @@ class Members:
         for command in volume.outstanding():
             if command.mutates:
                 self._writes.adopt(replica, command)
+        volume.redirect_reads(partial(reads.adopt, replica))
 
     def add(self, place: ReplicaPlace, failovers: FailoverLog) -> None:
         """Take in a replica that is recorded stale, with everything missed, on a device that has none yet."""

@@ -121,7 +121,7 @@ class MirrorVolume:
         self._path_timeout = path_timeout_seconds
         self._replicas = Replicas(size_bytes, store)
         self._recorder = ReplicaRecorder(
-            {place.device: place.state for place in places},
+            {place.device: None if place.unsure else place.state for place in places},
             self._wanted_states,
             self._record,
             self._recorded,
@@ -200,7 +200,7 @@ class MirrorVolume:
         self.on_full = volume.on_full
         self.wanted_pages = volume.wanted_pages
         self.wrong_pages = volume.wrong_pages
-        self._members.adopt(volume)
+        self._members.adopt(volume, self._reads)
         self._replicas.opening = False
 
     def add(self, place: ReplicaPlace) -> None:

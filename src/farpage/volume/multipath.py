@@ -236,6 +236,13 @@ class MultipathVolume:
         """Tell another owner from now on."""
         self._owner.events = events
 
+    def redirect_reads(self, adopt: Callable[[int, int, ReadDone], ReadDone]) -> None:
+        """Have somebody else told of the reads in flight; `adopt(offset, length, done)` returns who."""
+        for command in self.outstanding():
+            if not command.mutates:
+                command.finished = adopt(command.offset, command.length_bytes, command.finished)
+        self._direct.redirect(adopt)
+
     def drop(self, reason: str) -> None:
         """Give up every command at once: each ends with ECANCELED, and its buffer is free then.
 

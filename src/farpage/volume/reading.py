@@ -64,6 +64,16 @@ class Reads:
         if self._timer is None or self._tick_seconds > TICK_SECONDS:
             self._tick_in(TICK_SECONDS)
 
+    def adopt(self, replica: Replica, offset: int, length: int, done: ReadDone) -> ReadDone:
+        """Count a read that a replica was asked for before as one of these; returns who is to be told."""
+        self.in_flight += 1
+        read = Read(offset, length, done)
+        read.on = 1
+        replica.reads[read] = self._loop.time()
+        if self._timer is None or self._tick_seconds > TICK_SECONDS:
+            self._tick_in(TICK_SECONDS)
+        return partial(self._answered, read, replica)
+
     def _start(self, read: Read, replica: Replica) -> None:
         read.on += 1
         replica.reads[read] = self._loop.time()

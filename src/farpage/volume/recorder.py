@@ -28,12 +28,15 @@ class ReplicaRecorder:
 
     def __init__(
         self,
-        recorded: Mapping[str, ReplicaState],
+        recorded: Mapping[str, ReplicaState | None],
         wanted: Callable[[], States],
         record: Record,
         on_recorded: Callable[[], None],
     ) -> None:
-        """`wanted` is asked again before each attempt; `on_recorded` is called after each that succeeded."""
+        """`recorded` has None for a replica of which nobody knows what is stored.
+
+        `wanted` is asked again before each attempt; `on_recorded` is called after each that succeeded.
+        """
         self._recorded: dict[str, ReplicaState | None] = dict(recorded)
         self._wanted = wanted
         self._record = record

@@ -37,6 +37,8 @@ class ReplicaPlace:
     name: str
     state: ReplicaState
     endpoints: tuple[Endpoint, ...]
+    unsure: bool = False
+    """The definition may say something else by now, or soon: a change was under way."""
 
 
 class Mode(enum.Enum):

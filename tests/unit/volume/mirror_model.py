@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 from farpage.address import UnixAddress
 from farpage.definition.model import ReplicaState
@@ -56,6 +57,7 @@ class MirrorRig:
         disks: dict[str, Disk] | None = None,
         bandwidth: float = 100 << 20,
         epoch: int = 1,
+        unsure: AbstractSet[str] = frozenset(),
     ) -> None:
         self.disks = disks or {f"disk{n}": Disk() for n in range(1, count + 1)}
         self.vioses = {f"vios{n}": ModelVios(f"vios{n}", self.disks[f"disk{n}"]) for n in range(1, count + 1)}
@@ -73,6 +75,7 @@ class MirrorRig:
                     for name, vios in self.vioses.items()
                     if vios.disk is self.disks[disk]
                 ),
+                disk in unsure,
             )
             for disk in self.disks
         ]

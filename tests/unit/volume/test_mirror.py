@@ -630,6 +630,48 @@ def test_a_volume_of_one_replica_becomes_a_mirror_in_the_middle_of_its_writes() 
     run_simulated(main)
 
 
+def test_a_read_begun_before_there_was_a_mirror_is_done_by_another_replica() -> None:
+    async def main() -> None:
+        rig = MirrorRig(count=1)
+        plain = rig.plain()
+        await plain.open(5)
+        written: list[int] = []
+        plain.write(5 * PAGE, memoryview(bytes([7]) * PAGE), written.append)
+        await rig.until(lambda: written == [0])
+        vios = rig.vioses["vios1"]
+        vios.hang()
+        answers: list[tuple[int, int]] = []
+        plain.read(5 * PAGE, PAGE, lambda error, found: answers.append((error, found[0] if found else -1)))
+        vios.backlog.clear()  # its answer never comes
+        vios.resume()
+        rig.volume.adopt(plain)
+        rig.add("disk2")
+        await rig.in_sync()
+        await rig.volume.retire("disk1")
+        await rig.until(lambda: bool(answers))
+        assert answers == [(0, 7)]
+        await rig.volume.abandon()
+
+    run_simulated(main)
+
+
+def test_what_may_be_recorded_is_recorded_anew_before_a_write_goes_by_it() -> None:
+    async def main() -> None:
+        rig = MirrorRig(stored={"disk1": IN_SYNC, "disk2": STALE}, unsure={"disk2"}, recover=True)
+        rig.vioses["vios2"].kill()
+        rig.events.reachable = False
+        await rig.volume.open(5)
+        written = rig.write(5, 1)
+        await asyncio.sleep(3)
+        assert written == []
+        rig.events.reachable = True
+        await rig.until(lambda: written == [0])
+        assert rig.events.stored["disk2"] is STALE
+        await rig.volume.abandon()
+
+    run_simulated(main)
+
+
 def test_a_full_device_is_left_for_one_with_room() -> None:
     async def main() -> None:
         rig = MirrorRig(count=1)
