@@ -17,7 +17,6 @@ from farpage.definition.model import Definition
 from farpage.definition.verification import Promotion
 from farpage.device.claim import Claims
 from farpage.hypervisor import definitions, replicas
-from farpage.hypervisor.replacing import DeviceReplacements
 from farpage.hypervisor.replicas import ClientReplicas
 from farpage.pager import eviction, faults, salvage
 from farpage.pager.table import PAGE_BYTES
@@ -160,17 +159,6 @@ def _dead_workers_heard(stack: ExitStack) -> None:
     _replace(stack, replicas, "_with_doubts", lambda order, _states: order)
 
 
-def _retired_in_use(stack: ExitStack) -> None:
-    """Remove a retired replica although a worker may use it."""
-    step = DeviceReplacements._step
-
-    async def mutant(replacements: DeviceReplacements, client: str, old: str, new: str, _let_go: Any) -> bool:
-        attached = replacements._clients.attached.get(client)
-        return await step(replacements, client, old, new, attached)
-
-    _replace(stack, DeviceReplacements, "_step", mutant)
-
-
 MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "quarantine_off": _quarantine_off,
     "epoch_checks_off": _epoch_checks_off,
@@ -185,7 +173,6 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "attempts_forgotten": _attempts_forgotten,
     "promotions_off": _promotions_off,
     "dead_workers_heard": _dead_workers_heard,
-    "retired_in_use": _retired_in_use,
 }
 
 

@@ -18,6 +18,7 @@ FOUND_BY = {
     "copying_lent": 50,
     "attempts_forgotten": 180,
     "promotions_off": 625,
+    "dead_workers_heard": 201,
 }
 """A seed that finds each; anew: `python -m tests.simulation --seeds 1-2000 --mutation NAME --first`."""
 
