@@ -109,7 +109,7 @@ def test_just_what_was_missed_is_read_and_copied() -> None:
 def test_a_few_runs_are_under_way_and_none_twice() -> None:
     async def main() -> None:
         copy = Copy()
-        copy.dirty.mark_all()
+        copy.dirty.mark(0, PAGES)
         copy.resync.wake()
         await copy.turns()
         assert [(first, count) for first, count, _ in copy.reads] == [
@@ -218,7 +218,7 @@ def test_it_keeps_to_its_bandwidth_and_saves_none_up() -> None:
         copy = Copy(per_second, at_once=True)
         await asyncio.sleep(60)
         begun = asyncio.get_running_loop().time()
-        copy.dirty.mark_all()
+        copy.dirty.mark(0, PAGES)
         copy.resync.wake()
         await asyncio.sleep(1.1)
         assert copy.resync.copied_pages == 5 * RUN_PAGES
