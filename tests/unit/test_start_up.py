@@ -19,6 +19,8 @@ SLOW = {
     "lz4",
     "numpy",
 }
+COMMAND_LINES = {"rich", "click", "pygments"}
+"""What httpx would load for its own command."""
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,11 @@ def test_what_guests_wait_for_loads_no_library_that_it_does_not_need(module: str
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert loaded & (SLOW - may_load) == set()
+
+
+def test_who_asks_daemons_does_not_load_a_command_line_for_it() -> None:
+    program = "import sys, farpage.api.http; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "httpx" in loaded
+    assert loaded & COMMAND_LINES == set()

@@ -66,7 +66,7 @@ class ControlClient:
     @cached_property
     def _http(self) -> httpx.AsyncClient:
         # Loaded with the first request: a hypervisor has more urgent things to do when it starts.
-        import httpx
+        from farpage.api.http import httpx
 
         limits = httpx.Limits(max_connections=16, max_keepalive_connections=4, keepalive_expiry=60)
         if isinstance(self.address, UnixAddress):
@@ -99,7 +99,7 @@ class ControlClient:
         :raise Unreachable: no answer; whether the request was carried out is unknown.
         :raise RemoteError: the answer is an error.
         """
-        import httpx
+        from farpage.api.http import httpx
 
         content = body.model_dump_json().encode() if isinstance(body, BaseModel) else body
         kind = "application/json" if isinstance(body, BaseModel) else "application/octet-stream"

@@ -38,7 +38,8 @@ def _folder_locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_alive(path: str) -> bool:
+def is_listening(path: str) -> bool:
+    """Tell whether a process listens at a UNIX socket, without asking it anything."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         # EAGAIN: the backlog of a live listener is full. A socket without a listener refuses.
         return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
@@ -58,7 +59,7 @@ def remove_stale_socket(path: str) -> None:
         raise InvalidInput(
             "address", f"{path} exists and is not a socket", "choose another path or move the file"
         )
-    if _is_alive(path):
+    if is_listening(path):
         raise AddressInUse(path)
     with contextlib.suppress(FileNotFoundError):
         Path(path).unlink()

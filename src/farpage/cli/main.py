@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -82,6 +83,8 @@ def _farpage(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status; errors are worded on stderr."""
+    # pydantic would look through all installed packages for plugins: a tenth of what a daemon takes to start.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     follow_parent()
     try:
         status = app(args=arguments, prog_name="farpage", standalone_mode=False)

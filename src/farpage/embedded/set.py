@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from farpage.address import UnixAddress, parse_address
+from farpage.api.sockets import is_listening
 from farpage.embedded.child import Child, ChildEvent, describe_exit
 from farpage.embedded.control import HypervisorControl, ViosControl
 from farpage.embedded.layout import NoSuchVios, SetDocument, StateLayout
@@ -227,7 +229,9 @@ class EmbeddedSet:
         """
         self._hypervisor_child.supervised = False
         await self._hypervisor_child.start()
-        await self._until_ready(self._hypervisor_child, self._hypervisor_info)
+        await self._until_ready(
+            self._hypervisor_child, self.document.hypervisor.control, self._hypervisor_info
+        )
         self._hypervisor_child.supervised = True
 
     async def _start_vios(self, name: str) -> None:
@@ -235,20 +239,25 @@ class EmbeddedSet:
         child.supervised = False
         await child.start()
         await self._until_ready(
-            child, lambda: self.vioses[name].health(timeout_seconds=PROBE_TIMEOUT_SECONDS)
+            child,
+            self.document.vioses[name].control,
+            lambda: self.vioses[name].health(timeout_seconds=PROBE_TIMEOUT_SECONDS),
         )
         child.supervised = True
 
     async def _hypervisor_info(self) -> _HasPid:
         return await self.hypervisor.info(timeout_seconds=PROBE_TIMEOUT_SECONDS)
 
-    async def _until_ready(self, child: Child, probe: Callable[[], Awaitable[_HasPid]]) -> None:
+    async def _until_ready(self, child: Child, control: str, probe: Callable[[], Awaitable[_HasPid]]) -> None:
         """Ask until the very process that was started answers."""
+        address = parse_address(control)
         deadline = asyncio.get_running_loop().time() + READY_SECONDS
         while True:
-            with contextlib.suppress(Unreachable):
-                if (await probe()).pid == child.pid:
-                    return
+            # A look costs nothing beside a request: the daemon needs the processor to start.
+            if not isinstance(address, UnixAddress) or is_listening(address.path):
+                with contextlib.suppress(Unreachable):
+                    if (await probe()).pid == child.pid:
+                        return
             if child.pid is None:
                 how = describe_exit(child.last_exit or 0)
                 raise DaemonFailed(child.name, how, child.log_tail(), str(child.log))
