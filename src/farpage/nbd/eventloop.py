@@ -23,7 +23,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextvars import Context
+from time import perf_counter
 from typing import Any, Final, TypeAlias, TypeVarTuple
+
+from farpage.nbd.polling import POLL_SECONDS, Polling
 
 DirectReader: TypeAlias = Callable[[], object]
 """Called when the descriptor is readable."""
@@ -46,6 +49,7 @@ class DirectSelector(selectors.BaseSelector):
         self._keys: dict[int, selectors.SelectorKey] = {}
         self._direct: dict[int, DirectReader] = {}
         self._masks: dict[int, int] = {}
+        self._polling = Polling()
         self.disturbed = False
         """Whether anything was scheduled on the loop since it began to wait."""
         self.dispatching = False
@@ -107,13 +111,13 @@ class DirectSelector(selectors.BaseSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait, and serve direct readers meanwhile; `timeout` in seconds, None for ever."""
         self.disturbed = False
-        poll, direct, deferred = self._epoll.poll, self._direct, self.deferred
+        direct, deferred = self._direct, self.deferred
         may_stay = timeout is None or timeout > 0  # else callbacks are ready
         deadline = time.monotonic() + timeout if timeout is not None and timeout > 0 else None
         while True:
             # Rounded up to the milliseconds of epoll_wait(2), so that no wait ends before its timer is due.
             wait = -1.0 if timeout is None else math.ceil(max(timeout, 0) * 1000) / 1000
-            events = poll(wait, _EVENTS_MAX)
+            events = self._wait(wait, may_poll=may_stay)
             ready: list[tuple[selectors.SelectorKey, int]] = []
             self.dispatching = True
             for descriptor, event in events:
@@ -144,6 +148,21 @@ class DirectSelector(selectors.BaseSelector):
                 timeout = deadline - time.monotonic()
                 if timeout <= 0:
                     return ready
+
+    def _wait(self, seconds: float, *, may_poll: bool) -> list[tuple[int, int]]:
+        """Return what happens within that time, negative for ever; the first moment of it may be polled."""
+        poll, polling = self._epoll.poll, self._polling
+        if may_poll and polling.worthwhile:
+            end = perf_counter() + POLL_SECONDS
+            while perf_counter() < end:
+                if events := poll(0, _EVENTS_MAX):
+                    polling.found()
+                    return events
+            polling.missed()
+        began = perf_counter()
+        events = poll(seconds, _EVENTS_MAX)
+        polling.slept(perf_counter() - began)
+        return events
 
     def close(self) -> None:
         """Let go of the epoll descriptor."""
