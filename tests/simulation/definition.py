@@ -70,7 +70,7 @@ class KeptDefinition(SimulatedDefinition):
         :raise Unreachable: no VIOS said that it is stored.
         """
         changed = edit(dict(self.states))
-        if changed == self.states:
+        if changed == self.states and self._attempted is None:
             return
         self.on_attempt()
         self._attempted = changed

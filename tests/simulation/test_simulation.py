@@ -38,6 +38,8 @@ def test_no_seed_violates_anything() -> None:
     "seed",
     [
         pytest.param(3090, id="a-repair-of-a-killed-pager-and-a-page-out-of-the-next-one"),
+        pytest.param(20969, id="room-taken-by-a-fault-that-was-answered-at-the-second-try"),
+        pytest.param(21478, id="a-change-back-while-one-that-nobody-acknowledged-may-be-stored"),
     ],
 )
 def test_a_seed_that_once_found_a_fault_finds_none(seed: int) -> None:

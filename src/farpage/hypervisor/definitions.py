@@ -368,7 +368,7 @@ class DefinitionKeeper:
                 if self.unproven:
                     raise self.unproven
                 changed = edit(self.current)
-                if changed == self.current:
+                if changed == self.current and not self._may_be_followed():
                     return self.current
                 if self._attempted:
                     changed = beyond(changed, self._attempted)
@@ -378,6 +378,13 @@ class DefinitionKeeper:
                     return self.current
                 await self._load()
         raise DefinitionContended(ATTEMPTS)
+
+    def _may_be_followed(self) -> bool:
+        """Tell whether a change that was not acknowledged would be followed if a VIOS came back with it.
+
+        Then even what is as it should be has to be stored anew, to stay so.
+        """
+        return self._attempted is not None and is_newer(self._attempted, self.current)
 
     async def _attempt(self, changed: Definition) -> None:
         """Take note of a change before any VIOS can store it: this process may end, or not hear of it."""

@@ -244,6 +244,8 @@ class Faults:
     def _again(self, fault: Fault) -> None:
         if not self.frozen:
             self._answer(fault)
+            self._space.volume.push()
+            self.on_pressure()
 
     def admit(self) -> None:
         """Answer the faults that waited for room."""

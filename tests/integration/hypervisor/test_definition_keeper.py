@@ -348,6 +348,24 @@ async def test_a_change_that_nobody_acknowledged_is_not_followed_past_a_later_on
         assert await rig.stored(rig.two) == keeper.current == changed
 
 
+async def test_a_change_back_to_what_was_acknowledged_is_stored_past_one_that_nobody_acknowledged(
+    rig: Rig,
+) -> None:
+    async with rig.hypervisor() as keeper:
+        base = await keeper.change(rig.with_both)
+    attempted = with_vios(base, "zzz")
+    DefinitionCopy(rig.attempted).save(attempted)
+    await rig.store(rig.two, attempted)
+    rig.two.kill()
+    async with rig.hypervisor() as keeper:
+        assert keeper.current == base
+        changed = await keeper.change(lambda now: now)
+        await rig.back(keeper, rig.two)
+        assert await rig.stored(rig.two) == keeper.current == changed
+        assert "zzz" not in changed.vioses
+        assert await keeper.change(lambda now: now) is keeper.current
+
+
 async def test_a_promoted_copy_stays_when_a_later_owners_comes_to_light(rig: Rig) -> None:
     async with rig.hypervisor() as keeper:
         base = await keeper.change(lambda now: with_client_at(rig.with_both(now), "vios1"))

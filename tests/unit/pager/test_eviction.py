@@ -49,3 +49,21 @@ async def test_pages_that_were_chosen_go_back_into_line_when_paging_out_stops(cl
         await client.settle()
     assert client.table.resident <= client.space.limit.high
     assert len(client.space.replacement) == client.table.resident
+
+
+async def test_a_fault_that_is_answered_at_the_second_try_makes_pages_leave_too() -> None:
+    client = ModelClient(PAGES, 256)
+    client.faults.on_pressure = client.eviction.wake
+    limit = client.space.limit
+    for page in range(2 * limit.high - 2, -1, -2):  # falling, so that none is filled ahead of it
+        client.write(page)
+    await client.settle()
+    assert client.table.resident == limit.high
+    client.memory.busy.add("zero_in")
+    client.write(PAGES - 1)
+    client.memory.busy.clear()
+    async with asyncio.timeout(60):
+        while client.table.resident > limit.low:
+            await asyncio.sleep(0.001)
+    assert client.states(PAGES - 1) == ["dirty"]
+    client.close()
