@@ -135,6 +135,29 @@ async def test_a_worker_killed_during_a_failover_finds_the_other_path(paged: Pag
     await paged.verify_all()
 
 
+async def test_pages_taken_by_a_balloon_before_the_worker_is_killed_are_zeros_or_as_they_were(
+    paged: PagedSet,
+) -> None:
+    """A page that was in memory alone is zeros; one that the device has may come back as it was."""
+    await paged.write_all()
+    await paged.client.do("verify 0 512")  # clean ones, beside those written to and those paged out
+    recovered = await recoveries(paged.embedded)
+    lost = await worker_pid(paged.embedded, "client")
+    assert await paged.client.do("write 1024 64") == "done"
+    os.kill(lost, signal.SIGSTOP)
+    assert await paged.client.do(f"punch 0 {paged.pages}") == "done"
+    await kill_and_wait(lost)
+    words = (await paged.client.do(f"punched 0 {paged.pages}")).split()
+    zeros, old, other = (int(word) for word in words[1::2])
+    assert other == 0
+    assert zeros > 0
+    assert old > 0
+    await until_recovered(paged.embedded, recovered)
+    await paged.verify_all()
+    await paged.write_all()
+    await paged.verify_all()
+
+
 async def test_a_worker_killed_without_any_vios_waits_for_one(paged: PagedSet) -> None:
     await paged.write_all()
     recovered = await recoveries(paged.embedded)

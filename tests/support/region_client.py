@@ -6,11 +6,15 @@ It answers each command, one a line, with a line:
 
     write FIRST COUNT     give the pages a new version of their content        -> done
     verify FIRST COUNT    compare every byte with what was written last         -> wrong N
+    punch FIRST COUNT     give the pages back to the kernel, as a balloon does    -> done
+    punched FIRST COUNT   count what they hold now, and forget what it was       -> zeros N old N other N
     close                 let the region go                                     -> done
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import sys
 from pathlib import Path
 
@@ -19,6 +23,7 @@ import numpy as np
 from farpage.attach.region import Region
 
 WORDS = 512
+PAGE_BYTES = 8 * WORDS
 CHUNK_PAGES = 64
 
 
@@ -62,6 +67,23 @@ class Pages:
             wrong += int((self._content[start:end] != self._expected(start, end)).any(axis=1).sum())
         return f"wrong {wrong}"
 
+    def punch(self, first: int, count: int) -> str:
+        """Remove pages from the file behind the region."""
+        address = self._content.ctypes.data + first * PAGE_BYTES
+        if ctypes.CDLL(None, use_errno=True).madvise(
+            ctypes.c_void_p(address), ctypes.c_size_t(count * PAGE_BYTES), mmap.MADV_REMOVE
+        ):
+            return f"errno {ctypes.get_errno()}"
+        return "done"
+
+    def punched(self, first: int, count: int) -> str:
+        """Count pages that read as zeros, as they were, or as anything else."""
+        found = self._content[first : first + count].copy()
+        zeros = ~found.any(axis=1)
+        old = (found == self._expected(first, first + count)).all(axis=1) & ~zeros
+        self._versions[first : first + count][zeros] = 0
+        return f"zeros {zeros.sum()} old {old.sum()} other {count - zeros.sum() - old.sum()}"
+
     def release(self) -> None:
         """Give up the view of the region, so that it can be closed."""
         del self._content
@@ -82,6 +104,10 @@ def main() -> None:
                 answer = content.write(first, count)
             case "verify", [first, count]:
                 answer = content.verify(first, count)
+            case "punch", [first, count]:
+                answer = content.punch(first, count)
+            case "punched", [first, count]:
+                answer = content.punched(first, count)
             case "close", []:
                 content.release()
                 region.close()

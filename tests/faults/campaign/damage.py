@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 PAGE_BYTES = 4096
@@ -12,11 +13,17 @@ PAGE_BYTES = 4096
 def flip_bits(volume: Path, pages: int, seed: int) -> int:
     """Flip one bit in each of up to `pages` pages of a file that hold anything; returns in how many."""
     dice = random.Random(f"farpage damage {seed}")
+    count = volume.stat().st_size // PAGE_BYTES
+    return flip_pages(volume, dice.sample(range(count), min(pages, count)), dice)
+
+
+def flip_pages(volume: Path, pages: Iterable[int], dice: random.Random | None = None) -> int:
+    """Flip one bit in each of these pages of a file that hold anything; returns in how many."""
+    dice = dice or random.Random("farpage damage")
     damaged = 0
     descriptor = os.open(volume, os.O_RDWR | os.O_CLOEXEC)
     try:
-        count = os.fstat(descriptor).st_size // PAGE_BYTES
-        for page in dice.sample(range(count), min(pages, count)):
+        for page in pages:
             content = os.pread(descriptor, PAGE_BYTES, page * PAGE_BYTES)
             if any(content):
                 place = dice.randrange(PAGE_BYTES)

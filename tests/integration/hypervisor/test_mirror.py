@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
+import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ import pytest_asyncio
 from farpage.definition.model import Redundancy, ReplicaState
 from farpage.embedded.set import EmbeddedSet
 from farpage.errors import FarpageError
-from farpage.hypervisor.model import ClientCreate, ClientInfo
+from farpage.hypervisor.model import ClientCreate, ClientInfo, ScrubStart
+from farpage.pager.progress import ScrubState
+from tests.faults.campaign.damage import flip_pages
 from tests.support.losses import heal
 from tests.support.paged_set import PagedSet, paged_region, running_set
 from tests.support.processes import kill_and_wait, worker_pid
@@ -24,21 +28,34 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PAGES = 2048
 LIMIT = 512 * 4096
+SMALL_BYTES = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Where the devices are; that of vios2 has 64 MiB, which needs root."""
+    made = Path(tempfile.mkdtemp(prefix="fpmir-", dir="/tmp"))
+    for name in ("a", "b"):
+        (made / name).mkdir()
+    try:
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={SMALL_BYTES}", "farpage-test", str(made / "b")], check=True
+        )
+        try:
+            yield made
+        finally:
+            subprocess.run(["umount", "-l", str(made / "b")], check=True)
+    finally:
+        shutil.rmtree(made)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def mirroring() -> AsyncIterator[EmbeddedSet]:
+async def mirroring(folder: Path) -> AsyncIterator[EmbeddedSet]:
     """Two VIOS with a device each."""
-    folder = Path(tempfile.mkdtemp(prefix="fpmir-", dir="/tmp"))
-    for name in ("a", "b"):
-        (folder / name).mkdir()
-    try:
-        async with running_set(
-            workers=1, devices=(f"vios1=dir:{folder / 'a'}", f"vios2=dir:{folder / 'b'}")
-        ) as embedded:
-            yield embedded
-    finally:
-        shutil.rmtree(folder)
+    async with running_set(
+        workers=1, devices=(f"vios1=dir:{folder / 'a'}", f"vios2=dir:{folder / 'b'}")
+    ) as embedded:
+        yield embedded
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -94,6 +111,47 @@ async def test_a_vios_that_hangs_costs_its_replica_alone(paged: PagedSet) -> Non
     assert health(await paged.info()) == {"vios1": "in_sync", "vios2": "stale"}
     paged.embedded.kill_vios("vios2", signal.SIGCONT)
     await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
+    paged.signal("vios1", signal.SIGKILL)
+    await paged.verify_all()
+
+
+async def test_a_full_device_costs_its_replica_alone(paged: PagedSet, folder: Path) -> None:
+    ballast = folder / "b" / "ballast"
+    free = os.statvfs(folder / "b")
+    ballast.write_bytes(bytes(free.f_bavail * free.f_frsize - (1 << 20)))
+    try:
+        await paged.write_all()
+        info = await paged.until(lambda info: health(info)["vios2"] == "stale", "stale")
+        assert health(info)["vios1"] == "in_sync"
+        assert not info.device_full
+        await paged.until_alarm("replica_stale")
+        await paged.verify_all()
+        assert (await paged.info()).resident_bytes <= LIMIT
+    finally:
+        ballast.unlink()
+    await paged.until(lambda info: set(health(info).values()) == {"in_sync"}, "in sync")
+    paged.signal("vios1", signal.SIGKILL)
+    await paged.verify_all()
+
+
+async def test_bits_flipped_on_each_replica_are_read_from_the_other_and_put_right(
+    paged: PagedSet, folder: Path
+) -> None:
+    """No page is wrong on both."""
+    await paged.write_all()
+    flipped = {name: folder / name / "volumes" / "client" for name in ("a", "b")}
+    for parity, volume in enumerate(flipped.values()):
+        assert flip_pages(volume, range(parity, PAGES, 2)) > 0
+    await paged.verify_all()
+    counters = (await paged.info()).counters
+    assert counters.repaired_pages > 0
+    assert counters.checksum_errors >= counters.repaired_pages
+    assert counters.poisoned_pages == 0
+    await paged.until_alarm("checksum")
+    await paged.embedded.hypervisor.start_scrub("client", ScrubStart(rate_bytes=1 << 30))
+    await paged.until(
+        lambda info: info.scrub is not None and info.scrub.state is not ScrubState.RUNNING, "scrubbed"
+    )
     paged.signal("vios1", signal.SIGKILL)
     await paged.verify_all()
 

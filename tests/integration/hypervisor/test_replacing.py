@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from farpage.embedded.set import EmbeddedSet
 from farpage.errors import FarpageError
 from farpage.hypervisor.model import ClientCreate, DeviceReplacement, ReplaceStage
 from farpage.vios.model import DeviceAdd
-from tests.support.losses import heal
+from tests.support.losses import heal, kill_all, kill_control
 from tests.support.paged_set import DEADLINE_SECONDS, PagedSet, paged_region, running_set
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -127,6 +127,29 @@ async def test_a_worker_killed_while_it_copies_goes_on_in_another(common: Embedd
         await client.write_all()
         replacement = await ended(client, old)
         assert [moved.stage for moved in replacement.clients] == [ReplaceStage.DONE]
+        await client.verify_all()
+
+
+@pytest.mark.parametrize("lose", [kill_control, kill_all])
+async def test_a_replacement_goes_on_when_it_is_asked_for_again_after_the_control_process_was_killed(
+    common: EmbeddedSet, lose: Callable[[EmbeddedSet], Awaitable[None]]
+) -> None:
+    async with paged(common, Redundancy.PATH) as (client, old, new):
+        await client.write_all()
+        hypervisor = client.embedded.hypervisor
+        await hypervisor.replace_device(old, new)
+        await lose(client.embedded)
+        client.client.send(f"write 0 {PAGES}")
+        await client.embedded.start_hypervisor()
+        assert await client.client.answer() == "done"
+        with pytest.raises(FarpageError, match="goes on where it was cut short"):
+            await hypervisor.replacement(old)
+        await hypervisor.replace_device(old, new)
+        await client.verify_all()
+        replacement = await ended(client, old)
+        assert [moved.stage for moved in replacement.clients] in ([ReplaceStage.DONE], [])
+        assert {replica.device for replica in (await client.info()).replicas} == {new}
+        assert (await volumes_on(client, old), await volumes_on(client, new)) == (set(), {"client"})
         await client.verify_all()
 
 
