@@ -29,8 +29,8 @@ from tests.support.paged_set import until_client
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 MIB = 1 << 20
-VERIFIER = GuestOptions(memory_mib=192, fill_mib=64)
-MEMTESTER = GuestOptions(memory_mib=192, commands=("MEMTESTER_TEST_MASK=0x01 memtester 40M 1",))
+VERIFIER = GuestOptions(memory_mib=160, fill_mib=48)
+MEMTESTER = GuestOptions(memory_mib=128, commands=("MEMTESTER_TEST_MASK=0x01 memtester 36M 1",))
 MEMTESTER_TIMEOUT_SECONDS = 400.0
 OUTAGE_SECONDS = float(os.environ.get("FARPAGE_OUTAGE_SECONDS", "4"))
 
@@ -39,7 +39,7 @@ async def verifying(embedded: EmbeddedSet, boot_guest: BootGuest, name: str = "v
     """Return a guest with the verifier that is paged, under a name, to half of what it verifies."""
     guest = await boot_guest(VERIFIER)
     await guest.wait_for(lambda report: isinstance(report, PassDone), BOOT_TIMEOUT_SECONDS)
-    await embedded.hypervisor.attach(name, ClientAttach(pid=guest.pid, limit_bytes=32 * MIB))
+    await embedded.hypervisor.attach(name, ClientAttach(pid=guest.pid, limit_bytes=24 * MIB))
     await next_pass(guest)
     return guest
 
