@@ -16,7 +16,7 @@ MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 # The tests start hundreds of daemons: each would compile the sources anew where this is set.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: setup packages demo claims test lint bench clean
+.PHONY: setup packages demo claims test lint style types suite bench clean
 
 setup: $(READY)
 
@@ -39,12 +39,20 @@ demo: setup
 claims: setup
 	@$(BIN)/python -m tests.claims
 
-lint: setup
+lint: style types
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	$(BIN)/mypy
 
-test: lint
+# mypy takes half a minute of one core, and the tests beside it wait at times.
+test: style
+	@$(MAKE) --jobs=2 types suite
+
+suite: setup
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: setup
