@@ -38,6 +38,7 @@ def test_no_seed_violates_anything() -> None:
     "seed",
     [
         pytest.param(3090, id="a-repair-of-a-killed-pager-and-a-page-out-of-the-next-one"),
+        pytest.param(3134, id="room-left-by-a-lost-page"),
         pytest.param(20969, id="room-taken-by-a-fault-that-was-answered-at-the-second-try"),
         pytest.param(21478, id="a-change-back-while-one-that-nobody-acknowledged-may-be-stored"),
     ],

@@ -284,6 +284,8 @@ class Faults:
         for start, length in good:
             self._copy_in(start, length, source + (start - first) * PAGE_BYTES, payload)
         space.counters.page_in_pages += count
+        if self._deferred:  # what was held back may have left room
+            self.admit()
         self.on_pressure()
 
     def _without_markers(
@@ -387,7 +389,7 @@ class Faults:
         for page in result.lost:
             if self._space.table.state[page] == READING:
                 self._lost(page)
-        self._space.volume.push()
+        self.admit()
         self.on_pressure()
 
     def _lost(self, page: int) -> None:
@@ -413,6 +415,7 @@ class Faults:
                 self._give_up(fault.page, why)
             else:  # another access brought it in, or it was given up already
                 self._answer(fault)
+        self.admit()
 
     def _give_up(self, page: int, why: str) -> None:
         space = self._space

@@ -161,3 +161,17 @@ async def test_a_client_that_ends_meanwhile_is_let_be(mirrored: ModelClient) -> 
     mirrored.space.closed = True
     await mirrored.settle()
     assert mirrored.volume.rewritten == []
+
+
+async def test_a_lost_page_leaves_its_room_to_an_access_that_waits_for_some(single: ModelClient) -> None:
+    single.volume.spoil(PAGE)
+    single.read(PAGE)
+    assert single.states(PAGE) == ["reading"]
+    page = PAGES - 1
+    while single.space.room > 0:
+        single.write(page)
+        page -= 2
+    assert single.write(page) is None
+    assert single.states(page) == ["zero"]
+    await single.settle()
+    assert single.states(PAGE, page) == ["poisoned", "dirty"]
