@@ -47,6 +47,13 @@ def test_a_seed_that_once_found_a_fault_finds_none(seed: int) -> None:
     assert not run_seed(seed).violations
 
 
+def test_a_client_whose_owners_have_cut_each_other_off_is_claimed_anew() -> None:
+    lines: list[str] = []
+    outcome = run_seed(724, trace=lines.append)
+    assert any("is claimed anew" in line for line in lines)
+    assert not outcome.violations
+
+
 def test_a_seed_replays_exactly() -> None:
     assert run_seed(7).digest == run_seed(7).digest
 

@@ -4,6 +4,7 @@ The first may be slow, stopped, killed, or cut off from the VIOS at which the se
 guest is lost, by the operator's wish: the second's begins with nothing paged out. From then on whatever the
 second is told to be written must stay; the first must be cut off, and never come back by itself. Both may be
 cut off where the first, not knowing of the second, comes to its epoch at a VIOS that does not know either.
+Then the operator claims the client once more, and that owner must be let in and stay.
 """
 
 from __future__ import annotations
@@ -57,9 +58,12 @@ class TwoOwners(Scenario):
 
     # Claiming
 
-    def _claim(self, host: str = "") -> None:
-        """Claim the client at a host, by default another one than the owner's, as soon as a VIOS answers."""
-        if self._claims >= CLAIMS_MAX:
+    def _claim(self, host: str = "", *, anew: bool = False) -> None:
+        """Claim the client at a host, by default another one than the owner's, as soon as a VIOS answers.
+
+        With `anew` the owner works although everything is healed.
+        """
+        if self._claims >= CLAIMS_MAX and not anew:
             return
         host = host or next(other for other in self.hosts if other != self.owner.host)
         known = self._known_epoch(host)
@@ -69,7 +73,7 @@ class TwoOwners(Scenario):
         self._claims += 1
         first = self.owner
         user = self._user(isinstance(first.user, PagerUser), self._claims)
-        if self.faults.healed:
+        if self.faults.healed and not anew:
             user.stop()
         definition = SimulatedDefinition(
             self.world, [disk.name for disk in self.place.disks], lambda: self._known_epoch(host) is not None
@@ -130,14 +134,29 @@ class TwoOwners(Scenario):
 
     # The end
 
+    def _claim_anew(self) -> None:
+        """End it that two owners have cut each other off."""
+        world = self.world
+        if not self._some_unaware:
+            world.violated("the owner by the latest claim is fenced")
+            return
+        world.note("the owner by the latest claim is fenced: the client is claimed anew")
+        self._some_unaware = False
+        self._claim(anew=True)
+        self._quiet(lambda: self.owner.opened, "the owner of a client that was claimed anew does not get in")
+        world.run_until(world.now_seconds + SETTLE_SECONDS)
+        self.owner.user.stop()
+        if self.owner.ownership.fenced:
+            world.violated("the owner of a client that was claimed anew is fenced")
+
     def _finish(self) -> None:
         for owner in self.before:
             owner.user.stop()
         if self._quiet(lambda: bool(self.owner.opened or self.owner.ownership.fenced), "nobody gets in"):
-            if not self.owner.ownership.fenced:
+            if self.owner.ownership.fenced:
+                self._claim_anew()
+            if not self.world.violations:
                 super()._finish()
-            elif not self._some_unaware:
-                self.world.violated("the owner by the latest claim is fenced")
         world = self.world
         world.run_until(world.now_seconds + SETTLE_SECONDS)
         let_in = [owner.token for owner in (*self.before, self.owner) if not owner.ownership.fenced]
