@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from farpage.cli.main import LOADED_FASTER
+
+# As in the processes of the command, in those of tests that are started without it.
+os.environ.update(LOADED_FASTER | os.environ)
 
 # How long an example takes, or its drawing, says something about the machine's load here, not about the code.
 # The examples are the same in each run; `--hypothesis-profile search` looks for others.
