@@ -369,6 +369,8 @@ class ProcessLoop(asyncio.AbstractEventLoop):
             self._world.error = error
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
+        if not self._process.alive:
+            return  # an error that a task would have been told of, had it lived on, found by the collector
         error = context.get("exception")
         if isinstance(error, OSError | FarpageError):  # in a callback nobody catches it
             self._world.violated(f"unhandled {type(error).__name__}: {error}")
