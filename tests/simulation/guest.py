@@ -25,6 +25,8 @@ class Guest:
         """Pages whose only stored content was spoilt: poison is right for them."""
         self.lost: set[int] = set()
         self.stopped = False
+        self.paused = False
+        """Begins no access for now, as a VM that stands."""
         self.waiting = 0
         """Accesses under way."""
 
@@ -33,6 +35,12 @@ class Guest:
         for _ in range(threads):
             self._next()
 
+    def move_to(self, memory: SimulatedMemory) -> None:
+        """Go on with other memory; accesses that wait are made there."""
+        before, self._memory = self._memory, memory
+        before.wake(0, before.pages)
+        self.paused = False
+
     @property
     def idle(self) -> bool:
         """Whether no access is under way."""
@@ -40,6 +48,9 @@ class Guest:
 
     def _next(self) -> None:
         if self.stopped:
+            return
+        if self.paused:
+            self._world.after(PAUSES_SECONDS[-1], self._next)
             return
         chance = self._chance
         if chance.random() < 0.9:

@@ -163,7 +163,7 @@ class SimulatedIntermediary:
         if "vm1" not in disk.volumes:
             self.freed = True
             return
-        epoch = disk.volumes["vm1"].claims.current.epoch
+        epoch = max(disk.volumes["vm1"].claims.current.epoch, second.defined.clients["vm1"].epoch)
         volumes = second.service.volumes
         self._control.ask(second, lambda: volumes.delete("vm1", epoch, disk.name), lambda _: None)
 

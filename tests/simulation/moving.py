@@ -221,7 +221,7 @@ class Moving(Scenario):
 
     def _begin_move(self) -> None:
         """Have the client's next worker go over the first VIOS."""
-        if not self._reached("host1", self.first):
+        if not self._reached(self.owner.host, self.first):
             self.world.after(0.2, self._begin_move)
             return
         self.world.note("the move begins")
@@ -247,7 +247,7 @@ class Moving(Scenario):
         """Let pages be copied."""
         if self.cancelled:
             return
-        if not self._reached("host1", self.first):
+        if not self._reached(self.owner.host, self.first):
             self.world.after(AGAIN_SECONDS, self._copy)
             return
         self._define(self.move, COPYING)
@@ -304,7 +304,7 @@ class Moving(Scenario):
     def _cancel(self) -> None:
         if self.finished or not self.begun:
             return
-        if not self._reached("host1", self.first) or self._going_over():
+        if not self._reached(self.owner.host, self.first) or self._going_over():
             self.world.after(AGAIN_SECONDS, self._cancel)
             return
         self.world.note("the move is cancelled")
@@ -333,7 +333,7 @@ class Moving(Scenario):
             return
         self.world.after(WATCH_SECONDS, self._watch)
         copies = self.first.copies
-        if self.wants_end and copies is not None and self._reached("host1", self.first):
+        if self.wants_end and copies is not None and self._reached(self.owner.host, self.first):
             self.ask(self.first, lambda: copies.status("vm1", TARGET), self._status)
 
     def _status(self, status: CopyStatus | None) -> None:
@@ -342,7 +342,7 @@ class Moving(Scenario):
         complete = status is not None and status.present_pages == status.total_pages
         if not complete or self.cancelled or self.finished or copies is None:
             return
-        if not self._reached("host1", first):
+        if not self._reached(self.owner.host, first):
             return
         states = {SOURCE: ReplicaState.RETIRED, TARGET: ReplicaState.IN_SYNC}
         retiring = self.move.model_copy(update={"state": MoveState.RETIRING})

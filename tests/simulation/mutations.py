@@ -19,6 +19,7 @@ from farpage.device.claim import Claims
 from farpage.hypervisor import definitions, replicas
 from farpage.hypervisor.replicas import ClientReplicas
 from farpage.pager import eviction, faults, salvage
+from farpage.pager.releasing import Freeze
 from farpage.pager.table import PAGE_BYTES
 from farpage.vios.copying.copies import Copying
 from farpage.vios.copying.copy import FillRun, VolumeCopy
@@ -159,6 +160,12 @@ def _dead_workers_heard(stack: ExitStack) -> None:
     _replace(stack, replicas, "_with_doubts", lambda order, _states: order)
 
 
+def _freeze_off(stack: ExitStack) -> None:
+    """Answer the accesses of a client that is released until its worker lets go of it."""
+    _replace(stack, Freeze, "begin", lambda _freeze: None)
+    _replace(stack, Freeze, "frozen", True)
+
+
 MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "quarantine_off": _quarantine_off,
     "epoch_checks_off": _epoch_checks_off,
@@ -173,6 +180,7 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "attempts_forgotten": _attempts_forgotten,
     "promotions_off": _promotions_off,
     "dead_workers_heard": _dead_workers_heard,
+    "freeze_off": _freeze_off,
 }
 
 

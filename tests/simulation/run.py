@@ -10,9 +10,11 @@ from typing import Protocol
 from unittest import mock
 
 from farpage.log import diverted
+from farpage.vios.model import HandoverInfo
 from tests.simulation.checker import History, wrong_reads
 from tests.simulation.connection import SimulatedServerProcess
 from tests.simulation.dataworker import simulated_heirs
+from tests.simulation.handing_over import HandingOver
 from tests.simulation.keeping import Keeping
 from tests.simulation.moving import Moving
 from tests.simulation.mutations import mutated
@@ -46,7 +48,8 @@ SCENARIOS: dict[type[Runnable], int] = {
     Replacing: 15,
     Scenario: 45,
     TwoOwners: 10,
-    Moving: 20,
+    Moving: 15,
+    HandingOver: 5,
 }
 """The scenarios, each drawn with its weight."""
 
@@ -94,6 +97,8 @@ def run_seed(
         stack.enter_context(simulated_heirs())
         stack.enter_context(mutated(mutation))
         stack.enter_context(mock.patch("farpage.volume.link.ServerProcess", SimulatedServerProcess))
+        # Devices have short identifiers here.
+        stack.enter_context(mock.patch("farpage.vios.service.HandoverInfo", HandoverInfo.model_construct))
         SimulatedServerProcess.find = partial(_process_of, world)
         scenario = kind(world)
         scenario.run()

@@ -15,10 +15,11 @@ FOUND_BY = {
     "fills_over_present": 18,
     "relay_not_awaited": 18,
     "relays_side_by_side": 378,
-    "copying_lent": 50,
+    "copying_lent": 64,
     "attempts_forgotten": 180,
     "promotions_off": 625,
     "dead_workers_heard": 201,
+    "freeze_off": 17,
 }
 """A seed that finds each; anew: `python -m tests.simulation --seeds 1-2000 --mutation NAME --first`."""
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, cast
 
+from farpage.handover import Handover
+from farpage.hypervisor.tables import lay_out, table_of
 from farpage.pager.buffers import BufferPool
 from farpage.pager.client import PagedClient
 from farpage.pager.limit import Limit
+from farpage.pager.statefile import StateFile
 from farpage.pager.states import CLEAN, ENTRY_BYTES, ON_DEVICE, READING, STATE_NAMES
 from farpage.pager.table import PAGE_BYTES, PageTable
 from farpage.pager.tier import ENTRY_BYTES as TIER_ENTRY_BYTES
@@ -186,6 +190,15 @@ class TightLimit(Limit):
         self.in_flight = chance.choice((1, max(pages // 8, 1)))  # type: ignore[misc]
 
 
+@dataclass
+class _State:
+    """What handing over needs of a state file."""
+
+    pages: int
+    table_storage: memoryview
+    foreign: bool = False
+
+
 class PagerUser:
     """A guest over the real pager."""
 
@@ -205,12 +218,16 @@ class PagerUser:
         # Often none, as what it answers tests no device; a page's content takes hardly any room.
         self._tier_bytes = world.random("tier").choice((0, 0, 5, self.pages)) * TIER_ENTRY_BYTES
         self._detaching: asyncio.Task[None] | None = None
+        self._releasing: asyncio.Task[None] | None = None
         self._process: Process
         self._client: PagedClient
         self._started = False
+        self.frozen = False
+        """A worker that takes over answers no access before it is told to."""
 
     def start(self, process: Process, volume: PagedVolume) -> None:
         self._process = process
+        self._releasing = None
         self.memory.worker = process
         self._client = client = PagedClient(
             self.memory,
@@ -225,14 +242,49 @@ class PagerUser:
         client.space.limit = self._limit
         client.space.tier.resize(self._tier_bytes)
         if self._started:
+            if self.frozen:
+                client.freeze.begin()
             client.recover()
             return
         self._started = True
+        self._begin(client)
+
+    def _begin(self, client: PagedClient) -> None:
+        """Have the first worker serve the guest."""
         client.start()
         self.guest.start(self._chance.choice((1, 2, 3)))
 
     def use(self, volume: PagedVolume) -> None:
         self._client.space.volume = volume
+
+    async def page_out(self) -> None:
+        """Have the worker at hand freeze the guest and page everything out.
+
+        :raise FarpageError: it cannot now; the guest goes on.
+        """
+        if self._releasing is None:
+            self._releasing = self._process.loop.create_task(self._client.page_out("vm1"))
+        # As in a worker, a control process that was started anew joins what an older one has begun.
+        try:
+            await asyncio.shield(self._releasing)
+        finally:
+            if self._releasing is not None and self._releasing.done():
+                self._releasing = None
+
+    async def thaw(self) -> None:
+        """Have the worker at hand answer accesses again."""
+        self._client.freeze.end()
+        if self._releasing is not None:
+            await asyncio.wait([self._releasing])
+            self._releasing = None
+
+    def let_go(self) -> None:
+        """Have the worker at hand touch the memory no more, which stays registered."""
+        self._client.abandon()
+
+    def table(self, epoch: int) -> bytes:
+        """Return the table of a guest that is paged out, as it is handed over."""
+        return table_of("vm1", epoch, cast(StateFile, _State(self.pages, self._storage)))
 
     def stop(self) -> None:
         self.guest.stopped = True
@@ -269,3 +321,17 @@ class PagerUser:
                 elif state == CLEAN and present is not None and present != contents[0]:
                     problems.append(f"page {page} is clean, but the device holds another version")
         return problems
+
+
+class HandedUser(PagerUser):
+    """The guest of another hypervisor's pager, over one that begins with what that has handed over."""
+
+    def __init__(self, before: PagerUser, found: Handover) -> None:
+        """`before` has paged the guest out, and never comes back."""
+        super().__init__(before._world, before.history)
+        self.guest = before.guest
+        lay_out(found, cast(StateFile, _State(self.pages, self._storage)))
+
+    def _begin(self, client: PagedClient) -> None:
+        client.start_handed_over()
+        self.guest.move_to(self.memory)

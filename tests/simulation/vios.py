@@ -8,8 +8,9 @@ from asyncio.events import _set_running_loop
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from farpage import handover
 from farpage.blockio import Extent
 from farpage.definition.database import Database
 from farpage.definition.model import Definition
@@ -20,6 +21,7 @@ from farpage.vios.copying.copies import Copies
 from farpage.vios.copying.presence import Presence, PresenceKey
 from farpage.vios.copying.relay import Dial
 from farpage.vios.exports import VolumeExports
+from farpage.vios.handovers import Handovers
 from farpage.vios.leases import Leases
 from farpage.vios.service import ViosService
 from farpage.vios.volumes import Volumes
@@ -69,6 +71,8 @@ class SimulatedVios:
         self.dial: Dial | None = None
         """How it gets at relays; None where nothing is ever copied to its disks."""
         self.copies: Copies | None = None
+        self.handovers: dict[str, bytes] = {}
+        """The page tables of released clients that it stores, by volume identifier."""
         self.presence: dict[PresenceKey, dict[int, bytes]] = {}
         """What is stored of presence."""
 
@@ -120,7 +124,7 @@ class SimulatedVios:
                 volumes=volumes,
                 exports=exports,
                 definitions=definitions,
-                handovers=None,  # type: ignore[arg-type]
+                handovers=cast(Handovers, StoredHandovers(self)),
                 remembered=None,  # type: ignore[arg-type]
             )
             for disk in self.disks:
@@ -146,6 +150,26 @@ class SimulatedVios:
     def accept(self, pipe: Pipe) -> SimulatedServerConnection:
         """Accept a connection."""
         return SimulatedServerConnection(self, pipe)
+
+
+class StoredHandovers:
+    """Stands in for `farpage.vios.handovers.Handovers`."""
+
+    def __init__(self, vios: SimulatedVios) -> None:
+        self._stored = vios.handovers
+
+    def store(self, volume: str, volume_id: str, encoded: bytes) -> handover.Summary:
+        """Keep one."""
+        self._stored[volume_id] = bytes(encoded)
+        return handover.check(encoded, whose=volume)
+
+    def load(self, volume_id: str) -> bytes | None:
+        """Return what is stored."""
+        return self._stored.get(volume_id)
+
+    def remove(self, volume_id: str) -> None:
+        """Forget one."""
+        self._stored.pop(volume_id, None)
 
 
 class StoredPresence:

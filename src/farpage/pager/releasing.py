@@ -90,6 +90,9 @@ class Freeze:
                 raise problem
             self._eviction.wake()
             await asyncio.sleep(LOOK_SECONDS)
+            if not self.frozen and not self._space.closed:
+                # By a control process that does not know of it: accesses have been answered since.
+                raise NotPagedOut(client, "it was let go on meanwhile", "release it once more")
         return not self._space.closed  # its table is empty then
 
     @property

@@ -139,6 +139,8 @@ class Worker:
                 return await self._page_out(PageOut.model_validate(parameters).client)
             case "let_go":
                 await self._release(LetGo.model_validate(parameters).client)
+            case "thaw":
+                await self._thaw(Thaw.model_validate(parameters).client)
             case "hand_over":
                 return await self._hand_over(HandOver.model_validate(parameters).client)
             case "leave":
@@ -166,8 +168,6 @@ class Worker:
                 return self._start_scrub(StartScrub.model_validate(parameters))
             case "stop_scrub":
                 self._attached(StopScrub.model_validate(parameters).client).paged.stop_scrub()
-            case "thaw":
-                self._attached(Thaw.model_validate(parameters).client).paged.freeze.end()
             case "rejoin":
                 rejoin = Rejoin.model_validate(parameters)
                 self._attached(rejoin.client).paged.space.volume.rejoin(rejoin.vios, rejoin.reason)
@@ -316,14 +316,23 @@ class Worker:
         if attached.releasing is None:
             attached.releasing = self._loop.create_task(attached.paged.page_out(client))
         # A control process that was started anew joins what an older one has begun.
+        releasing = attached.releasing
         try:
-            await asyncio.shield(attached.releasing)
+            await asyncio.shield(releasing)
         except ClientGone:
             raise ClientExited(client) from None
         finally:
-            if attached.releasing.done():
+            if releasing.done() and attached.releasing is releasing:
                 attached.releasing = None
         return PagedOut(epoch=attached.paged.space.volume.epoch)
+
+    async def _thaw(self, client: str) -> None:
+        """Let a frozen client go on; what pages it out for an older control process has ended on return."""
+        attached = self._attached(client)
+        attached.paged.freeze.end()
+        if attached.releasing is not None:
+            await asyncio.wait([attached.releasing])
+            attached.releasing = None
 
     async def _release(self, client: str) -> None:
         """Let go of a frozen client, whose memory stays registered."""

@@ -172,3 +172,16 @@ async def test_one_that_is_recovered_while_it_is_frozen_stays_so() -> None:
     assert (client.counts[ON_DEVICE], client.counts[ZERO]) == (PAGES - 1, 1)
     client.paged.abandon()
     client.memory.close()
+
+
+async def test_one_that_is_thawed_meanwhile_is_not_taken_for_paged_out() -> None:
+    with started() as client:
+        client.volume.hold = True
+        releasing = asyncio.get_running_loop().create_task(client.paged.page_out("vm"))
+        await client.until(lambda: bool(client.volume.held))
+        client.paged.freeze.end()
+        client.volume.hold = False
+        client.volume.release_all()
+        with pytest.raises(NotPagedOut, match="let go on meanwhile"):
+            await releasing
+        assert not client.paged.freeze.frozen
