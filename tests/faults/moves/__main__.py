@@ -48,14 +48,13 @@ async def run(roles: Sequence[Role], seeds: range, *, quiet: bool) -> dict[Role,
 def table(found: dict[Role, list[Killed]]) -> str:
     """Return what the kills came to, in Markdown."""
     lines = [
-        "| killed | times | while it was | moved | longest command, ms | wrong pages |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| killed | times | while it was | longest command, ms | wrong pages |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for role, kills in found.items():
         stages = Counter(killed.stage for killed in kills)
         lines.append(
             f"| {role} | {len(kills)} | {', '.join(f'{stage} {times}' for stage, times in stages.items())} | "
-            f"{sum(killed.moved for killed in kills)} | "
             f"{max(killed.longest_seconds for killed in kills) * 1000:.0f} | "
             f"{sum(killed.wrong_pages for killed in kills)} |"
         )
