@@ -27,6 +27,8 @@ class Guest:
         self.stopped = False
         self.paused = False
         """Begins no access for now, as a VM that stands."""
+        self.most_waiting = 1 << 30
+        """It has no more threads than that to wait with."""
         self.waiting = 0
         """Accesses under way."""
 
@@ -49,7 +51,7 @@ class Guest:
     def _next(self) -> None:
         if self.stopped:
             return
-        if self.paused:
+        if self.paused or self.waiting > self.most_waiting:
             self._world.after(PAUSES_SECONDS[-1], self._next)
             return
         chance = self._chance

@@ -51,6 +51,8 @@ ANSWER_SECONDS = 2.0
 POLL_SECONDS = 0.1
 TRY_SECONDS = 0.5
 """After so long the operator repeats what has failed."""
+THREADS = 6
+"""What waits for a hypervisor that is long in coming must not be more than a small limit has room for."""
 PLACES = {TARGET: FIRST, SOURCE: SECOND}
 
 Answer = TypeVar("Answer")
@@ -78,6 +80,7 @@ class HandingOver(Moving):
         self._table: Release | None = None
         """What that attachment begins with."""
         self._carriers: dict[Process, HandoverCarrier] = {}
+        self._pager.guest.most_waiting = THREADS
         self._control = self._new_control()
         self._define(None, {SOURCE: ReplicaState.IN_SYNC})
 
