@@ -160,12 +160,11 @@ def _with_doubts(order: Attach, states: Mapping[str, ReplicaState]) -> Attach:
 
 
 def _with_states(order: Attach, states: Mapping[str, ReplicaState]) -> Attach:
-    """Say what is recorded of the replicas; nobody uses one any more that is retired."""
+    """Say what is recorded of the replicas."""
     replicas = tuple(
         replica.model_copy(update={"state": states[replica.device], "unsure": False})
         if replica.device in states
         else replica
         for replica in order.replicas
-        if states.get(replica.device) is not ReplicaState.RETIRED
     )
     return order.model_copy(update={"replicas": replicas})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from farpage.address import parse_address
+from farpage.definition.states import ReplicaState
 from farpage.pager.messages import Attach, GoOver, ReplicaSpec
 from farpage.pager.table import PAGE_BYTES
 from farpage.volume.connector import Connector, Endpoint
@@ -26,6 +27,7 @@ def make(
     connector: Connector,
 ) -> PagedVolume:
     """Make the volume of a client that is about to be attached or recovered; it is not open yet."""
+    order = order.model_copy(update={"replicas": _used(order.replicas)})
     if len(order.replicas) > 1:
         return _mirror(order, ownership, events, store, leases, connector=connector)
     (replica,) = order.replicas
@@ -41,6 +43,15 @@ def make(
         leases=leases,
         had_owner=order.had_owner,
         path_timeout_seconds=order.path_timeout_seconds,
+    )
+
+
+def _used(replicas: tuple[ReplicaSpec, ...]) -> tuple[ReplicaSpec, ...]:
+    """Leave retired replicas out, but those that may be about to come back, with nothing to rely on."""
+    return tuple(
+        spec.model_copy(update={"state": ReplicaState.STALE}) if spec.state is ReplicaState.RETIRED else spec
+        for spec in replicas
+        if spec.state is not ReplicaState.RETIRED or spec.unsure
     )
 
 

@@ -157,12 +157,19 @@ async def test_nothing_is_recorded_for_a_worker_that_was_replaced(tmp_path: Path
     folder.close()
 
 
-async def test_a_retired_replica_is_nothing_to_the_next_worker(tmp_path: Path) -> None:
+async def test_a_retired_replica_is_nothing_to_the_next_worker_unless_it_may_be_coming_back(
+    tmp_path: Path,
+) -> None:
     folder = RunFolder(tmp_path)
     clients = clients_with(folder)
     attached = attached_with(clients)
     states = {"one": ReplicaState.RETIRED, "two": IN_SYNC}
     await ClientReplicas(clients).record(RecordReplicas(client="vm", owner="aa", epoch=2, states=states))
-    assert attached.record.order is not None
-    assert [spec.device for spec in attached.record.order.replicas] == ["two"]
+    assert for_next_worker(clients) == [(IN_SYNC, False)]
+    attached.replaced_epoch = 0
+    back = RecordReplicas(client="vm", owner="aa", epoch=2, states={"one": IN_SYNC, "two": STALE})
+    cast(Records, clients.records).fails = True
+    with pytest.raises(NoVios):
+        await ClientReplicas(clients).record(back)
+    assert sorted(for_next_worker(clients)) == [(IN_SYNC, True), (STALE, True)]
     folder.close()
