@@ -32,7 +32,7 @@ def carry_out(
     options: argparse.Namespace,
     begin: Callable[[], Coroutine[Any, Any, Result]],
     *,
-    text: Callable[[Result], str] = BenchResult.as_text,
+    text: Callable[[Result], str] = lambda result: result.as_text(),
 ) -> int:
     """Run what `begin` returns, publish its result and return the exit status.
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench._published import Panel, Summary, as_markdown, check_options, publish
+from bench._command import carry_out
+from bench._published import BenchResult, Panel, Summary, as_markdown, check_options, publish
 from bench._rounds import Spread
 from farpage.errors import InvalidInput
 
@@ -46,3 +47,28 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidInput):
         check_options(Namespace(json=False, out=tmp_path / "file"))
+
+
+class Found(BenchResult):
+    reached: bool
+
+    @property
+    def status(self) -> int:
+        return 0 if self.reached else 1
+
+    def as_text(self) -> str:
+        return "what was found"
+
+    def summary(self) -> Summary:
+        return SUMMARY
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_run_prints_what_was_found_and_ends_with_its_status(
+    reached: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def run() -> Found:
+        return Found(reached=reached)
+
+    assert carry_out(Namespace(json=False, out=None), run) == (0 if reached else 1)
+    assert capsys.readouterr().out == "what was found\n"
