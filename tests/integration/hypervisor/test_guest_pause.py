@@ -136,8 +136,8 @@ async def test_a_refused_stop_is_not_taken_for_a_pause(rig: Paused) -> None:
     rig.qemu.refused.add("stop")
     pause = rig.pause()
     pause.outage(True)
-    await rig.until(lambda: rig.remembered[:2] == [True, False])
-    assert "guest_not_controlled" in rig.alarms
+    await rig.until(lambda: "guest_not_controlled" in rig.alarms)
+    assert rig.remembered[:2] == [True, False]
     rig.qemu.refused.clear()
     await rig.until(lambda: rig.qemu.status == "paused")
     await pause.settled(60)
