@@ -17,7 +17,7 @@ import fcntl
 import os
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -96,21 +96,15 @@ class Heir:
         memory = retake(record.memory)
         if memory is None:
             return
-        try:
+        with ExitStack() as undo:
+            undo.callback(memory.close_descriptors)
             if not memory.is_registered():
-                memory.close_descriptors()
                 return
             state = StateFile.open(state_path(self._clients, client))
-        except BaseException:
-            memory.close_descriptors()
-            raise
-        order = record.order.model_copy(update={"recover": True})
-        try:
+            undo.callback(state.close)
+            order = record.order.model_copy(update={"recover": True})
             save_record(self._clients, record.model_copy(update={"order": order, "worker": self._myself}))
-        except BaseException:
-            memory.close_descriptors()
-            state.close()
-            raise
+            undo.pop_all()
         log.info("client_inherited", client=client, worker=worker.pid)
         await self._recover(order, memory, state)
 
