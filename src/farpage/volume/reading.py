@@ -61,8 +61,7 @@ class Reads:
         if preferred is None or not preferred.readable:
             preferred = self.choose(read)
         self._start(read, preferred)
-        if self._timer is None or self._tick_seconds > TICK_SECONDS:
-            self._tick_in(TICK_SECONDS)
+        self._tick_soon()
 
     def adopt(self, replica: Replica, offset: int, length: int, done: ReadDone) -> ReadDone:
         """Count a read that a replica was asked for before as one of these; returns who is to be told."""
@@ -70,8 +69,7 @@ class Reads:
         read = Read(offset, length, done)
         read.on = 1
         replica.reads[read] = self._loop.time()
-        if self._timer is None or self._tick_seconds > TICK_SECONDS:
-            self._tick_in(TICK_SECONDS)
+        self._tick_soon()
         return partial(self._answered, read, replica)
 
     def _start(self, read: Read, replica: Replica) -> None:
@@ -134,6 +132,11 @@ class Reads:
         return others[0] if others else None
 
     # Lateness
+
+    def _tick_soon(self) -> None:
+        """Look soon whether the read that was begun now is late."""
+        if self._timer is None or self._tick_seconds > TICK_SECONDS:
+            self._tick_in(TICK_SECONDS)
 
     def _tick_in(self, seconds: float) -> None:
         if self._timer is not None:
