@@ -72,9 +72,13 @@ class Connector:
 
         vios_process = pipe.server
         servers: list[SimulatedServerConnection] = []
-        pipe.on_end[self._process] = lambda: fail(
-            ConnectionEnded(export_name, endpoint.vios, "the server closed it")
-        )
+        ended: list[bool] = []
+
+        def end() -> None:
+            ended.append(True)
+            fail(ConnectionEnded(export_name, endpoint.vios, "the server closed it"))
+
+        pipe.on_end[self._process] = end
         pipe.send(vios_process, accept)
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -88,6 +92,8 @@ class Connector:
         self.on_open(endpoint.vios, export_name)
         pid = vios_process.pid if self._same_host else None
         connection = SimulatedConnection(pipe, servers[0], export, endpoint.vios, pid)
+        if ended:
+            asyncio.get_running_loop().call_soon(connection.end)
         if self._borrows and isinstance(export, VolumeExport) and export.lend is not None:
             connection.direct = vios.lent(export.volume_id, self._process)
         return connection
@@ -115,7 +121,7 @@ class SimulatedConnection:
         self._in_flight: dict[int, Callable[[int, Any], None]] = {}
         self._cookie = 0
         self._idle: asyncio.Future[None] | None = None
-        pipe.on_end[pipe.client] = self._lost
+        pipe.on_end[pipe.client] = self.end
 
     def push(self) -> None:
         """Everything is sent at once here."""
@@ -210,7 +216,8 @@ class SimulatedConnection:
         if not self._ended:
             self._end()
 
-    def _lost(self) -> None:
+    def end(self) -> None:
+        """Learn that the server has closed it."""
         if self._ended:
             return
         self._ended = True

@@ -59,7 +59,7 @@ class SimulatedHeir(Heir):
 
 def simulated_heirs() -> AbstractContextManager[object]:
     """Let heirs work on simulated folders while the context lasts."""
-    memory = SimpleNamespace(is_registered=lambda: True)
+    memory = SimpleNamespace(is_registered=lambda: True, close_descriptors=lambda: None)
     return mock.patch.multiple(
         "farpage.pager.heir",
         clients_folder=lambda folder: folder,
@@ -68,7 +68,7 @@ def simulated_heirs() -> AbstractContextManager[object]:
         save_record=lambda folder, record: folder.save(record),
         retake=lambda _record: memory,
         state_path=lambda _folder, _client: None,
-        StateFile=SimpleNamespace(open=lambda _path: None),
+        StateFile=SimpleNamespace(open=lambda _path: SimpleNamespace(close=lambda: None)),
         _ended=lambda identity: SimulatedServerProcess.find(identity.pid).gone,
     )
 

@@ -14,7 +14,7 @@ FOUND_BY = {
     "predecessors_off": 46,
     "fills_over_present": 18,
     "relay_not_awaited": 18,
-    "relays_side_by_side": 378,
+    "relays_side_by_side": 587,
     "copying_lent": 64,
     "attempts_forgotten": 180,
     "promotions_off": 625,

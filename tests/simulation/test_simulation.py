@@ -41,6 +41,7 @@ def test_no_seed_violates_anything() -> None:
         pytest.param(3134, id="room-left-by-a-lost-page"),
         pytest.param(20969, id="room-taken-by-a-fault-that-was-answered-at-the-second-try"),
         pytest.param(21478, id="a-change-back-while-one-that-nobody-acknowledged-may-be-stored"),
+        pytest.param(40302, id="a-replica-undone-while-a-worker-was-recovered"),
     ],
 )
 def test_a_seed_that_once_found_a_fault_finds_none(seed: int) -> None:

@@ -186,6 +186,7 @@ class TightLimit(Limit):
         headroom = max(pages // 8, 1)
         self.low = pages - 2 * headroom  # type: ignore[misc]
         self.high = pages - headroom  # type: ignore[misc]
+        self.reading = max(pages // 2, 1)  # type: ignore[misc]
         self.most = pages + chance.choice((0, 1, 4))  # type: ignore[misc]
         self.in_flight = chance.choice((1, max(pages // 8, 1)))  # type: ignore[misc]
 

@@ -67,7 +67,8 @@ class ClientReplicas:
     def current(self, client: str, order: Attach) -> tuple[ReplicaSpec, ...]:
         """Return the replicas as the definition has them now.
 
-        While that is not known their states are those of `order`, which `record` keeps up to date.
+        While that is not known their states are those of `order`, which `record` keeps up to date. A stale
+        one that no worker was told of is left to `add`: it is undone if no VIOS makes its volume.
         """
         try:
             current = self._clients.records.replicas(client, turn=0)
@@ -96,6 +97,7 @@ class ClientReplicas:
             )
             for replica in current
             if states.get(replica.device) is not ReplicaState.RETIRED
+            and (replica.device in before or states.get(replica.device) is not ReplicaState.STALE)
         )
 
     async def add(self, client: str, attached: Attached, device: str) -> None:

@@ -56,6 +56,7 @@ class Faults:
         self._waiting: dict[int, float] = {}
         self._write_wanted: set[int] = set()
         self._deferred: deque[Fault] = deque()
+        self._admitting = False
         self.salvage = Salvage(space)
         self._salvaging: set[asyncio.Task[None]] = set()
         self.stopped = False
@@ -249,9 +250,15 @@ class Faults:
 
     def admit(self) -> None:
         """Answer the faults that waited for room."""
-        deferred = self._deferred
-        while deferred and self._space.room > 0 and not self.frozen:
-            self._answer(deferred.popleft())
+        if self._admitting:  # a page that one of them waited for has come at once, and left room
+            return
+        self._admitting = True
+        try:
+            deferred = self._deferred
+            while deferred and self._space.room > 0 and not self.frozen:
+                self._answer(deferred.popleft())
+        finally:
+            self._admitting = False
         self._space.volume.push()
 
     # Hot path: from the payloads to the client

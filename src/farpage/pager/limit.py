@@ -30,6 +30,8 @@ class Limit:
         """Page-outs begin above this, so that a fault finds room."""
         self.most: Final = pages + pages // 64
         """No fault is answered above this; what a batch of faults brings at once may exceed the limit."""
+        self.reading: Final = pages // 2
+        """Most pages on their way into memory: what has come is used before it has to leave for others."""
         self.in_flight: Final = min(max(pages // 8, 64), IN_FLIGHT_MAX)
         """Most pages on their way to the volume, not counting those held back from a failed server.
 

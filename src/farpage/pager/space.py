@@ -75,7 +75,8 @@ class Space:
     @property
     def room(self) -> int:
         """Pages that may still be brought in."""
-        return self.limit.most - self.taken
+        limit = self.limit
+        return min(limit.most - self.taken, limit.reading - self.table.counts[READING])
 
     def wanted_pages(self) -> NDArray[np.bool_]:
         """Tell which pages' content is on the volume, or about to be, there alone or in memory as well."""

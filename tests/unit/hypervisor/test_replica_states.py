@@ -28,10 +28,11 @@ IN_SYNC, STALE = ReplicaState.IN_SYNC, ReplicaState.STALE
 
 
 class Records:
-    """A definition that every change is stored in, and that nobody can read."""
+    """A definition that every change is stored in, and that nobody can read but for the replicas `known`."""
 
     def __init__(self) -> None:
         self.stored: list[RecordReplicas] = []
+        self.known: tuple[ReplicaSpec, ...] = ()
         self.fails = False
 
     async def record_replicas(self, wanted: RecordReplicas, begins: Callable[[], None]) -> None:
@@ -41,10 +42,12 @@ class Records:
         self.stored.append(wanted)
 
     def replicas(self, client: str, turn: int) -> tuple[ReplicaSpec, ...]:
-        raise ClientMissing(client)
+        if not self.known:
+            raise ClientMissing(client)
+        return self.known
 
     def replica_states(self, client: str) -> dict[str, ReplicaState]:
-        return {}
+        return {replica.device: replica.state for replica in self.known}
 
 
 def order() -> Attach:
@@ -172,4 +175,18 @@ async def test_a_retired_replica_is_nothing_to_the_next_worker_unless_it_may_be_
     with pytest.raises(NoVios):
         await ClientReplicas(clients).record(back)
     assert sorted(for_next_worker(clients)) == [(IN_SYNC, True), (STALE, True)]
+    folder.close()
+
+
+async def test_the_next_worker_is_told_of_no_stale_replica_that_none_was_told_of(
+    tmp_path: Path,
+) -> None:
+    """Until its volume is made, it may be undone."""
+    folder = RunFolder(tmp_path)
+    clients = clients_with(folder)
+    attached_with(clients)
+    one, two = order().replicas
+    new = two.model_copy(update={"device": "new", "name": "new", "state": STALE})
+    cast(Records, clients.records).known = (one, two.model_copy(update={"state": STALE}), new)
+    assert for_next_worker(clients) == [(IN_SYNC, False), (STALE, False)]
     folder.close()

@@ -9,7 +9,8 @@ import pytest
 
 from farpage.pager.eviction import SLICE_RUNS
 from farpage.pager.limit import Limit
-from tests.support.paging import ModelClient
+from farpage.pager.states import READING
+from tests.support.paging import ModelClient, content_of
 
 PAGES = 4096
 
@@ -66,4 +67,23 @@ async def test_a_fault_that_is_answered_at_the_second_try_makes_pages_leave_too(
         while client.table.resident > limit.low:
             await asyncio.sleep(0.001)
     assert client.states(PAGES - 1) == ["dirty"]
+    client.close()
+
+
+async def test_however_many_accesses_wait_half_of_the_limit_is_for_pages_that_have_come() -> None:
+    client = ModelClient(1024, 1023)
+    client.faults.on_pressure = client.eviction.wake
+    await client.fill(1024)
+    client.space.set_limit(Limit(33))
+    await client.evict()
+    client.space.set_limit(Limit(256))
+    client.volume.hold = True
+    waiting = [page for page in range(0, 1024, 2) if client.read(page) is None]
+    await client.settle()
+    assert len(waiting) > 256
+    assert client.table.counts[READING] == 128
+    client.volume.hold = False
+    client.volume.release_all()
+    await client.settle()
+    assert client.read(waiting[-1]) == content_of(waiting[-1])
     client.close()
