@@ -90,7 +90,7 @@ class TwoOwners(Scenario):
         self.owner = owner
         self.world.note(f"{host} claims the client at epoch {known + 1}")
         self._some_unaware |= len(self._reached(host)) < len(self.vioses)
-        self._some_unaware |= any(disk.hung for disk in self.place.disks)
+        self._some_unaware |= any(disk.hung or disk.failing for disk in self.place.disks)
         self._define(host, known + 1)
         self._enter(owner)
         owner.open(known + 1)
