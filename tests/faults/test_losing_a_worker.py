@@ -144,6 +144,7 @@ async def test_pages_taken_by_a_balloon_before_the_worker_is_killed_are_zeros_or
     recovered = await recoveries(paged.embedded)
     lost = await worker_pid(paged.embedded, "client")
     assert await paged.client.do("write 1024 64") == "done"
+    await paged.info()  # the worker has noted by now that the last of them is in memory
     os.kill(lost, signal.SIGSTOP)
     assert await paged.client.do(f"punch 0 {paged.pages}") == "done"
     await kill_and_wait(lost)
