@@ -93,10 +93,16 @@ class Clients:
                 raise ClientAttached(client, self.attached[client].memory.pid)
             await self.records.delete(client)
 
+    async def discard_unattached(self, client: str) -> None:
+        """Delete a client that was made for an attachment which has ended, unless it is attached again."""
+        async with self.only(client, CLOSE):
+            if client in self.records and client not in self.attached:
+                await self.records.discard(client)
+
     async def clear_leftovers(self) -> None:
-        """Delete what could not be deleted while VIOS were away."""
+        """Delete what could not be deleted while VIOS were away, but what somebody has attached since."""
         for client in sorted(self.records.leftovers):
-            if client not in self._busy:
+            if not {client} & (self._busy.keys() | self.attached.keys() | self.unrecovered.keys()):
                 async with self.only(client, "delete"):
                     await self.records.clear(client)
 

@@ -72,16 +72,20 @@ class Detaching:
             if attached.ephemeral:
                 await self._clients.records.discard(client)
 
-    async def process_gone(self, client: str) -> None:
-        """Clean up after a process that has exited."""
+    async def process_gone(self, client: str, *, held: bool = False) -> None:
+        """Clean up after a process that has exited; `held` if the caller holds off requests about it."""
         attached = self._clients.attached.get(client)
         if attached is None or not is_gone(attached.memory.pidfd):
             return
         if attached.record.releasing:
             return  # what it was may be all on its devices by now: whoever releases it sees to the rest
         self._clients.let_go(client)
-        if attached.ephemeral:
+        if not attached.ephemeral:
+            return
+        if held:
             await self._clients.records.discard(client)
+        else:
+            await self._clients.discard_unattached(client)
 
     async def all(self) -> None:
         """Give every client its memory back whole, before the hypervisor stops."""

@@ -330,8 +330,7 @@ class Recovery:
         await self._unstarted.put_back_all()
         ended, self._ended_regions = self._ended_regions, []
         for client in ended:
-            if client in self._clients.records and client not in self._clients.attached:
-                await self._clients.records.discard(client)
+            await self._clients.discard_unattached(client)
 
     # Tasks
 

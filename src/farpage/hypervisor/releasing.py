@@ -135,7 +135,7 @@ class Releases:
             await self._clients.command(client, attached, "thaw", Thaw(client=client))
         except FarpageError as error:
             log.warning("client_not_thawed", client=client, problem=error.cause)
-            await self._detaching.process_gone(client)
+            await self._detaching.process_gone(client, held=True)
 
     async def _let_go(self, client: str, attached: Attached) -> None:
         try:
