@@ -165,6 +165,9 @@ class Keeping:
         self._acknowledged = 1
         self._attempted: set[int] = set()
         """Numbers of changes since the latest acknowledged one of which nobody knows what became of them."""
+        self._under_way: set[int] = set()
+        """The number of the change that the hypervisor makes now, if it makes one: what is promoted meanwhile
+        may be there before."""
         self._missing: set[str] = set()
         """Devices whose replica has missed an acknowledged write."""
         self._healed = False
@@ -248,7 +251,7 @@ class Keeping:
             return
         self.world.note(f"promoted {_limit(keeper.current)}")
         self._acknowledged = _limit(keeper.current)
-        self._attempted.clear()
+        self._attempted &= self._under_way
         self._missing = {device for device in self._missing if _states(keeper.current)[device] is not _SYNC}
 
     # Changes
@@ -278,12 +281,15 @@ class Keeping:
             return rules.set_replica_states(definition, CLIENT, record.owner, record.epoch, states)
 
         self._attempted.add(number)
+        self._under_way = {number}
         self._strike()
         try:
             await keeper.change(edit)
         except FarpageError as error:
             self.world.note(f"change {number} failed: {error.cause}")
             return
+        finally:
+            self._under_way = set()
         self.world.note(f"change {number}: {', '.join(states.values())}")
         self._acknowledged = number
         self._attempted.clear()

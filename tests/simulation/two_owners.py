@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
+from farpage.definition.model import ClientRecord, Definition, VolumeRecord
+from farpage.device.claim import Claim
 from tests.simulation.checker import History
 from tests.simulation.definition import SimulatedDefinition
 from tests.simulation.owner import Owner
@@ -33,10 +35,9 @@ class TwoOwners(Scenario):
         self.before: list[Owner] = []
         """Those whose claims others have replaced."""
         self._claims = 1
+        self._first_token = self.owner.token
         self._some_unaware = False
         """A claim may not have come to a VIOS or a disk: the owner before may come to its epoch there."""
-        self._defined = dict.fromkeys(self.place.vioses, 1)
-        """The client's epoch in the definition of each VIOS."""
         self._enter(self.owner)
 
     def histories(self) -> Iterable[History]:
@@ -53,7 +54,7 @@ class TwoOwners(Scenario):
     def _enter(self, owner: Owner) -> None:
         """Have the epochs that an owner comes to entered in the definition a little later."""
         owner.on_epoch = lambda epoch: self.world.after(
-            0.01 + 0.1 * self._chance.random(), lambda: self._define(owner.host, epoch)
+            0.01 + 0.1 * self._chance.random(), lambda: self._define(owner, epoch)
         )
 
     # Claiming
@@ -91,7 +92,7 @@ class TwoOwners(Scenario):
         self.world.note(f"{host} claims the client at epoch {known + 1}")
         self._some_unaware |= len(self._reached(host)) < len(self.vioses)
         self._some_unaware |= any(disk.hung or disk.failing for disk in self.place.disks)
-        self._define(host, known + 1)
+        self._define(owner, known + 1, claims=True)
         self._enter(owner)
         owner.open(known + 1)
 
@@ -118,15 +119,24 @@ class TwoOwners(Scenario):
         They know it from the volumes and from the definition.
         """
         known = [
-            max([self._defined[vios.name], *(d.volumes["vm1"].claims.current.epoch for d in vios.disks)])
+            max([self._defined(vios).epoch, *(d.volumes["vm1"].claims.current.epoch for d in vios.disks)])
             for vios in self._reached(host)
         ]
         return max(known, default=None)
 
-    def _define(self, host: str, epoch: int) -> None:
-        """Enter an epoch in the definition at every VIOS that a host reaches."""
-        for vios in self._reached(host):
-            self._defined[vios.name] = max(self._defined[vios.name], epoch)
+    def _defined(self, vios: SimulatedVios) -> Claim:
+        """Return the client's epoch and owner in the definition that a VIOS stores."""
+        record = vios.defined.clients.get("vm1")
+        return Claim(record.epoch, record.owner) if record else Claim(1, self._first_token)
+
+    def _define(self, owner: Owner, epoch: int, *, claims: bool = False) -> None:
+        """Enter an owner's epoch in the definition at every VIOS that its host reaches."""
+        for vios in self._reached(owner.host):
+            now = self._defined(vios)
+            if epoch > now.epoch and (claims or owner.token == now.owner):
+                volume = VolumeRecord.model_construct(name="vm1", replicas=())
+                record = ClientRecord.model_construct(epoch=epoch, owner=owner.token, volumes=(volume,))
+                vios.define(Definition().model_copy(update={"clients": {"vm1": record}}))
 
     def _claim_is_seen(self) -> bool:
         """Tell whether a VIOS answers at both hosts, so that the first hears whose the client is."""
