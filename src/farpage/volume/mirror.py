@@ -236,9 +236,13 @@ class MirrorVolume:
     def predecessors_gone(self) -> bool:
         """Whether no server can still carry out what it was sent before this owner, or worker, began.
 
-        A replica that is away gets nothing before that.
+        A replica that is away gets nothing before that, also from a worker that takes this one's place, as
+        soon as it is recorded as stale.
         """
-        return all(r.mode is Mode.AWAY or r.volume.predecessors_gone for r in self._replicas)
+        return all(
+            (r.mode is Mode.AWAY and self._recorder.is_stale(r.device)) or r.volume.predecessors_gone
+            for r in self._replicas
+        )
 
     @property
     def relayed(self) -> bool:
@@ -302,9 +306,13 @@ class MirrorVolume:
         self._losing.decide()
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition() and not self.ownership.fenced:
-            self._replicas.changed.clear()
-            await self._replicas.changed.wait()
+        forget = self.ownership.when_fenced(self._replicas.changed.set)
+        try:
+            while not condition() and not self.ownership.fenced:
+                self._replicas.changed.clear()
+                await self._replicas.changed.wait()
+        finally:
+            forget()
 
     async def close(self) -> None:
         """Wait for the commands in flight, then let go of the paths."""

@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 
 from farpage.definition.model import ReplicaState
+from farpage.device.claim import Claim
 from farpage.volume.dirty import MemoryDirtyStore
-from farpage.volume.errors import NoPath
+from farpage.volume.errors import ClientFenced, NoPath
 from farpage.volume.reading import Reads
 from tests.support.simulated_loop import run_simulated
 from tests.unit.volume.mirror_model import IN_SYNC, PAGES, STALE, MirrorRig
@@ -453,6 +454,37 @@ def test_after_a_recovery_nothing_is_copied_while_a_server_may_still_write_for_t
         await rig.in_sync()
         assert rig.page("disk1", 1) == 2
         await rig.volume.abandon()
+
+    run_simulated(main)
+
+
+def test_what_a_dead_worker_sent_to_a_lost_replica_counts_until_that_is_recorded_as_stale() -> None:
+    async def main() -> None:
+        rig = MirrorRig(common=True, recover=True, epoch=10)
+        rig.vioses["spare"].hang()
+        await rig.volume.open(5)
+        assert not rig.volume.predecessors_gone
+        rig.events.gate.clear()
+        rig.vioses["vios1"].kill()
+        await rig.until(lambda: rig.health()["disk1"] == "stale")
+        assert not rig.volume.predecessors_gone
+        rig.events.gate.set()
+        await rig.until(lambda: rig.volume.predecessors_gone)
+        assert rig.events.stored["disk1"] is STALE
+        await rig.volume.abandon()
+
+    run_simulated(main)
+
+
+def test_who_finds_another_owner_at_the_only_replica_that_answers_is_told_at_once() -> None:
+    async def main() -> None:
+        rig = MirrorRig()
+        rig.vioses["vios2"].hang()
+        rig.vioses["vios1"].claim(Claim(5, "bbbbbbbbbbbbbbbb"))
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(ClientFenced, match="another owner"):
+            await rig.volume.open(60)
+        assert asyncio.get_running_loop().time() - began < 1
 
     run_simulated(main)
 
