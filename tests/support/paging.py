@@ -138,6 +138,8 @@ class ModelMemory(PagedMemory):
             return 0
         if page in self.mapped:
             raise FileExistsError(errno.EEXIST, "the page is present")
+        if page not in self.content:
+            raise FileNotFoundError(errno.ENOENT, "the page is not in the memfd")
         self._put(page, self.content[page], protect)
         return 1
 

@@ -137,7 +137,7 @@ class Faults:
         try:
             if not self._space.memory.map_in(fault.page, protect=protect):
                 self._later(fault)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # stale; or the balloon took it: then it faults anew
             self._as_it_was(fault.page, state)
 
     def _refill(self, fault: Fault, state: int) -> None:
@@ -156,7 +156,7 @@ class Faults:
             self._space.table.put(page, REWRITTEN)
 
     def _as_it_was(self, page: int, state: int) -> None:
-        """Take back `_dirtied`: the event was stale, and the page is still protected if it was."""
+        """Take back `_dirtied`: the event was stale, a page that is present is still protected if it was."""
         self._space.table.put(page, state)
         self._space.memory.wake(page, 1)
 

@@ -63,10 +63,15 @@ class PagedMemory:
         return self._pages_done(self._uffd.zeropage(self._start + first * PAGE_BYTES, count * PAGE_BYTES))
 
     def map_in(self, page: int, *, protect: bool) -> int:
-        """Map a page that is in the memfd but not in the client's page table; as `copy_in`."""
-        return self._pages_done(
-            self._uffd.continue_(self._start + page * PAGE_BYTES, PAGE_BYTES, write_protect=protect)
-        )
+        """Map a page that is in the memfd but not in the client's page table; as `copy_in`.
+
+        :raise FileNotFoundError: it is not in the memfd (any more).
+        """
+        address = self._start + page * PAGE_BYTES
+        result = self._uffd.continue_(address, PAGE_BYTES, write_protect=protect)
+        if result == -errno.EFAULT:  # mm/userfaultfd.c, mfill_atomic_pte_continue
+            raise FileNotFoundError(errno.ENOENT, "the page is not in the memfd")
+        return self._pages_done(result)
 
     def poison(self, page: int) -> int:
         """Make accesses to a missing page fail for good; as `copy_in`."""
