@@ -4,14 +4,15 @@ Every page is on the device, or was never written, or is lost; so one bit for ea
 and four bytes for each page on the device are all that there is to know:
 
     0     16   magic
-    16    4    format version, 1
+    16    4    format version, 2
     20    4    length of the volume's name
     24    8    pages
     32    8    epoch under which the volume was written last
-    40    8    pages that are on the device
-    48    32   SHA-256 of all that is not this field
-    80    64   name of the volume, filled up with zeros
-    144        bitmap of the pages on the device, least significant bit first
+    40    8    number of the release, counted over the attachment of the client
+    48    8    pages that are on the device
+    56    32   SHA-256 of all that is not this field
+    88    64   name of the volume, filled up with zeros
+    152        bitmap of the pages on the device, least significant bit first
                bitmap of the lost pages
                checksums of the pages on the device, in their order, 4 bytes each
 
@@ -37,12 +38,12 @@ if TYPE_CHECKING:  # a VIOS, which only checks handovers, starts without it
     Checksums = npt.NDArray[np.uint32]
 
 MAGIC: Final = b"farpage handover"
-VERSION: Final = 1
+VERSION: Final = 2
 PAGES_MAX: Final = 1 << 40
 """4 PiB of memory."""
 
-_HEAD: Final = struct.Struct("<16sIIQQQ32s64s")
-_DIGEST: Final = slice(48, 80)
+_HEAD: Final = struct.Struct("<16sIIQQQQ32s64s")
+_DIGEST: Final = slice(56, 88)
 _NAME: Final = re.compile(rb"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -61,12 +62,25 @@ class HandoverDamaged(FarpageError):
     problem: str
 
 
+@dataclass(eq=False)
+class HandoverOutdated(FarpageError):
+    """A later release has stored its own: this one comes late from one that was given up."""
+
+    code = "handover_outdated"
+    template = "the handover of volume {volume!r} is older than the one that is stored"
+    remedy = "nothing is to be done: the stored one is kept"
+    exit_status = ExitStatus.CONFLICT
+    volume: str
+
+
 @dataclass(frozen=True)
 class Handover:
     """Where each page of a client is. `checksums` has an entry for every page, 0 where not on the device."""
 
     volume: str
     epoch: int
+    attempt: int
+    """Rises with each release that is begun, so that one that was given up is known when it comes late."""
     on_device: Bits
     lost: Bits
     checksums: Checksums
@@ -99,6 +113,7 @@ def encode(handover: Handover) -> bytes:
             len(name),
             handover.pages,
             handover.epoch,
+            handover.attempt,
             handover.on_device_pages,
             bytes(32),
             name,
@@ -121,10 +136,15 @@ class Summary:
 
     volume: str
     epoch: int
+    attempt: int
     pages: int
     on_device_pages: int
     digest: str
     """Hexadecimal digits."""
+
+    def is_older(self, other: Summary) -> bool:
+        """Tell whether it was made before another one of the same volume."""
+        return (self.epoch, self.attempt) < (other.epoch, other.attempt)
 
 
 def check(encoded: bytes | bytearray | memoryview, *, whose: str) -> Summary:
@@ -135,7 +155,9 @@ def check(encoded: bytes | bytearray | memoryview, *, whose: str) -> Summary:
     content = memoryview(encoded)
     if len(content) < _HEAD.size or bytes(content[: len(MAGIC)]) != MAGIC:
         raise HandoverDamaged(whose, "it does not begin as one")
-    _, version, name_bytes, pages, epoch, on_device_pages, digest, padded = _HEAD.unpack_from(content)
+    _, version, name_bytes, pages, epoch, attempt, on_device_pages, digest, padded = _HEAD.unpack_from(
+        content
+    )
     if version != VERSION:
         raise HandoverDamaged(whose, f"its format has version {version}, this farpage knows {VERSION}")
     name = padded[:name_bytes]
@@ -148,7 +170,7 @@ def check(encoded: bytes | bytearray | memoryview, *, whose: str) -> Summary:
         raise HandoverDamaged(whose, f"it has {len(content)} bytes instead of {expected_bytes}")
     if _digest(content[: _HEAD.size], content[_HEAD.size :]) != digest:
         raise HandoverDamaged(whose, "its digest does not match")
-    return Summary(name.decode(), epoch, pages, on_device_pages, digest.hex())
+    return Summary(name.decode(), epoch, attempt, pages, on_device_pages, digest.hex())
 
 
 def decode(encoded: bytes | bytearray | memoryview, *, whose: str) -> Handover:
@@ -169,7 +191,7 @@ def decode(encoded: bytes | bytearray | memoryview, *, whose: str) -> Handover:
         raise HandoverDamaged(whose, "a page in it is both on the device and lost")
     checksums = np.zeros(summary.pages, np.uint32)
     checksums[on_device] = np.frombuffer(maps[2 * map_bytes :], "<u4")
-    return Handover(summary.volume, summary.epoch, on_device, lost, checksums)
+    return Handover(summary.volume, summary.epoch, summary.attempt, on_device, lost, checksums)
 
 
 def _map_bytes(pages: int) -> int:

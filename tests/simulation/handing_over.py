@@ -73,6 +73,8 @@ class HandingOver(Moving):
         """The guest is stopped before it is released."""
         self._client = ClientRecord.model_construct(epoch=1, owner=self.owner.token, hypervisor="host1")
         self._claims = 1
+        self._releases = 0
+        """As the run folder has it."""
         self._alone = False
         self._wanted = self._released = self._attached = False
         self._next: Owner | None = None
@@ -261,12 +263,13 @@ class HandingOver(Moving):
         """Release the client, as `farpage.hypervisor.releasing` does."""
         pager = self._pager
         pager.guest.paused = self._stands
+        self._releases += 1
         self.world.note("the client is to be released")
         pager.frozen = True
         try:
             await self._page_out()
             owner, epoch = self.owner.token, self.owner.volume.epoch
-            encoded = pager.table(epoch)
+            encoded = pager.table(epoch, self._releases)
             await self._keep(Claim(epoch, owner), encoded)
             digest = handover.check(encoded, whose="vm1").digest
             released = Release(hypervisor="host1", epoch=epoch, digest=digest)

@@ -42,6 +42,10 @@ def test_no_seed_violates_anything() -> None:
         pytest.param(20969, id="room-taken-by-a-fault-that-was-answered-at-the-second-try"),
         pytest.param(21478, id="a-change-back-while-one-that-nobody-acknowledged-may-be-stored"),
         pytest.param(40302, id="a-replica-undone-while-a-worker-was-recovered"),
+        pytest.param(52756, id="a-page-taken-by-a-balloon-while-it-was-mapped"),
+        pytest.param(53748, id="a-page-table-that-comes-late-from-a-release-that-was-given-up"),
+        pytest.param(54731, id="a-worker-killed-before-a-lost-replica-was-recorded-as-stale"),
+        pytest.param(56392, id="an-owner-who-came-too-late-is-told-so"),
     ],
 )
 def test_a_seed_that_once_found_a_fault_finds_none(seed: int) -> None:

@@ -283,9 +283,9 @@ class PagerUser:
         """Have the worker at hand touch the memory no more, which stays registered."""
         self._client.abandon()
 
-    def table(self, epoch: int) -> bytes:
+    def table(self, epoch: int, attempt: int) -> bytes:
         """Return the table of a guest that is paged out, as it is handed over."""
-        return table_of("vm1", epoch, cast(StateFile, _State(self.pages, self._storage)))
+        return table_of("vm1", epoch, attempt, cast(StateFile, _State(self.pages, self._storage)))
 
     def stop(self) -> None:
         self.guest.stopped = True

@@ -160,8 +160,12 @@ class StoredHandovers:
 
     def store(self, volume: str, volume_id: str, encoded: bytes) -> handover.Summary:
         """Keep one."""
+        summary = handover.check(encoded, whose=volume)
+        stored = self._stored.get(volume_id)
+        if stored is not None and summary.is_older(handover.check(stored, whose=volume)):
+            raise handover.HandoverOutdated(volume)
         self._stored[volume_id] = bytes(encoded)
-        return handover.check(encoded, whose=volume)
+        return summary
 
     def load(self, volume_id: str) -> bytes | None:
         """Return what is stored."""

@@ -112,7 +112,7 @@ class Releases:
         records = self._clients.records
         record = records.of(client)
         volume = record.volumes[0].name
-        encoded = await asyncio.to_thread(_encoded, volume, epoch, attached.state)
+        encoded = await asyncio.to_thread(_encoded, volume, epoch, attached.record.releases, attached.state)
         await self._handovers.store(volume, record, epoch, encoded)
         digest = handover.check(encoded, whose=client).digest
         released = Release(hypervisor=records.hypervisor, epoch=epoch, digest=digest)
@@ -146,7 +146,8 @@ class Releases:
             self._clients.let_go(client)
 
     def _mark(self, attached: Attached, *, releasing: bool) -> None:
-        self._clients.keep(attached, attached.record.model_copy(update={"releasing": releasing}))
+        changes = {"releasing": releasing, "releases": attached.record.releases + releasing}
+        self._clients.keep(attached, attached.record.model_copy(update=changes))
 
     async def take_back_unfinished(self) -> None:
         """Undo releases that were given up, and that some VIOS has stored all the same."""
@@ -232,7 +233,7 @@ def _is_stopped(pid: int) -> bool:
         return True
 
 
-def _encoded(volume: str, epoch: int, state: StateFile) -> bytes:
+def _encoded(volume: str, epoch: int, attempt: int, state: StateFile) -> bytes:
     from farpage.hypervisor.tables import table_of
 
-    return table_of(volume, epoch, state)
+    return table_of(volume, epoch, attempt, state)

@@ -14,7 +14,7 @@ from farpage.pager.states import ON_DEVICE, POISONED, ZERO
 from farpage.pager.table import PageTable
 
 
-def table_of(client: str, epoch: int, state: StateFile) -> bytes:
+def table_of(client: str, epoch: int, attempt: int, state: StateFile) -> bytes:
     """Encode the table of a client that is all on its volume.
 
     :raise HandoverDamaged: it is not: a bug.
@@ -23,7 +23,7 @@ def table_of(client: str, epoch: int, state: StateFile) -> bytes:
     on_device, lost = table.states == ON_DEVICE, table.states == POISONED
     if not np.all(on_device | lost | (table.states == ZERO)):
         raise HandoverDamaged(f"client {client!r}", "some of its pages are in memory still")
-    return handover.encode(Handover(client, epoch, on_device, lost, table.checksums.copy()))
+    return handover.encode(Handover(client, epoch, attempt, on_device, lost, table.checksums.copy()))
 
 
 def lay_out(found: Handover, state: StateFile) -> None:

@@ -57,6 +57,8 @@ class AttachmentRecord(Message, frozen=True, kw_only=True):
     """What it begins with, while its worker has not said yet that it pages it."""
     releasing: bool = False
     """It is frozen, and about to be let go of for another hypervisor; the definition says how far that is."""
+    releases: int = 0
+    """How often that was begun, so that a page table that comes late from one that was given up is known."""
 
 
 def lock_path(run_folder: Path) -> Path:

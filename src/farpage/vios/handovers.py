@@ -7,6 +7,7 @@ identifier and not its name makes the file's, so a volume that is made anew has 
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,23 +44,32 @@ class HandoverNotStored(FarpageError):
 
 
 class Handovers:
-    """The stored ones. Safe to use from any thread; writers of one volume take turns outside."""
+    """The stored ones. Safe to use from any thread."""
 
     def __init__(self, state_dir: Path) -> None:
         self._folder = state_dir / FOLDER_NAME
+        self._storing = threading.Lock()
 
     def store(self, volume: str, volume_id: str, encoded: bytes | bytearray) -> handover.Summary:
-        """Keep a handover durably, in place of any of that volume; one that is damaged is refused.
+        """Keep a handover durably, in place of an older one of that volume; one that is damaged is refused.
 
         :raise HandoverDamaged: it is none, or of another volume.
+        :raise HandoverOutdated: a later one is stored.
         :raise HandoverNotStored: there is no room.
         """
         summary = handover.check(encoded, whose=f"volume {volume!r}")
         if summary.volume != volume:
             raise handover.HandoverDamaged(f"volume {volume!r}", f"it is one of volume {summary.volume!r}")
-        path = self._path(volume_id)
+        with self._storing:
+            self._store(volume, self._path(volume_id), summary, encoded)
+        return summary
+
+    def _store(self, volume: str, path: Path, summary: handover.Summary, encoded: bytes | bytearray) -> None:
         fresh = path.with_suffix(".new")
         try:
+            with suppress(FileNotFoundError, handover.HandoverDamaged):
+                if summary.is_older(handover.check(path.read_bytes(), whose="")):
+                    raise handover.HandoverOutdated(volume)
             self._folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(self._folder.parent)
             with fresh.open("wb") as file:
@@ -72,7 +82,6 @@ class Handovers:
             with suppress(OSError):
                 fresh.unlink()
             raise HandoverNotStored(volume, str(self._folder), error.strerror or str(error)) from error
-        return summary
 
     def load(self, volume_id: str) -> bytes | None:
         """Read what is stored; None for nothing."""

@@ -272,6 +272,7 @@ class ViosService:
         :raise VolumeMissing: there is no such volume.
         :raise VolumeFenced: somebody else owns it, or the epoch is not the newest.
         :raise HandoverDamaged: the bytes are not a handover of this volume.
+        :raise HandoverOutdated: one of a later release is stored.
         :raise HandoverNotStored: there is no room.
         """
         return await self._on_data(self._put_handover(name, device, Claim(epoch, owner), encoded))

@@ -14,10 +14,10 @@ OWNER = "0123456789abcdef"
 PAGES = 256
 
 
-def table(volume: str, on_device_pages: int = 100) -> bytes:
+def table(volume: str, on_device_pages: int = 100, attempt: int = 1) -> bytes:
     on_device = np.arange(PAGES) < on_device_pages
     checksums = np.where(on_device, np.arange(PAGES, dtype=np.uint32), np.uint32(0))
-    return encode(Handover(volume, 5, on_device, np.zeros(PAGES, np.bool_), checksums))
+    return encode(Handover(volume, 5, attempt, on_device, np.zeros(PAGES, np.bool_), checksums))
 
 
 async def put(
@@ -67,7 +67,7 @@ async def test_what_is_damaged_too_long_or_of_another_volume_is_refused(vios: Vi
     assert await refused(vios, "picky", good[:-1]) == "handover_damaged"
     assert await refused(vios, "picky", bytes([*good[:-1], good[-1] ^ 1])) == "handover_damaged"
     assert await refused(vios, "picky", table("other")) == "handover_damaged"
-    with pytest.raises(RemoteError, match="longer than 1232 bytes") as caught:
+    with pytest.raises(RemoteError, match="longer than 1240 bytes") as caught:
         await put(vios, "picky", bytes(100_000))
     assert caught.value.http_status == 413
     assert await refused(vios, "ghost", good) == "volume_not_found"
@@ -87,6 +87,19 @@ async def test_only_the_owner_at_the_newest_epoch_stores_or_forgets_one(vios: Vi
         await client.delete(path, params={"epoch": 5, "owner": OWNER})
     with pytest.raises(RemoteError):
         await stored(vios, "owned")
+
+
+async def test_one_that_comes_late_from_a_release_that_was_given_up_does_not_replace_a_later_one(
+    vios: ViosProcess,
+) -> None:
+    await claimed(vios, "late")
+    await put(vios, "late", table("late", attempt=2))
+    assert await refused(vios, "late", table("late", 3, attempt=1)) == "handover_outdated"
+    assert await stored(vios, "late") == table("late", attempt=2)
+    await put(vios, "late", table("late", 3, attempt=3))
+    assert await stored(vios, "late") == table("late", 3, attempt=3)
+    async with vios.client() as client:
+        await client.delete("/v1/volumes/late", params={"epoch": 5})
 
 
 async def test_a_handover_goes_with_its_volume(vios: ViosProcess) -> None:

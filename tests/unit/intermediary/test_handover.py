@@ -49,7 +49,7 @@ class Tables(Place):
 
 def table(epoch: int) -> bytes:
     on_device, none = np.ones(PAGES, np.bool_), np.zeros(PAGES, np.bool_)
-    return handover.encode(Handover("vm1", epoch, on_device, none, np.full(PAGES, epoch, np.uint32)))
+    return handover.encode(Handover("vm1", epoch, 1, on_device, none, np.full(PAGES, epoch, np.uint32)))
 
 
 def released_client(of: bytes) -> tuple[Definition, ClientRecord]:
