@@ -38,6 +38,8 @@ SMALL_BYTES = 16 * MIB
 INDEPENDENT = {"vios1": "14M", "vios2": "60M", "vios3": "26M"}
 """Sizes of the devices of one VIOS each, such that one mirrored client has its replicas at the first and
 the third, the other at the third and the second: the least room that fits is taken first."""
+SMALL = "small"
+"""Name of the common device that can be filled."""
 FAR_PORT = 10809
 PROBE_SECONDS = 2.0
 FINISH_SECONDS = 120.0
@@ -82,9 +84,10 @@ class Place:
         """Pages written so far."""
         return self.finished_writes + sum(client.writes for client in self.clients.values())
 
-    def folder_of(self, vios: str) -> Path:
-        """Return the folder of the independent device of a VIOS, which has the name of that VIOS."""
-        return self.small[vios].device if vios in self.small else self.embedded.layout.root / "devices" / vios
+    def folder_of(self, device: str) -> Path:
+        """Return the folder of a device by its name; an independent one has the name of its VIOS."""
+        small = {SMALL if name == "common" else name: found for name, found in self.small.items()}
+        return small[device].device if device in small else self.embedded.layout.root / "devices" / device
 
     async def start_client(self, name: str) -> BusyProcess:
         """Start a busy client; it is quiet until `go`. Each life has stamps of its own."""
@@ -239,7 +242,7 @@ async def running_place(
 async def _add_devices(place: Place) -> None:
     if "common" in place.small:
         for vios in place.embedded.vioses.values():
-            await vios.add_device(DeviceAdd(spec=f"dir:{place.small['common'].device}", name="small"))
+            await vios.add_device(DeviceAdd(spec=f"dir:{place.small['common'].device}", name=SMALL))
     for name, size in INDEPENDENT.items():
         spec = f"dir:{place.folder_of(name)}?size={size}"
         await place.embedded.vioses[name].add_device(DeviceAdd(spec=spec, name=name))
