@@ -35,7 +35,6 @@ class TwoOwners(Scenario):
         self.before: list[Owner] = []
         """Those whose claims others have replaced."""
         self._claims = 1
-        self._first_token = self.owner.token
         self._some_unaware = False
         """A claim may not have come to a VIOS or a disk: the owner before may come to its epoch there."""
         self._enter(self.owner)
@@ -127,7 +126,8 @@ class TwoOwners(Scenario):
     def _defined(self, vios: SimulatedVios) -> Claim:
         """Return the client's epoch and owner in the definition that a VIOS stores."""
         record = vios.defined.clients.get("vm1")
-        return Claim(record.epoch, record.owner) if record else Claim(1, self._first_token)
+        first, *_ = (*self.before, self.owner)
+        return Claim(record.epoch, record.owner) if record else Claim(1, first.token)
 
     def _define(self, owner: Owner, epoch: int, *, claims: bool = False) -> None:
         """Enter an owner's epoch in the definition at every VIOS that its host reaches."""

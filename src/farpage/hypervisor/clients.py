@@ -96,13 +96,17 @@ class Clients:
     async def discard_unattached(self, client: str) -> None:
         """Delete a client that was made for an attachment which has ended, unless it is attached again."""
         async with self.only(client, CLOSE):
-            if client in self.records and client not in self.attached:
+            if client in self.records and not self._is_used(client):
                 await self.records.discard(client)
+
+    def _is_used(self, client: str) -> bool:
+        """Tell whether a process has it for its memory."""
+        return client in self.attached or client in self.unrecovered
 
     async def clear_leftovers(self) -> None:
         """Delete what could not be deleted while VIOS were away, but what somebody has attached since."""
         for client in sorted(self.records.leftovers):
-            if not {client} & (self._busy.keys() | self.attached.keys() | self.unrecovered.keys()):
+            if client not in self._busy and not self._is_used(client):
                 async with self.only(client, "delete"):
                     await self.records.clear(client)
 
