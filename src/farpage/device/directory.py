@@ -331,7 +331,7 @@ def prepare_directory(
     wanted_bytes = size_bytes if size_bytes is not None else spec.size_bytes
     try:
         if not folder.exists():
-            folder.mkdir(mode=0o700)
+            folder.mkdir(mode=0o700, exist_ok=True)  # another VIOS may make it meanwhile
         with folder_locked(folder):
             label = read_label(folder)
             if label is None:

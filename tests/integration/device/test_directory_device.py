@@ -107,24 +107,24 @@ async def test_a_path_that_cannot_hold_volumes_is_refused(path: str) -> None:
         await open_device(f"dir:{path}", force=True)
 
 
-def test_labels_made_at_once_are_one_label(tmp_path: Path) -> None:
-    spec = parse_spec(f"dir:{tmp_path}/a?size=1M")
-    assert isinstance(spec, DirectorySpec)
-    (tmp_path / "a").mkdir()
-    found: list[str] = []
+def test_directories_and_labels_made_at_once_are_one(tmp_path: Path) -> None:
+    specs = [parse_spec(f"dir:{tmp_path}/{number}?size=1M") for number in range(64)]
+    found: list[list[str]] = [[] for _ in specs]
     barrier = threading.Barrier(8)
 
     def label() -> None:
-        barrier.wait()
-        found.append(prepare_directory(spec).uuid)
+        for spec, uuids in zip(specs, found, strict=True):
+            assert isinstance(spec, DirectorySpec)
+            barrier.wait(timeout=10)
+            uuids.append(prepare_directory(spec).uuid)
 
     threads = [threading.Thread(target=label) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
-    assert len(set(found)) == 1
+    assert [len(uuids) for uuids in found] == [8] * len(specs)
+    assert [len(set(uuids)) for uuids in found] == [1] * len(specs)
 
 
 CREATE_MANY = """
