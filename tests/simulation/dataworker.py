@@ -209,6 +209,10 @@ class SimulatedWorker:
         """Writes go out under a new epoch."""
         self.hypervisor.world.note(f"{self.process.name}: epoch {epoch}")
 
+    def path_failed(self, vios: str) -> None:
+        """Note it."""
+        self.hypervisor.world.note(f"{self.process.name}: path over {vios} failed")
+
     def alarm(self, kind: str, message: str) -> None:
         """Note it."""
         self.hypervisor.world.note(f"{self.process.name}: alarm {kind}: {message}")

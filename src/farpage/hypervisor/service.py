@@ -52,6 +52,7 @@ from farpage.pager.messages import (
     EpochRaised,
     Nothing,
     OutageChanged,
+    PathFailed,
     RecordReplicas,
     ScrubEnded,
 )
@@ -316,6 +317,10 @@ class Hypervisor:
             case "epoch_raised":
                 raised = EpochRaised.model_validate(parameters)
                 self._start(self.clients.records.epoch_raised(raised))
+            case "path_failed":
+                failed = PathFailed.model_validate(parameters)
+                if vios := self.vioses.get(failed.vios):
+                    self._start(vios.doubt())
             case "outage":
                 outage = OutageChanged.model_validate(parameters)
                 self._full_devices.check()

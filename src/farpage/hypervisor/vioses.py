@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from farpage.api.client import ControlClient
 from farpage.definition.model import Definition
-from farpage.errors import FarpageError
+from farpage.errors import FarpageError, Unreachable
 from farpage.hypervisor.model import ViosStatus
 from farpage.vios.model import CopyStatus, DeviceInfo, HandoverInfo, Health, VolumeCreate, VolumeInfo
 
 TIMEOUT_SECONDS = 2.0
 """A VIOS that takes longer is treated as away; what it missed is repaired when it is back."""
 
+DOUBTED_SECONDS = 0.03
+"""So long a VIOS may take to answer when a client's path to it has failed: replicas that are lost with it
+wait until the definition is stored elsewhere."""
+
 HANDOVER_SECONDS = 30.0
 """So long a VIOS may take to flush a volume and to store or send a page table."""
+
+Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -30,6 +39,9 @@ class Vios:
     health: Health | None = None
     devices: tuple[DeviceInfo, ...] = ()
     problem: str = "not asked yet"
+    _waiting: set[asyncio.Task[Any]] = field(default_factory=set, init=False)
+    """Requests for its definition, which others wait for."""
+    _doubted: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.client = ControlClient(
@@ -43,15 +55,42 @@ class Vios:
 
     async def ask(self) -> bool:
         """Ask for its health and devices; returns whether it has come back since the last time."""
-        was_away = bool(self.problem)
         try:
             self.health = await self.client.get("/v1/health", Health)
             self.devices = await self.client.get("/v1/devices", tuple[DeviceInfo, ...])
         except FarpageError as error:
             self.problem = error.cause
             return False
-        self.problem = ""
+        was_away, self.problem = bool(self.problem), ""
         return was_away
+
+    async def doubt(self) -> None:
+        """Ask at once whether it answers; if not soon, it is away, and requests for its definition fail."""
+        if self._doubted or not self.reachable:
+            return
+        self._doubted = True
+        try:
+            await self.client.get("/v1/health", Health, timeout_seconds=DOUBTED_SECONDS)
+        except FarpageError as error:
+            self.problem = error.cause
+            for request in self._waiting:
+                request.cancel()
+        finally:
+            self._doubted = False
+
+    async def _unless_away(self, request: Coroutine[Any, Any, Answer]) -> Answer:
+        """Return the answer to a request, but wait for it no longer than until the VIOS is found away."""
+        task = asyncio.create_task(request)
+        self._waiting.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current and current.cancelling():
+                raise
+            raise Unreachable(f"VIOS {self.name}", self.control, self.problem, "check that it runs") from None
+        finally:
+            self._waiting.discard(task)
 
     async def ask_devices(self) -> None:
         """Ask for its devices anew; what is known of them stays when it does not answer."""
@@ -60,16 +99,15 @@ class Vios:
 
     async def definition(self) -> Definition:
         """Fetch the definition that it stores."""
-        return await self.client.get("/v1/definition", Definition)
+        return await self._unless_away(self.client.get("/v1/definition", Definition))
 
     async def put_definition(self, expected_revision: int, definition: Definition) -> None:
         """Replace the definition that it stores.
 
         :raise RemoteError: `http_status` 409 when it stores another revision than expected.
         """
-        await self.client.put(
-            "/v1/definition", definition, Definition, params={"expected_revision": expected_revision}
-        )
+        parameters = {"expected_revision": expected_revision}
+        await self._unless_away(self.client.put("/v1/definition", definition, Definition, params=parameters))
 
     async def put_handover(self, name: str, device: str, epoch: int, owner: str, encoded: bytes) -> None:
         """Keep the page table of a released client beside its volume on a device."""

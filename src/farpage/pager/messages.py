@@ -349,6 +349,13 @@ class EpochRaised(Message, frozen=True, kw_only=True):
     owner: str
 
 
+class PathFailed(Message, frozen=True, kw_only=True):
+    """`path_failed`: a path that carried a client's commands has failed; its VIOS may answer nobody."""
+
+    client: str
+    vios: str
+
+
 class OutageChanged(Message, frozen=True, kw_only=True):
     """`outage`: the client's volume is without a path or without room, or no longer.
 

@@ -8,6 +8,7 @@ from farpage.pager.messages import (
     AlarmRaised,
     EpochRaised,
     Nothing,
+    PathFailed,
     RecordReplicas,
 )
 from farpage.pager.statefile import StateFile
@@ -29,6 +30,10 @@ class Tidings:
         """Writes go out under a new epoch from now on."""
         raised = EpochRaised(client=self._client, epoch=epoch, owner=self._owner)
         self._control.tell("epoch_raised", raised)
+
+    def path_failed(self, vios: str) -> None:
+        """The path that carried the commands has failed; its VIOS may answer nobody."""
+        self._control.tell("path_failed", PathFailed(client=self._client, vios=vios))
 
     async def record_replicas(self, epoch: int, states: States) -> None:
         """Have the states of all replicas stored durably.

@@ -14,6 +14,9 @@ class VolumeEvents(Protocol):
     def epoch_raised(self, epoch: int) -> None:
         """Writes go out under a new epoch from now on."""
 
+    def path_failed(self, vios: str) -> None:
+        """The path that carried the commands has failed; its VIOS may answer nobody."""
+
     def alarm(self, kind: str, message: str) -> None:
         """Something happened that an operator should look at."""
 
@@ -38,6 +41,10 @@ class ReplicaEvents:
     def epoch_raised(self, epoch: int) -> None:
         """Pass it on."""
         self._events.epoch_raised(epoch)
+
+    def path_failed(self, vios: str) -> None:
+        """Pass it on."""
+        self._events.path_failed(vios)
 
     def alarm(self, kind: str, message: str) -> None:
         """Pass on what concerns an operator while other replicas answer, or everything of the last one."""

@@ -55,6 +55,9 @@ class _Owner:
     def epoch_raised(self, epoch: int) -> None:
         self.events.epoch_raised(epoch)
 
+    def path_failed(self, vios: str) -> None:
+        self.events.path_failed(vios)
+
     def alarm(self, kind: str, message: str) -> None:
         self.events.alarm(kind, f"volume {self._volume.name}: {message}")
 

@@ -67,6 +67,9 @@ class PathsOwner(Protocol):
     def epoch_raised(self, epoch: int) -> None:
         """Writes go out under a new epoch from now on."""
 
+    def path_failed(self, vios: str) -> None:
+        """The path that carried the commands has failed; its VIOS may answer nobody."""
+
     def alarm(self, kind: str, message: str) -> None:
         """Something happened that an operator should look at."""
 
@@ -279,6 +282,7 @@ class Paths:
         # A VIOS lets go of what is open under an older epoch than the definition's: nothing is wrong then.
         outdated = path.epoch < self._ownership.epoch
         if event is PathEvent.LOST and not self._going_over and not outdated:
+            self._owner.path_failed(path.endpoint.vios)
             self._owner.alarm("path_failed", f"VIOS {path.endpoint.vios}: {reason}")
         self._choose()
 

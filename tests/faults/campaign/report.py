@@ -71,14 +71,34 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def longest_stall(fault: Injected, stalls: Iterable[Stall]) -> float:
-    """Return the longest stall in seconds that lasted while a fault was in force; 0 when none did."""
-    during = (
-        stall.seconds
+def stalls_during(fault: Injected, stalls: Iterable[Stall]) -> list[Stall]:
+    """Return the stalls that lasted while a fault was in force."""
+    return [
+        stall
         for stall in stalls
         if stall.begin_seconds < fault.end_seconds and stall.end_seconds > fault.begin_seconds
+    ]
+
+
+def longest_stall(fault: Injected, stalls: Iterable[Stall]) -> float:
+    """Return the longest stall in seconds that lasted while a fault was in force; 0 when none did."""
+    return max((stall.seconds for stall in stalls_during(fault, stalls)), default=0.0)
+
+
+def longest_stalls(fault: Injected, stalls: Iterable[Stall]) -> str:
+    """Say how long each client waited at a fault, the longest first, and from when on."""
+
+    def after_ms(stall: Stall) -> float:
+        return (stall.begin_seconds - fault.begin_seconds) * 1e3
+
+    longest: dict[str, Stall] = {}
+    for stall in stalls_during(fault, stalls):
+        if stall.client not in longest or stall.seconds > longest[stall.client].seconds:
+            longest[stall.client] = stall
+    return ", ".join(
+        f"{found.client} {found.seconds * 1e3:.0f} ms at {after_ms(found):+.0f} ms"
+        for found in sorted(longest.values(), key=lambda found: -found.seconds)
     )
-    return max(during, default=0.0)
 
 
 def stalls_by_kind(faults: Sequence[Injected], stalls: Sequence[Stall]) -> list[StallsOfKind]:

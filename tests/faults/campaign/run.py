@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 from farpage.embedded.child import ChildEvent
-from farpage.errors import FarpageError
 from tests.faults.campaign.busy import ClientDied
 from tests.faults.campaign.injection import INJECTIONS, Injection, possible_kinds
 from tests.faults.campaign.place import Place, left_behind, new_token, running_place
-from tests.faults.campaign.report import Injected, Outcome
+from tests.faults.campaign.report import Injected, Outcome, longest_stalls
 from tests.faults.campaign.schedule import Kind, Step, may_join, steps
 
 HANG_SECONDS = 60.0
@@ -119,6 +119,8 @@ class Campaign:
             await asyncio.sleep(LOOK_SECONDS)
         for injected in self._open:
             injected.end_seconds = loop.time()
+            if injected.alone and (felt := longest_stalls(injected, self.place.findings.stalls)):
+                self.tell(f"      longest stalls: {felt}")
         self._open.clear()
         self._compare_descriptors()
 
@@ -160,9 +162,9 @@ async def run_campaign(options: CampaignOptions, tell: Callable[[str], None]) ->
             await _first_to_end(campaign.run(options), campaign.watch())
             for name in list(place.clients):
                 await place.finish_client(name)
-        except (Hang, ClientDied, AssertionError, TimeoutError, FarpageError) as problem:
+        except Exception as problem:  # whatever ended it, what was found until then is told
             outcome.hangs.append(f"{type(problem).__name__}: {problem}")
-            tell(outcome.hangs[-1])
+            tell("".join(traceback.format_exception(problem)))
         outcome.reads, outcome.writes = place.reads, place.writes
         outcome.damaged_pages, outcome.repaired_pages = place.damaged_pages, place.repaired_pages
         outcome.stalls, outcome.wrong = place.findings.stalls, place.findings.wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -152,6 +153,40 @@ async def test_a_vios_that_missed_a_change_is_repaired_when_it_is_back(rig: Rig)
         assert keeper.repairs == {"vios2": 1}
         ((kind, message),) = rig.alarms
         assert (kind, "vioses[new]: added" in message) == ("definition_repaired", True)
+
+
+async def test_a_change_waits_no_longer_for_a_vios_that_hangs_when_that_is_doubted(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farpage.hypervisor.vioses.TIMEOUT_SECONDS", 600)
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        rig.two.signal(signal.SIGSTOP)
+        change = asyncio.create_task(keeper.change(lambda now: with_vios(now, "new")))
+        while await rig.stored(rig.one) == keeper.current:
+            assert not change.done()
+        await rig.vioses["vios2"].doubt()
+        async with asyncio.timeout(60):
+            changed = await change
+        assert keeper.missed.is_set()
+        assert not rig.vioses["vios2"].reachable
+        assert DefinitionCopy(rig.own).load() == await rig.stored(rig.one) == changed
+        rig.two.signal(signal.SIGCONT)
+        assert await rig.vioses["vios2"].ask()
+        await keeper.repair(rig.vioses["vios2"])
+        assert await rig.stored(rig.two) == changed
+
+
+async def test_a_vios_that_is_doubted_but_answers_is_not_left_out(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("farpage.hypervisor.vioses.DOUBTED_SECONDS", 60)
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        await rig.vioses["vios2"].doubt()
+        changed = await keeper.change(lambda now: with_vios(now, "new"))
+        assert await rig.stored(rig.two) == changed
+        assert not keeper.missed.is_set()
 
 
 async def make_vios2_lag(rig: Rig) -> Definition:

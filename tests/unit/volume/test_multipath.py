@@ -194,6 +194,16 @@ def test_a_suspect_path_is_left_as_soon_as_another_comes_back() -> None:
     with_rig(test)
 
 
+def test_the_owner_is_told_over_which_vios_the_path_failed_that_carried_commands() -> None:
+    async def test(rig: Rig) -> None:
+        rig.vioses["vios1"].hang()
+        read = rig.read(0)
+        await rig.until(lambda: read == [0])
+        assert rig.events.failed == ["vios1"]
+
+    with_rig(test)
+
+
 def test_with_no_path_left_commands_wait_until_one_is_back() -> None:
     async def test(rig: Rig) -> None:
         for vios in rig.vioses.values():
