@@ -96,6 +96,40 @@ class KnownCopies:
     missing: Mapping[str, str]
 
 
+class _Wanted:
+    """A change that somebody waits for."""
+
+    def __init__(self, edit: Callable[[Definition], Definition]) -> None:
+        self.edit = edit
+        self.ended: asyncio.Future[Definition] = asyncio.get_running_loop().create_future()
+        self._changed = Definition()
+
+    def apply(self, now: Definition) -> Definition:
+        """Return what the edit makes of a definition; one that fails ends the change and changes nothing."""
+        if self.ended.done():
+            return now
+        try:
+            self._changed = self.edit(now)
+        except Exception as error:
+            self.ended.set_exception(error)
+            return now
+        return self._changed
+
+    def go_beyond(self, attempted: Definition) -> None:
+        """Have it end with a definition that goes before one which nobody has acknowledged."""
+        self._changed = beyond(self._changed, attempted)
+
+    def succeed(self) -> None:
+        """End it with the definition as its edit has left it."""
+        if not self.ended.done():
+            self.ended.set_result(self._changed)
+
+    def fail(self, error: Exception) -> None:
+        """End it: nothing has changed, or nobody knows."""
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+
 class DefinitionKeeper:
     """Reads the newest definition, changes it by compare-and-swap, and repairs VIOS that lag."""
 
@@ -139,6 +173,8 @@ class DefinitionKeeper:
         self._alarm = alarm
         self._clock = clock
         self._lock = asyncio.Lock()
+        self._wanted: list[_Wanted] = []
+        """Changes that wait for the one under way, to be made all at once."""
 
     @property
     def unproven(self) -> DefinitionUnproven | None:
@@ -359,24 +395,61 @@ class DefinitionKeeper:
     async def change(self, edit: Callable[[Definition], Definition]) -> Definition:
         """Apply a pure edit and store the result in every reachable VIOS, and in the hypervisor's own copy.
 
+        Edits that come while another is being stored are applied one after the other and stored together: a
+        VIOS that is lost concerns many clients at once.
+
         :raise NoVios: when none took it; nothing has changed then.
         :raise DefinitionUnproven: the definition at hand may be old.
         :raise FarpageError: what `edit` raises; nothing has changed then.
         """
-        async with self._lock:
-            for _ in range(ATTEMPTS):
-                if self.unproven:
-                    raise self.unproven
-                changed = edit(self.current)
-                if changed == self.current and not self._may_be_followed():
-                    return self.current
-                if self._attempted:
-                    changed = beyond(changed, self._attempted)
-                await self._attempt(changed)
-                if await self._store(changed):
-                    self._attempted = None
-                    return self.current
-                await self._load()
+        wanted = _Wanted(edit)
+        self._wanted.append(wanted)
+        try:
+            async with self._lock:
+                if wanted in self._wanted:
+                    batch, self._wanted = self._wanted, []
+                    await self._change(batch)
+            return await wanted.ended
+        finally:
+            wanted.ended.cancel()
+            if wanted in self._wanted:
+                self._wanted.remove(wanted)
+
+    async def _change(self, batch: list[_Wanted]) -> None:
+        """Make some changes at once; each of them has ended then."""
+        try:
+            await self._try_to_change(batch)
+        except asyncio.CancelledError:
+            # The others' changes are made by the next one of them, whatever has become of this attempt.
+            self._wanted[:0] = [wanted for wanted in batch[1:] if not wanted.ended.done()]
+            raise
+        except Exception as error:
+            for wanted in batch:
+                wanted.fail(error)
+        else:
+            for wanted in batch:
+                wanted.succeed()
+
+    async def _try_to_change(self, batch: list[_Wanted]) -> None:
+        for _ in range(ATTEMPTS):
+            if self.unproven:
+                raise self.unproven
+            changed = self.current
+            for wanted in batch:
+                changed = wanted.apply(changed)
+            if all(wanted.ended.done() for wanted in batch):
+                return
+            if changed == self.current and not self._may_be_followed():
+                return
+            if self._attempted:
+                changed = beyond(changed, self._attempted)
+                for wanted in batch:
+                    wanted.go_beyond(self._attempted)
+            await self._attempt(changed)
+            if await self._store(changed):
+                self._attempted = None
+                return
+            await self._load()
         raise DefinitionContended(ATTEMPTS)
 
     def _may_be_followed(self) -> bool:

@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,71 @@ async def test_a_vios_that_is_doubted_but_answers_is_not_left_out(
         changed = await keeper.change(lambda now: with_vios(now, "new"))
         assert await rig.stored(rig.two) == changed
         assert not keeper.missed.is_set()
+
+
+class Puts:
+    """Counts what a VIOS is asked to store."""
+
+    def __init__(self, vios: Vios, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.first = asyncio.Event()
+        self._put = vios.put_definition
+        monkeypatch.setattr(vios, "put_definition", self.put)
+
+    async def put(self, expected_revision: int, definition: Definition) -> None:
+        self.count += 1
+        self.first.set()
+        await self._put(expected_revision, definition)
+
+
+async def test_changes_that_come_while_one_is_stored_are_stored_together(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        puts = Puts(rig.vioses["vios2"], monkeypatch)
+        changes = [keeper.change(partial(with_vios, name=f"new{number}")) for number in range(20)]
+        found = await asyncio.gather(*changes)
+        assert puts.count == 2
+        assert [len(definition.vioses) for definition in found] == list(range(3, 23))
+        assert await rig.stored(rig.one) == await rig.stored(rig.two) == keeper.current == found[-1]
+
+
+async def test_a_change_that_is_refused_leaves_those_alone_that_are_stored_with_it(rig: Rig) -> None:
+    def refuse(_: Definition) -> Definition:
+        raise CopyUnknown("vios3", "refused")
+
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        first, second, last = (partial(with_vios, name=name) for name in "abc")
+        changes = [keeper.change(edit) for edit in (first, second, refuse, last)]
+        *_, refused, made = await asyncio.gather(*changes, return_exceptions=True)
+        assert isinstance(refused, CopyUnknown)
+        assert made == keeper.current == await rig.stored(rig.two)
+        assert {"a", "b", "c"} <= keeper.current.vioses.keys()
+        revision = keeper.current.revision
+        with pytest.raises(CopyUnknown):
+            await keeper.change(refuse)
+        assert keeper.current.revision == revision
+
+
+async def test_a_change_that_is_given_up_leaves_those_alone_that_are_stored_with_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        for given_up in range(3):
+            puts = Puts(rig.vioses["vios1"], monkeypatch)
+            changes = [
+                asyncio.create_task(keeper.change(partial(with_vios, name=f"{given_up}{number}")))
+                for number in range(3)
+            ]
+            await puts.first.wait()
+            changes[given_up].cancel()
+            await asyncio.gather(*changes, return_exceptions=True)
+            assert [change.cancelled() for change in changes] == [n == given_up for n in range(3)]
+            others = {f"{given_up}{number}" for number in range(3) if number != given_up}
+            assert others <= (await rig.stored(rig.two)).vioses.keys()
 
 
 async def make_vios2_lag(rig: Rig) -> Definition:
