@@ -30,6 +30,8 @@ POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 0.5
 """How long an operator waits for a VIOS before a copy is promoted."""
 CLIENT = "vm1"
+OTHER = "vm2"
+"""One whose changes come at the same time."""
 DEVICES = [str(uuid.UUID(int=number)) for number in (1, 2)]
 
 
@@ -81,6 +83,7 @@ class KeptVios:
         self.store: DefinitionStore
         self._world = world
         self._chance = world.random(f"requests to {name}")
+        self._waiting: set[asyncio.Future[Definition]] = set()
         self.start()
 
     def start(self) -> None:
@@ -91,6 +94,13 @@ class KeptVios:
     @property
     def reachable(self) -> bool:
         return not self.problem
+
+    def give_up(self) -> None:
+        """Find it away, as when it was doubted: nothing waits for its answers, which may yet come."""
+        self.problem = "doubted"
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_exception(Unreachable("VIOS", self.name, "doubted", "start it"))
 
     async def definition(self) -> Definition:
         return await self._request(self.store.current)
@@ -129,11 +139,14 @@ class KeptVios:
             raise Unreachable("VIOS", self.name, "connection refused", "start it")
         if not self.cut:
             self._world.after(self._delay(), arrive, server)
+        self._waiting.add(answer)
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 return await answer
         except TimeoutError:
             raise Unreachable("VIOS", self.name, "no answer", "start it") from None
+        finally:
+            self._waiting.discard(answer)
 
     _asking = 0
 
@@ -146,6 +159,38 @@ class KeptVios:
         return self._chance.choice((0.0005, 0.0005, 0.02)) * (0.5 + self._chance.random())
 
 
+class Register:
+    """A number in the definition that every change of it replaces."""
+
+    def __init__(self, client: str) -> None:
+        self.client = client
+        self.acknowledged = 1
+        self.attempted: set[int] = set()
+        """Numbers of changes since the latest acknowledged one of which nobody knows what became of them."""
+        self.under_way: set[int] = set()
+        """The number of the change that the hypervisor makes now, if it makes one: what is promoted meanwhile
+        may be there before."""
+
+    def found(self, definition: Definition) -> int:
+        """Return the number of the latest change that a definition has."""
+        return definition.clients[self.client].limit_bytes or 0
+
+    def begin(self, number: int) -> None:
+        """A change is on its way."""
+        self.attempted.add(number)
+        self.under_way = {number}
+
+    def acknowledge(self, number: int) -> None:
+        """A change was made; every change before it has ended."""
+        self.acknowledged = number
+        self.attempted.clear()
+
+    def promoted(self, definition: Definition) -> None:
+        """Some copy is followed, whatever is lost by that."""
+        self.acknowledged = self.found(definition)
+        self.attempted &= self.under_way
+
+
 class Keeping:
     """One definition in two or three VIOS, a hypervisor's control process, and what befalls them."""
 
@@ -153,6 +198,9 @@ class Keeping:
         self.world = world
         self.fault_names: list[str] = []
         self._chance = world.random("keeping")
+        self._crowd = world.random("crowd")
+        self._crowded = self._crowd.random() < 0.4
+        """Another client's changes come too, and VIOS are doubted."""
         self._copy = KeptCopy(world)
         names = [f"vios{n}" for n in range(1, self._chance.choice((3, 3, 4)))]
         self._vioses = {name: KeptVios(world, name) for name in names}
@@ -162,12 +210,8 @@ class Keeping:
         self._process: Process
         self._keeper: DefinitionKeeper
         self._number = 1
-        self._acknowledged = 1
-        self._attempted: set[int] = set()
-        """Numbers of changes since the latest acknowledged one of which nobody knows what became of them."""
-        self._under_way: set[int] = set()
-        """The number of the change that the hypervisor makes now, if it makes one: what is promoted meanwhile
-        may be there before."""
+        self._own = Register(CLIENT)
+        self._other = Register(OTHER)
         self._missing: set[str] = set()
         """Devices whose replica has missed an acknowledged write."""
         self._healed = False
@@ -249,16 +293,19 @@ class Keeping:
         except FarpageError as error:
             self.world.note(f"not promoted: {error.cause}")
             return
-        self.world.note(f"promoted {_limit(keeper.current)}")
-        self._acknowledged = _limit(keeper.current)
-        self._attempted &= self._under_way
+        for register in (self._own, self._other):
+            register.promoted(keeper.current)
+        self.world.note(f"promoted {self._own.acknowledged}")
         self._missing = {device for device in self._missing if _states(keeper.current)[device] is not _SYNC}
 
     # Changes
 
     async def _work(self, keeper: DefinitionKeeper) -> None:
         while not self._calm:
-            await self._change(keeper)
+            changes = [self._change(keeper)]
+            if self._crowded and self._crowd.random() < 0.5:
+                changes.insert(self._crowd.choice((0, 1)), self._change_other(keeper))
+            await asyncio.gather(*changes)
             await asyncio.sleep(self._chance.choice((0.01, 0.1, 0.5)))
 
     async def _change(self, keeper: DefinitionKeeper) -> None:
@@ -280,32 +327,58 @@ class Keeping:
             record = definition.clients[CLIENT]
             return rules.set_replica_states(definition, CLIENT, record.owner, record.epoch, states)
 
-        self._attempted.add(number)
-        self._under_way = {number}
         self._strike()
+        if not await self._make(keeper, self._own, number, edit):
+            return
+        self.world.note(f"change {number}: {', '.join(states.values())}")
+        self._missing = stale
+        self._check("after a change")
+
+    async def _change_other(self, keeper: DefinitionKeeper) -> None:
+        """Make a change of another client, which is refused now and then."""
+        self._number += 1
+        number, refused = self._number, self._crowd.random() < 0.2
+
+        def edit(definition: Definition) -> Definition:
+            if refused:
+                raise StoreFailed(OTHER, "refused")
+            return rules.set_limit(definition, OTHER, number)
+
+        await self._make(keeper, self._other, number, edit)
+        self._check("after a change of the other")
+
+    async def _make(
+        self,
+        keeper: DefinitionKeeper,
+        register: Register,
+        number: int,
+        edit: Callable[[Definition], Definition],
+    ) -> bool:
+        """Make a change; returns whether it is acknowledged."""
+        register.begin(number)
         try:
             await keeper.change(edit)
         except FarpageError as error:
             self.world.note(f"change {number} failed: {error.cause}")
-            return
+            return False
         finally:
-            self._under_way = set()
-        self.world.note(f"change {number}: {', '.join(states.values())}")
-        self._acknowledged = number
-        self._attempted.clear()
-        self._missing = stale
-        self._check("after a change")
+            register.under_way = set()
+        register.acknowledge(number)
+        return True
 
     def _check(self, when: str) -> None:
         """Compare what the hypervisor goes by with what was acknowledged."""
         if self._keeper.unproven:
             return
         found = self._keeper.current
-        number, states = _limit(found), _states(found)
-        if number != self._acknowledged and number not in self._attempted:
-            self.world.violated(
-                f"{when} the definition has change {number}, but {self._acknowledged} was acknowledged"
-            )
+        states = _states(found)
+        for register in (self._own, self._other):
+            number = register.found(found)
+            if number != register.acknowledged and number not in register.attempted:
+                self.world.violated(
+                    f"{when} the definition has change {number} of {register.client}, "
+                    f"but {register.acknowledged} was acknowledged"
+                )
         for device in sorted(self._missing):
             if states[device] is not ReplicaState.STALE:
                 self.world.violated(f"{when} the replica on {device} counts, and has missed writes")
@@ -322,6 +395,7 @@ class Keeping:
             (f"kill {vios.name}", 4, vios.process.kill, lambda: _start_again(vios)),
             (f"stop {vios.name}", 3, vios.process.stop, vios.process.cont),
             (f"cut {vios.name}", 4, lambda: setattr(vios, "cut", True), lambda: setattr(vios, "cut", False)),
+            (f"doubt {vios.name}", 4 if self._crowded else 0, vios.give_up, lambda: None),
             ("kill the hypervisor", 6, self._process.kill, self._restart),
             ("lose the hypervisor's copy", 3, self._lose_copy, lambda: None),
         ]
@@ -342,6 +416,8 @@ class Keeping:
         now, then = 0.02 * chance.random() ** 2, 0.02 + 0.04 * chance.random()
         after = self.world.after
         after(now, lambda: setattr(away, "cut", True))
+        if self._crowded and self._crowd.random() < 0.5:
+            after(now + 0.02 * self._crowd.random(), away.give_up)
         after(chance.choice((then, 3.0)), lambda: setattr(away, "cut", False))
         if chance.random() < 0.7:
             name += " and kill the hypervisor"
@@ -405,12 +481,10 @@ def _first_definition(names: Sequence[str]) -> Definition:
     definition = rules.add_client(
         definition, CLIENT, memory_bytes=4096, hypervisor="host", redundancy=Redundancy.MIRROR
     )
-    return rules.set_limit(definition, CLIENT, 1)
-
-
-def _limit(definition: Definition) -> int:
-    """Return the number of the latest change that a definition has."""
-    return definition.clients[CLIENT].limit_bytes or 0
+    definition = rules.add_client(definition, OTHER, memory_bytes=4096, hypervisor="host")
+    for client in (CLIENT, OTHER):
+        definition = rules.set_limit(definition, client, 1)
+    return definition
 
 
 def _states(definition: Definition) -> dict[str, ReplicaState]:
