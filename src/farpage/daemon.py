@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from contextlib import suppress
+from pathlib import Path
 
 from farpage.errors import FarpageError
 from farpage.kernel.memory import lock_memory
@@ -15,6 +17,10 @@ OOM_SCORE_ADJUSTMENT = -900
 
 NICENESS = -10
 """On a host whose cores are all busy a page-in would wait for several time slices otherwise."""
+
+CONTROL_NICENESS = -5
+"""Of the control process, before guests and behind pagers: what a mirror that has lost a replica pages out
+waits until that is recorded."""
 
 log = get_logger()
 
@@ -43,7 +49,14 @@ def prepare_for_paging() -> None:
         set_oom_score_adjustment(OOM_SCORE_ADJUSTMENT)
     except OSError as error:
         log.warning("oom_score_not_lowered", problem=str(error))
+    run_early(NICENESS)
+
+
+def run_early(niceness: int) -> None:
+    """Raise the priority of this process, of each of its threads (setpriority(2), C library differences)."""
     try:
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+        for thread in Path("/proc/self/task").iterdir():
+            with suppress(ProcessLookupError):  # it has ended
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
     except OSError as error:
         log.warning("priority_not_raised", problem=str(error))

@@ -29,7 +29,7 @@ async def test_a_vios_killed_during_page_in_is_replaced_at_once(paged: PagedSet)
     active = await paged.active()
     paged.signal(active, signal.SIGSTOP)
     paged.client.send(f"verify 0 {paged.pages}")
-    await paged.until(lambda info: info.stalled_faults > 0, "an access waits")
+    await paged.until_sent(active)
     paged.signal(active, signal.SIGKILL)
     assert await paged.client.answer() == "wrong 0"
     info = await paged.until_state(active, "failed")
@@ -53,9 +53,7 @@ async def hang_during_page_out(paged: PagedSet, vios: str) -> asyncio.Task[None]
     await paged.write_all()
     paged.signal(vios, signal.SIGSTOP)
     limiting = asyncio.get_running_loop().create_task(paged.set_limit(SMALL_BYTES))
-    await paged.until(
-        lambda info: any(path.vios == vios and path.in_flight > 0 for path in info.paths), "in flight"
-    )
+    await paged.until_sent(vios)
     return limiting
 
 

@@ -107,9 +107,7 @@ async def test_a_worker_killed_with_page_outs_in_flight_loses_none(paged: PagedS
     active = await paged.active()
     paged.signal(active, signal.SIGSTOP)
     limiting = asyncio.get_running_loop().create_task(paged.set_limit(SMALL_BYTES))
-    await paged.until(
-        lambda info: any(path.vios == active and path.in_flight > 0 for path in info.paths), "in flight"
-    )
+    await paged.until_sent(active)
     await kill_and_wait(await worker_pid(paged.embedded, "client"))
     await limiting
     await paged.verify_all()

@@ -105,9 +105,7 @@ async def test_both_killed_with_page_outs_in_flight_lose_none(paged: PagedSet) -
     active = await paged.active()
     paged.signal(active, signal.SIGSTOP)
     limiting = asyncio.get_running_loop().create_task(paged.set_limit(MIB))
-    await paged.until(
-        lambda info: any(path.vios == active and path.in_flight > 0 for path in info.paths), "in flight"
-    )
+    await paged.until_sent(active)
     await limiting
     await kill_all(embedded)
     paged.signal(active, signal.SIGCONT)

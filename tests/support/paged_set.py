@@ -113,6 +113,15 @@ class PagedSet:
             f"{state} over {vios}",
         )
 
+    async def until_sent(self, vios: str) -> ClientInfo:
+        """Wait until a VIOS that hangs was sent something; it may have been given up for that since."""
+        return await self.until(
+            lambda info: any(
+                path.vios == vios and (path.in_flight > 0 or path.state == "failed") for path in info.paths
+            ),
+            f"in flight over {vios}",
+        )
+
     async def until_stored(self, definition: Definition) -> None:
         """Wait until every VIOS stores a definition."""
         async with asyncio.timeout(DEADLINE_SECONDS):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from farpage.address import UnixAddress, parse_address
 from farpage.api.tls import check_addresses
 from farpage.attach.listener import AttachListener
-from farpage.daemon import started
+from farpage.daemon import CONTROL_NICENESS, run_early, started
 from farpage.errors import InvalidInput
 from farpage.hypervisor.service import Hypervisor
 from farpage.hypervisor.settings import HypervisorSettings
@@ -55,6 +55,7 @@ async def run(settings: HypervisorSettings, launched: Sequence[LaunchedWorker] =
         await control.start()
         await listener.start()
         started()
+        run_early(CONTROL_NICENESS)
         log.info(
             "hypervisor_ready",
             hypervisor=settings.name,

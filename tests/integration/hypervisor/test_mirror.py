@@ -178,7 +178,7 @@ async def test_a_worker_killed_with_page_outs_in_flight_leaves_both_replicas_rig
     await paged.write_all()
     paged.signal("vios1", signal.SIGSTOP)
     paged.client.send(f"write 0 {PAGES}")
-    await paged.until(lambda info: any(path.in_flight > 0 for path in info.paths), "in flight")
+    await paged.until_sent("vios1")
     await kill_and_wait(await worker_pid(paged.embedded, "client"))
     paged.signal("vios1", signal.SIGCONT)
     assert await paged.client.answer() == "done"
