@@ -64,9 +64,12 @@ class KeptFile:
 
     def save(self, definition: Definition) -> None:
         if self._copy.fails():
-            self._copy.content.pop(self._name, None)
+            self.discard()
             raise StoreFailed(self._name, "Input/output error")
         self._copy.content[self._name] = definition
+
+    def discard(self) -> None:
+        self._copy.content.pop(self._name, None)
 
 
 class KeptVios:
@@ -214,6 +217,8 @@ class Keeping:
         self._other = Register(OTHER)
         self._missing: set[str] = set()
         """Devices whose replica has missed an acknowledged write."""
+        self._forgiven: set[str] = set()
+        """Those that count again in a copy that is being promoted."""
         self._healed = False
         self._calm = False
 
@@ -260,6 +265,12 @@ class Keeping:
 
     def _alarm(self, kind: str, message: str) -> None:
         self.world.note(f"alarm {kind}: {message}")
+        if kind == "definition_promoted":  # from now on it may be stored, whoever is killed
+            for register in (self._own, self._other):
+                register.attempted.add(register.found(self._keeper.current))
+            self._forgiven = {
+                device for device, state in _states(self._keeper.current).items() if state is _SYNC
+            }
 
     async def _poll(self, keeper: DefinitionKeeper) -> None:
         """Look after the VIOS as `hypervisor.service` does."""
@@ -296,7 +307,8 @@ class Keeping:
         for register in (self._own, self._other):
             register.promoted(keeper.current)
         self.world.note(f"promoted {self._own.acknowledged}")
-        self._missing = {device for device in self._missing if _states(keeper.current)[device] is not _SYNC}
+        self._missing -= self._forgiven
+        self._forgiven = set()
 
     # Changes
 
@@ -331,7 +343,7 @@ class Keeping:
         if not await self._make(keeper, self._own, number, edit):
             return
         self.world.note(f"change {number}: {', '.join(states.values())}")
-        self._missing = stale
+        self._missing, self._forgiven = stale, set()
         self._check("after a change")
 
     async def _change_other(self, keeper: DefinitionKeeper) -> None:
@@ -379,7 +391,7 @@ class Keeping:
                     f"{when} the definition has change {number} of {register.client}, "
                     f"but {register.acknowledged} was acknowledged"
                 )
-        for device in sorted(self._missing):
+        for device in sorted(self._missing - self._forgiven):
             if states[device] is not ReplicaState.STALE:
                 self.world.violated(f"{when} the replica on {device} counts, and has missed writes")
 

@@ -37,6 +37,7 @@ def test_no_seed_violates_anything() -> None:
 @pytest.mark.parametrize(
     "seed",
     [
+        pytest.param(1899, id="a-change-of-which-there-is-no-note"),
         pytest.param(3090, id="a-repair-of-a-killed-pager-and-a-page-out-of-the-next-one"),
         pytest.param(3134, id="room-left-by-a-lost-page"),
         pytest.param(20969, id="room-taken-by-a-fault-that-was-answered-at-the-second-try"),

@@ -53,10 +53,14 @@ class DefinitionCopy:
             fresh.replace(self._path)
             self._sync_folder()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
-                self._sync_folder()
+            self.discard()
             raise StoreFailed(str(self._path), error.strerror or "unwritable") from error
+
+    def discard(self) -> None:
+        """Remove the file, if that is possible: it may be older than what was last agreed on."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+            self._sync_folder()
 
     def _sync_folder(self) -> None:
         """Make the file's name durable (fsync(2): a file's name is content of its folder)."""

@@ -168,6 +168,8 @@ class DefinitionKeeper:
 
         Every later change goes before it, so that it is not followed when that VIOS is back.
         """
+        self._noted = True
+        """Whether a control process in this one's place would know of it."""
         self._own: Definition | None = None
         """The newest definition that was agreed on; from the hypervisor's own copy after a start."""
         self._kept: Definition | None = None
@@ -283,9 +285,12 @@ class DefinitionKeeper:
         )
 
     async def _keep(self) -> None:
-        """Store the current definition as the hypervisor's own copy."""
+        """Store the current definition as the hypervisor's own copy.
+
+        Not while a later one may be stored somewhere of which the next control process would not know.
+        """
         self._own = self.current
-        if self._kept == self.current:
+        if self._kept == self.current or not (self._noted or self._attempted in (None, self.current)):
             return
         try:
             await asyncio.to_thread(self._copy.save, self.current)
@@ -467,9 +472,13 @@ class DefinitionKeeper:
         self._attempted = changed
         try:
             await asyncio.to_thread(self._attempts.save, changed)
+            self._noted = True
         except FarpageError as error:
             log.error("attempted_change_not_stored", problem=error.cause)
             self._alarm("definition_copy_failed", f"the change under way is not stored: {error.cause}")
+            self._noted = False
+            self._kept = None
+            await asyncio.to_thread(self._copy.discard)
 
     async def _store(self, changed: Definition) -> bool:
         """Store a successor of `current` in every VIOS that answers; False when one has a newer document.

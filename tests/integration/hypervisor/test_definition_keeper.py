@@ -25,7 +25,7 @@ from farpage.definition.model import (
     VolumeRecord,
 )
 from farpage.errors import FarpageError
-from farpage.hypervisor.definitions import CopyUnknown, DefinitionKeeper, DefinitionUnproven
+from farpage.hypervisor.definitions import CopyUnknown, DefinitionKeeper, DefinitionUnproven, NoVios
 from farpage.hypervisor.vioses import Vios
 from tests.support.vios import ViosProcess, vios_processes
 
@@ -381,6 +381,28 @@ async def test_an_own_copy_that_cannot_be_written_is_not_left_behind_as_an_old_o
         assert rig.kinds == ["definition_copy_failed"]
         rig.own.with_suffix(".new").rmdir()
         changed = await keeper.change(lambda now: with_vios(now, "newer"))
+        assert DefinitionCopy(rig.own).load() == changed
+
+
+async def test_no_own_copy_is_kept_while_a_change_of_which_there_is_no_note_may_be_stored(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        rig.attempted.with_suffix(".new").mkdir()  # the note cannot be written
+        vioses = rig.vioses.values()
+        for vios in vioses:
+            vios.problem = "cut off"
+        with pytest.raises(NoVios):
+            await keeper.change(lambda now: with_vios(now, "lost"))
+        assert rig.kinds == ["definition_copy_failed"]
+        await asyncio.gather(*(vios.ask() for vios in vioses))
+        await keeper.load()
+        assert not rig.own.exists()
+    rig.two.kill()  # which may have it
+    async with rig.hypervisor() as keeper:
+        assert keeper.unproven
+        await rig.back(keeper, rig.two)
+        assert not keeper.unproven
+        changed = await keeper.change(lambda now: with_vios(now, "new"))
         assert DefinitionCopy(rig.own).load() == changed
 
 
