@@ -203,7 +203,7 @@ class Keeping:
         self._chance = world.random("keeping")
         self._crowd = world.random("crowd")
         self._crowded = self._crowd.random() < 0.4
-        """Another client's changes come too, and VIOS are doubted."""
+        """Another client's changes come too, VIOS are doubted, and copies promoted without need."""
         self._copy = KeptCopy(world)
         names = [f"vios{n}" for n in range(1, self._chance.choice((3, 3, 4)))]
         self._vioses = {name: KeptVios(world, name) for name in names}
@@ -293,6 +293,11 @@ class Keeping:
                 if unproven_seconds > PATIENCE_SECONDS and self._chance.random() < 0.3:
                     await self._promote(keeper)
             await asyncio.sleep(POLL_SECONDS)
+
+    def _promote_now(self) -> None:
+        """Have an operator promote a copy without need."""
+        if self._process.state is ProcessState.RUNNING:
+            self._process.loop.create_task(self._promote(self._keeper))
 
     async def _promote(self, keeper: DefinitionKeeper) -> None:
         """Follow some copy, whatever is lost by that."""
@@ -408,6 +413,7 @@ class Keeping:
             (f"stop {vios.name}", 3, vios.process.stop, vios.process.cont),
             (f"cut {vios.name}", 4, lambda: setattr(vios, "cut", True), lambda: setattr(vios, "cut", False)),
             (f"doubt {vios.name}", 4 if self._crowded else 0, vios.give_up, lambda: None),
+            ("promote a copy", 4 if self._crowded else 0, self._promote_now, lambda: None),
             ("kill the hypervisor", 6, self._process.kill, self._restart),
             ("lose the hypervisor's copy", 3, self._lose_copy, lambda: None),
         ]
