@@ -20,8 +20,10 @@ def running_set() -> Iterator[RunningSet]:
     with tempfile.TemporaryDirectory(prefix="fpcli-", dir="/tmp") as folder:
         state = Path(folder) / "s"
         with (Path(folder) / "up.err").open("w") as errors:
+            # Without a RAM tier, which keeps samples of the pages whose only copy a test may spoil.
+            options = ["--workers", "1", "--ram-tier", "0", "--json"]
             process = subprocess.Popen(
-                [sys.executable, "-m", "farpage", "up", "--state", str(state), "--workers", "1", "--json"],
+                [sys.executable, "-m", "farpage", "up", "--state", str(state), *options],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
