@@ -103,6 +103,13 @@ async def embedded() -> AsyncIterator[EmbeddedSet]:
         yield running
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def untiered() -> AsyncIterator[EmbeddedSet]:
+    """A set without RAM tiers: what is spoilt on the device is nowhere else."""
+    async with running_set(workers=1, ram_tier_percent=0) as running:
+        yield running
+
+
 @asynccontextmanager
 async def paged_client(
     embedded: EmbeddedSet, name: str, limit_bytes: int = LIMIT_BYTES
@@ -192,8 +199,8 @@ async def test_a_page_written_to_after_it_came_in_is_paged_out_again(embedded: E
         assert await client.process.run("wrong()") == []
 
 
-async def test_a_page_changed_on_the_device_is_lost_alone(embedded: EmbeddedSet) -> None:
-    async with paged_client(embedded, "lost", PAGES * PAGE_BYTES) as client:
+async def test_a_page_changed_on_the_device_is_lost_alone(untiered: EmbeddedSet) -> None:
+    async with paged_client(untiered, "lost", PAGES * PAGE_BYTES) as client:
         await client.process.run("fill()")
         await client.limit(MIB)  # the first pages left first
         client.flip(10)
@@ -215,8 +222,8 @@ async def test_a_page_changed_on_the_device_is_lost_alone(embedded: EmbeddedSet)
         assert await client.process.process.wait() == -signal.SIGBUS
 
 
-async def test_a_page_that_is_right_when_it_is_read_again_is_not_lost(embedded: EmbeddedSet) -> None:
-    async with paged_client(embedded, "repaired", PAGES * PAGE_BYTES) as client:
+async def test_a_page_that_is_right_when_it_is_read_again_is_not_lost(untiered: EmbeddedSet) -> None:
+    async with paged_client(untiered, "repaired", PAGES * PAGE_BYTES) as client:
         await client.process.run("fill()")
         await client.limit(MIB)
         client.flip(40)
