@@ -111,3 +111,20 @@ async def test_a_client_that_is_attached_again_is_not_deleted_for_the_one_before
     del clients.attached["vm"]
     await clients.clear_leftovers()
     assert "vm" not in records
+
+
+async def test_a_client_whose_process_is_about_to_be_gone_is_let_go_when_it_is(
+    clients: Clients, records: Records
+) -> None:
+    records.answers.set()
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        attach(clients, pidfd)
+        gone = asyncio.create_task(Detaching(clients).process_gone("vm"))
+        await begun(gone)
+        process.communicate()
+        await gone
+        assert "vm" not in clients.attached
+    finally:
+        os.close(pidfd)
