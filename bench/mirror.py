@@ -56,8 +56,9 @@ END_SECONDS: Final = 30.0
 NO_CHECKSUMS: Final = """\
 import farpage.pager.checksum as checksum
 checksum.page_checksums = lambda content: [0] * (len(content) // 4096)
+checksum.checksums_of = lambda pages: [0] * len(pages)
 """
-"""A `sitecustomize`: it runs before a worker takes the function into use (site, Python's library)."""
+"""A `sitecustomize`: it runs before a worker takes the functions into use (site, Python's library)."""
 
 
 @dataclass(frozen=True)

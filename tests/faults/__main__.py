@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
+import threading
 import time
 
 from bench._machine import describe_machine, describe_placement
@@ -14,7 +16,10 @@ from tests.faults.campaign.schedule import Kind
 
 
 def main() -> int:
-    """Run it and print what it found; the exit status is 1 when anything happened that must never."""
+    """Run it and print what it found; the exit status is 1 when anything happened that must never.
+
+    SIGINT and SIGTERM end it after the fault at hand, with all that it found.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults",
         description="Does faults to a running set whose clients verify every page, as one seed decides.",
@@ -39,7 +44,10 @@ def main() -> int:
         if not words.quiet:
             print(f"{time.monotonic() - begin:8.2f} {text}", file=sys.stderr, flush=True)
 
-    outcome = asyncio.run(run_campaign(options, tell))
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    outcome = asyncio.run(run_campaign(options, tell, ended.is_set))
     print(f"Seed {words.seed}; {describe_machine()}; {describe_placement()};", describe(outcome))
     return 1 if outcome.failed else 0
 

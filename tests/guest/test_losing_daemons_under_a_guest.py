@@ -51,10 +51,11 @@ def wrong_pages(guest: QemuGuest) -> int:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def mirroring() -> AsyncIterator[EmbeddedSet]:
-    """A set of two VIOS with a device each."""
+    """A set of three VIOS with a device each, of the same name."""
     folder = Path(tempfile.mkdtemp(prefix="fpguest-", dir="/tmp"))
-    devices = tuple(f"{vios}=dir:{folder / vios}" for vios in ("vios1", "vios2"))
-    running = EmbeddedSet(SetSettings(state_dir=folder / "s", workers=1, devices=devices))
+    devices = tuple(f"{vios}=dir:{folder / vios}" for vios in ("vios1", "vios2", "vios3"))
+    settings = SetSettings(state_dir=folder / "s", vios_count=len(devices), workers=1, devices=devices)
+    running = EmbeddedSet(settings)
     await running.start()
     try:
         yield running
@@ -112,26 +113,50 @@ async def test_a_guest_outlives_a_time_without_any_vios(embedded: EmbeddedSet, b
     assert wrong_pages(guest) == 0
 
 
-def replicas_are(state: ReplicaHealth) -> Callable[[ClientInfo], bool]:
-    """Return the condition that every replica of a client is in one state."""
-    return lambda info: len(info.replicas) == 2 and all(replica.state is state for replica in info.replicas)
+def in_sync_on(*devices: str) -> Callable[[ClientInfo], bool]:
+    """Return the condition that a client has replicas on these devices, all of them in sync."""
+    wanted = dict.fromkeys(devices, ReplicaHealth.IN_SYNC)
+    return lambda info: {replica.device: replica.state for replica in info.replicas} == wanted
+
+
+async def mirrored(embedded: EmbeddedSet, boot_guest: BootGuest, name: str) -> tuple[QemuGuest, list[str]]:
+    """Return a guest whose pages are mirrored, and the VIOSes of its replicas, which are all in sync."""
+    wanted = ClientCreate(name=name, memory_bytes=VERIFIER.memory_mib * MIB, redundancy=Redundancy.MIRROR)
+    await embedded.hypervisor.create_client(wanted)
+    guest = await verifying(embedded, boot_guest, name)
+    vioses = [replica.device for replica in (await embedded.hypervisor.client(name)).replicas]
+    await until_client(embedded.hypervisor, name, in_sync_on(*vioses), "in sync")
+    return guest, vioses
 
 
 async def test_a_guest_goes_on_while_each_replica_of_its_mirror_is_lost_and_resynced_in_turn(
     mirroring: EmbeddedSet, boot_guest: BootGuest
 ) -> None:
-    wanted = ClientCreate(name="vm1", memory_bytes=VERIFIER.memory_mib * MIB, redundancy=Redundancy.MIRROR)
-    await mirroring.hypervisor.create_client(wanted)
-    guest = await verifying(mirroring, boot_guest)
-    for vios in mirroring.vioses:
-        in_sync = replicas_are(ReplicaHealth.IN_SYNC)
-        await until_client(mirroring.hypervisor, "vm1", in_sync, "in sync")
+    guest, vioses = await mirrored(mirroring, boot_guest, "vm1")
+    for vios in vioses:
         mirroring.supervise_vios(vios, supervised=False)
         mirroring.kill_vios(vios, signal.SIGKILL)
         await next_pass(guest)
         paged = await mirroring.hypervisor.client("vm1")
         assert sorted(replica.state for replica in paged.replicas) == ["in_sync", "stale"]
         await mirroring.start_vios(vios)
-        await until_client(mirroring.hypervisor, "vm1", in_sync, "in sync")
+        await until_client(mirroring.hypervisor, "vm1", in_sync_on(*vioses), "in sync")
+    await next_pass(guest)
+    assert wrong_pages(guest) == 0
+
+
+async def test_a_guest_goes_on_while_a_lost_replica_of_its_mirror_is_replaced(
+    mirroring: EmbeddedSet, boot_guest: BootGuest
+) -> None:
+    guest, (kept, lost) = await mirrored(mirroring, boot_guest, "vm2")
+    (spare,) = set(mirroring.vioses) - {kept, lost}
+    mirroring.supervise_vios(lost, supervised=False)
+    mirroring.kill_vios(lost, signal.SIGKILL)
+    await next_pass(guest)
+    await mirroring.hypervisor.replace_device(lost, spare)
+    await until_client(mirroring.hypervisor, "vm2", in_sync_on(kept, spare), "in sync on another device")
+    # What the first pass after it reads, only the new replica has.
+    mirroring.supervise_vios(kept, supervised=False)
+    mirroring.kill_vios(kept, signal.SIGKILL)
     await next_pass(guest)
     assert wrong_pages(guest) == 0

@@ -281,6 +281,8 @@ class SimulatedControl:
                 await self.ask(worker, lambda: worker.attach(order))  # noqa: B023
             except PeerGone:
                 continue
+            if not worker.process.alive:  # it has answered and then ended, and `_lost` takes it for seen to
+                continue
             attached.paged.set()
             self._start_spare()
             return

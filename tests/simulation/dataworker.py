@@ -209,7 +209,7 @@ class SimulatedWorker:
         """Writes go out under a new epoch."""
         self.hypervisor.world.note(f"{self.process.name}: epoch {epoch}")
 
-    def path_failed(self, vios: str) -> None:
+    def vios_doubted(self, vios: str) -> None:
         """Note it."""
         self.hypervisor.world.note(f"{self.process.name}: path over {vios} failed")
 

@@ -68,8 +68,9 @@ def _checksums_off(stack: ExitStack) -> None:
     def same(content: memoryview) -> list[int]:
         return [0] * (len(content) // PAGE_BYTES)
 
-    for module in (eviction, faults, salvage):
+    for module in (faults, salvage):
         _replace(stack, module, "page_checksums", same)
+    _replace(stack, eviction, "checksums_of", lambda pages: [0] * len(pages))
 
 
 def _leases_off(stack: ExitStack) -> None:

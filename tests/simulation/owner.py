@@ -74,7 +74,7 @@ class Events:
         self._world.note(f"{self._owner}: epoch {epoch}")
         self._on_epoch(epoch)
 
-    def path_failed(self, vios: str) -> None:
+    def vios_doubted(self, vios: str) -> None:
         self._world.note(f"{self._owner}: path over {vios} failed")
 
     def alarm(self, kind: str, message: str) -> None:

@@ -17,7 +17,7 @@ FOUND_BY = {
     "relays_side_by_side": 587,
     "copying_lent": 64,
     "attempts_forgotten": 180,
-    "promotions_off": 8421,
+    "promotions_off": 9727,
     "dead_workers_heard": 201,
     "freeze_off": 17,
 }

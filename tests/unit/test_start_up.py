@@ -44,3 +44,9 @@ def test_who_asks_daemons_does_not_load_a_command_line_for_it() -> None:
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "httpx" in loaded
     assert loaded & COMMAND_LINES == set()
+
+
+def test_a_daemon_whose_control_api_computes_goes_on_with_what_clients_wait_for() -> None:
+    program = "import sys, farpage.daemon as daemon; daemon.begin_to_start(); print(sys.getswitchinterval())"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    assert float(done.stdout) <= 0.001

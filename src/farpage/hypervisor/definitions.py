@@ -21,6 +21,7 @@ from farpage.definition.copy import DefinitionCopy
 from farpage.definition.model import Definition
 from farpage.definition.verification import FoundVolume, promote
 from farpage.errors import ExitStatus, FarpageError
+from farpage.hypervisor.gathering import GatheredChanges, WantedChange
 from farpage.hypervisor.model import DefinitionPromotion
 from farpage.hypervisor.vioses import Vios
 from farpage.log import get_logger
@@ -30,8 +31,6 @@ log = get_logger()
 DIFFERENT_COPY = ("revision_conflict", "invalid_definition")
 """What a VIOS answers that has another copy than the change was based on."""
 ATTEMPTS = 5
-GATHER_SECONDS = 0.003
-"""A change waits so long for others that have the same cause: to store one takes ten times as long."""
 CHANGES_SHOWN = 5
 
 HYPERVISOR = "the hypervisor"
@@ -98,40 +97,6 @@ class KnownCopies:
     missing: Mapping[str, str]
 
 
-class _Wanted:
-    """A change that somebody waits for."""
-
-    def __init__(self, edit: Callable[[Definition], Definition]) -> None:
-        self.edit = edit
-        self.ended: asyncio.Future[Definition] = asyncio.get_running_loop().create_future()
-        self._changed = Definition()
-
-    def apply(self, now: Definition) -> Definition:
-        """Return what the edit makes of a definition; one that fails ends the change and changes nothing."""
-        if self.ended.done():
-            return now
-        try:
-            self._changed = self.edit(now)
-        except Exception as error:
-            self.ended.set_exception(error)
-            return now
-        return self._changed
-
-    def go_beyond(self, attempted: Definition) -> None:
-        """Have it end with a definition that goes before one which nobody has acknowledged."""
-        self._changed = beyond(self._changed, attempted)
-
-    def succeed(self) -> None:
-        """End it with the definition as its edit has left it."""
-        if not self.ended.done():
-            self.ended.set_result(self._changed)
-
-    def fail(self, error: Exception) -> None:
-        """End it: nothing has changed, or nobody knows."""
-        if not self.ended.done():
-            self.ended.set_exception(error)
-
-
 class DefinitionKeeper:
     """Reads the newest definition, changes it by compare-and-swap, and repairs VIOS that lag."""
 
@@ -157,7 +122,7 @@ class DefinitionKeeper:
         self.repairs: Counter[str] = Counter()
         """Copies that were brought up to date, by VIOS."""
         self.missed = asyncio.Event()
-        """Set when a change was made that some VIOS has not got: it is worth another look at once."""
+        """Set when some VIOS has not got a change, or none took it: it is worth another look at once."""
         self._vioses = vioses
         self._hypervisor = hypervisor
         self._tls = tls
@@ -177,8 +142,7 @@ class DefinitionKeeper:
         self._alarm = alarm
         self._clock = clock
         self._lock = asyncio.Lock()
-        self._wanted: list[_Wanted] = []
-        """Changes that wait for the one under way, to be made all at once."""
+        self._changes = GatheredChanges(self._lock, self._make)
 
     @property
     def unproven(self) -> DefinitionUnproven | None:
@@ -290,7 +254,8 @@ class DefinitionKeeper:
         Not while a later one may be stored somewhere of which the next control process would not know.
         """
         self._own = self.current
-        if self._kept == self.current or not (self._noted or self._attempted in (None, self.current)):
+        unknown = not self._noted and self._attempted not in (None, self.current)
+        if unknown or self._kept == self.current:
             return
         try:
             await asyncio.to_thread(self._copy.save, self.current)
@@ -402,43 +367,16 @@ class DefinitionKeeper:
     async def change(self, edit: Callable[[Definition], Definition]) -> Definition:
         """Apply a pure edit and store the result in every reachable VIOS, and in the hypervisor's own copy.
 
-        Edits that come together, or while another is being stored, are applied one after the other and stored
-        together: a VIOS that is lost concerns many clients at once.
+        Edits that come together are stored together: a VIOS that is lost concerns many clients at once.
 
         :raise NoVios: when none took it; nothing has changed then.
         :raise DefinitionUnproven: the definition at hand may be old.
         :raise FarpageError: what `edit` raises; nothing has changed then.
         """
-        wanted = _Wanted(edit)
-        self._wanted.append(wanted)
-        try:
-            async with self._lock:
-                if wanted in self._wanted:
-                    await asyncio.sleep(GATHER_SECONDS)
-                    batch, self._wanted = self._wanted, []
-                    await self._change(batch)
-            return await wanted.ended
-        finally:
-            wanted.ended.cancel()
-            if wanted in self._wanted:
-                self._wanted.remove(wanted)
+        return await self._changes.change(edit)
 
-    async def _change(self, batch: list[_Wanted]) -> None:
-        """Make some changes at once; each of them has ended then."""
-        try:
-            await self._try_to_change(batch)
-        except asyncio.CancelledError:
-            # The others' changes are made by the next one of them, whatever has become of this attempt.
-            self._wanted[:0] = [wanted for wanted in batch[1:] if not wanted.ended.done()]
-            raise
-        except Exception as error:
-            for wanted in batch:
-                wanted.fail(error)
-        else:
-            for wanted in batch:
-                wanted.succeed()
-
-    async def _try_to_change(self, batch: list[_Wanted]) -> None:
+    async def _make(self, batch: Sequence[WantedChange]) -> None:
+        """Make some changes at once."""
         for _ in range(ATTEMPTS):
             if self.unproven:
                 raise self.unproven
@@ -453,6 +391,9 @@ class DefinitionKeeper:
                 changed = beyond(changed, self._attempted)
                 for wanted in batch:
                     wanted.go_beyond(self._attempted)
+            if not any(vios.reachable for vios in self._vioses.values()):
+                self.missed.set()
+                raise NoVios("; ".join(self._away()))
             await self._attempt(changed)
             if await self._store(changed):
                 self._attempted = None
@@ -480,6 +421,10 @@ class DefinitionKeeper:
             self._kept = None
             await asyncio.to_thread(self._copy.discard)
 
+    def _away(self) -> list[str]:
+        """Say of each VIOS that did not answer when it was last asked why."""
+        return [f"{vios.name}: {vios.problem}" for vios in self._vioses.values() if not vios.reachable]
+
     async def _store(self, changed: Definition) -> bool:
         """Store a successor of `current` in every VIOS that answers; False when one has a newer document.
 
@@ -492,7 +437,7 @@ class DefinitionKeeper:
         )
         taken: list[str] = []
         refused: dict[str, Definition] = {}
-        problems = [f"{vios.name}: {vios.problem}" for vios in self._vioses.values() if not vios.reachable]
+        problems = self._away()
         for vios, outcome in zip(asked, outcomes, strict=True):
             if outcome is None:
                 taken.append(vios.name)
@@ -508,6 +453,7 @@ class DefinitionKeeper:
         if not taken:
             if refused:
                 return False
+            self.missed.set()
             raise NoVios("; ".join(problems))
         self.current = changed
         await self._keep()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from typing import Final
 
 from farpage.attach.memory import ClientKind, ClientMemory
 from farpage.attach.process import close_process
@@ -15,10 +13,6 @@ from farpage.hypervisor.errors import ClientNotAttached, DetachByOwner
 from farpage.kernel.process import is_gone
 from farpage.log import get_logger
 from farpage.pager.messages import Detach
-
-EXIT_SECONDS: Final = 10.0
-"""So long a process may take to exit once its memory is gone."""
-EXIT_LOOK_SECONDS: Final = 0.01
 
 log = get_logger()
 
@@ -81,16 +75,7 @@ class Detaching:
     async def process_gone(self, client: str, *, held: bool = False) -> None:
         """Clean up after a process that has exited; `held` if the caller holds off requests about it."""
         attached = self._clients.attached.get(client)
-        if attached is None:
-            return
-        if not held:
-            # A worker hears of an exit by the end of the memory, a moment before the process counts as gone.
-            deadline = time.monotonic() + EXIT_SECONDS
-            while not is_gone(attached.memory.pidfd) and time.monotonic() < deadline:
-                await asyncio.sleep(EXIT_LOOK_SECONDS)
-                if self._clients.attached.get(client) is not attached:
-                    return
-        if not is_gone(attached.memory.pidfd):
+        if attached is None or not is_gone(attached.memory.pidfd):
             return
         if attached.record.releasing:
             return  # what it was may be all on its devices by now: whoever releases it sees to the rest

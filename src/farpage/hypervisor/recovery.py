@@ -31,6 +31,7 @@ from farpage.hypervisor.detaching import Detaching
 from farpage.hypervisor.replicas import ClientReplicas
 from farpage.hypervisor.unstarted import UnstartedReleases
 from farpage.hypervisor.workers import WorkerPool, WorkerProcess
+from farpage.kernel.ending import until_gone
 from farpage.kernel.process import ProcessIdentity, is_gone, open_identified
 from farpage.log import get_logger
 from farpage.pager.attachmentrecord import AttachmentRecord
@@ -303,7 +304,7 @@ class Recovery:
     async def _let_go_at_end(self, record: AttachmentRecord, memory: ClientMemory) -> None:
         """Forget a client that cannot be recovered when its process ends."""
         try:
-            await _until_gone(memory.pidfd)
+            await until_gone(memory.pidfd)
         finally:
             memory.close_descriptors()
         del self._clients.unrecovered[record.client]
@@ -360,16 +361,6 @@ async def _end_stranger(process: ProcessIdentity) -> None:
     try:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        await _until_gone(pidfd)
+        await until_gone(pidfd)
     finally:
         os.close(pidfd)
-
-
-async def _until_gone(pidfd: int) -> None:
-    gone = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(pidfd, gone.set)
-    try:
-        await gone.wait()
-    finally:
-        loop.remove_reader(pidfd)

@@ -52,9 +52,9 @@ from farpage.pager.messages import (
     EpochRaised,
     Nothing,
     OutageChanged,
-    PathFailed,
     RecordReplicas,
     ScrubEnded,
+    ViosDoubted,
 )
 
 log = get_logger()
@@ -317,8 +317,8 @@ class Hypervisor:
             case "epoch_raised":
                 raised = EpochRaised.model_validate(parameters)
                 self._start(self.clients.records.epoch_raised(raised))
-            case "path_failed":
-                failed = PathFailed.model_validate(parameters)
+            case "vios_doubted":
+                failed = ViosDoubted.model_validate(parameters)
                 if vios := self.vioses.get(failed.vios):
                     self._start(vios.doubt())
             case "outage":

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from farpage.api.client import ControlClient
 from farpage.definition.model import Definition
-from farpage.errors import FarpageError, Unreachable
+from farpage.errors import FarpageError
 from farpage.hypervisor.model import ViosStatus
 from farpage.vios.model import CopyStatus, DeviceInfo, HandoverInfo, Health, VolumeCreate, VolumeInfo
 
@@ -42,6 +42,8 @@ class Vios:
     _waiting: set[asyncio.Task[Any]] = field(default_factory=set, init=False)
     """Requests for its definition, which others wait for."""
     _doubted: bool = field(default=False, init=False)
+    _away: FarpageError | None = field(default=None, init=False)
+    """How it was found away when it was doubted last."""
 
     def __post_init__(self) -> None:
         self.client = ControlClient(
@@ -72,7 +74,7 @@ class Vios:
         try:
             await self.client.get("/v1/health", Health, timeout_seconds=DOUBTED_SECONDS)
         except FarpageError as error:
-            self.problem = error.cause
+            self.problem, self._away = error.cause, error
             for request in self._waiting:
                 request.cancel()
         finally:
@@ -86,9 +88,9 @@ class Vios:
             return await task
         except asyncio.CancelledError:
             current = asyncio.current_task()
-            if current and current.cancelling():
+            if self._away is None or (current and current.cancelling()):
                 raise
-            raise Unreachable(f"VIOS {self.name}", self.control, self.problem, "check that it runs") from None
+            raise self._away from None
         finally:
             self._waiting.discard(task)
 
@@ -107,7 +109,7 @@ class Vios:
         :raise RemoteError: `http_status` 409 when it stores another revision than expected.
         """
         parameters = {"expected_revision": expected_revision}
-        # The answer is the same document: to read it again would take longer than all else here.
+        # The answer is the same document, and is not read again.
         await self._unless_away(
             self.client.request("PUT", "/v1/definition", body=definition, params=parameters)
         )

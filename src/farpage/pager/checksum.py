@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
@@ -15,11 +17,17 @@ def page_checksum(page: memoryview) -> int:
 
 def page_checksums(content: memoryview) -> list[int]:
     """Return the checksum of each page in a run of whole pages."""
+    if len(content) == PAGE_BYTES:
+        return [page_checksum(content)]
+    return checksums_of(
+        [content[offset : offset + PAGE_BYTES] for offset in range(0, len(content), PAGE_BYTES)]
+    )
+
+
+def checksums_of(pages: Sequence[memoryview]) -> list[int]:
+    """Return the checksum of each page."""
     digest = xxh3_64_intdigest
-    return [
-        digest(content[offset : offset + PAGE_BYTES]) & 0xFFFFFFFF
-        for offset in range(0, len(content), PAGE_BYTES)
-    ]
+    return [digest(page) & 0xFFFFFFFF for page in pages]
 
 
 def zero_pages(content: memoryview) -> list[int]:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Final
 
 from farpage.pager.buffers import BUFFER_BYTES, SharedBuffer
-from farpage.pager.checksum import page_checksums, zero_pages
+from farpage.pager.checksum import checksums_of, zero_pages
 from farpage.pager.space import Space, ends_with_client
 from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, REWRITTEN, WRITING, ZERO
 from farpage.pager.table import PAGE_BYTES, runs_of
@@ -194,7 +194,7 @@ class Eviction:
         space.memory.read_out(first, content)
         zeros = [first + index for index in zero_pages(content)]
         if not zeros:
-            self._write_pages(first, count, content, buffer)
+            self._write_pages(first, count, buffer, offset)
             return 0
         for start, length in runs_of(zeros):
             space.memory.release(start, length)
@@ -202,13 +202,14 @@ class Eviction:
         space.counters.zero_evict_pages += len(zeros)
         gone = set(zeros)
         for start, length in runs_of([page for page in range(first, first + count) if page not in gone]):
-            at = (start - first) * PAGE_BYTES
-            self._write_pages(start, length, content[at : at + length * PAGE_BYTES], buffer)
+            self._write_pages(start, length, buffer, offset + (start - first) * PAGE_BYTES)
         return len(zeros)
 
-    def _write_pages(self, first: int, count: int, content: memoryview, buffer: SharedBuffer) -> None:
+    def _write_pages(self, first: int, count: int, buffer: SharedBuffer, offset: int) -> None:
         table = self._space.table
-        table.checksums[first : first + count] = page_checksums(content)
+        at = offset // PAGE_BYTES
+        content = buffer.view[offset : offset + count * PAGE_BYTES]
+        table.checksums[first : first + count] = checksums_of(buffer.pages[at : at + count])
         table.move(first, count, DIRTY, WRITING)
         buffer.use()
         written = partial(self._written, first, count, content, buffer)

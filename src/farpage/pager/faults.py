@@ -355,6 +355,9 @@ class Faults:
         source = address_of(content) + at
         for start, length in self._still_reading(first, count):
             self._copy_in(start, length, source + (start - first) * PAGE_BYTES, memoryview(content))
+        # Pages that are on their way in hold others up, as those do that are in memory.
+        self.admit()
+        self.on_pressure()
 
     def _came_in(self, first: int, count: int, state: int) -> None:
         space = self._space

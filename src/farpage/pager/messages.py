@@ -349,8 +349,8 @@ class EpochRaised(Message, frozen=True, kw_only=True):
     owner: str
 
 
-class PathFailed(Message, frozen=True, kw_only=True):
-    """`path_failed`: a path that carried a client's commands has failed; its VIOS may answer nobody."""
+class ViosDoubted(Message, frozen=True, kw_only=True):
+    """`vios_doubted`: the path that carries a client's commands has failed or does not answer."""
 
     client: str
     vios: str

@@ -8,8 +8,8 @@ from farpage.pager.messages import (
     AlarmRaised,
     EpochRaised,
     Nothing,
-    PathFailed,
     RecordReplicas,
+    ViosDoubted,
 )
 from farpage.pager.statefile import StateFile
 from farpage.volume.ownership import Ownership
@@ -31,9 +31,9 @@ class Tidings:
         raised = EpochRaised(client=self._client, epoch=epoch, owner=self._owner)
         self._control.tell("epoch_raised", raised)
 
-    def path_failed(self, vios: str) -> None:
-        """The path that carried the commands has failed; its VIOS may answer nobody."""
-        self._control.tell("path_failed", PathFailed(client=self._client, vios=vios))
+    def vios_doubted(self, vios: str) -> None:
+        """The path that carries the commands has failed or does not answer: its VIOS may answer nobody."""
+        self._control.tell("vios_doubted", ViosDoubted(client=self._client, vios=vios))
 
     async def record_replicas(self, epoch: int, states: States) -> None:
         """Have the states of all replicas stored durably.

@@ -18,6 +18,7 @@ from typing import Any
 
 from farpage.attach.memory import ClientMemory
 from farpage.errors import FarpageError
+from farpage.kernel.ending import until_gone
 from farpage.log import get_logger
 from farpage.message import Message
 from farpage.pager import volumes
@@ -388,7 +389,7 @@ class Worker:
             self._loop.remove_reader(attached.client.pidfd)
 
     def _client_gone(self, client: str) -> None:
-        """Let go of a client whose process has exited."""
+        """Let go of a client whose memory has ended, or its process."""
         attached = self._clients.get(client)
         if attached is None:
             return
@@ -398,6 +399,8 @@ class Worker:
         task.add_done_callback(lambda done: done.result())
 
     async def _bury(self, client: str, attached: _Attached) -> None:
+        # Its memory may be all that has ended yet, and who is told looks whether its process has.
+        await until_gone(attached.client.pidfd)
         await self._let_go(attached)
         self._control.tell("client_gone", ClientLost(client=client))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -363,10 +363,8 @@ class ViosService:
         if before.revision != stored.revision:
             log.info("definition_stored", revision=stored.revision, changes=diff(before, stored))
             self.loop.call_soon_threadsafe(self.exports.follow_definition)
-        known = claims(before)
-        raised = {volume: claim for volume, claim in claims(stored).items() if known.get(volume) != claim}
-        if raised:
-            self.loop.call_soon_threadsafe(self.begin_claims, raised)
+        if taken := _taken(claims(before), claims(stored)):
+            self.loop.call_soon_threadsafe(self.begin_claims, taken)
         return stored
 
     def begin_claims(self, wanted: dict[str, tuple[int, str]]) -> None:
@@ -396,6 +394,21 @@ class ViosService:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _taken(
+    before: Mapping[str, tuple[int, str]], now: Mapping[str, tuple[int, str]]
+) -> dict[str, tuple[int, str]]:
+    """Return the volumes that have another owner now.
+
+    An owner that raises its epoch opens each volume anew where it has to: what it has open beside that it
+    goes on with. One without a token may be another one.
+    """
+    return {
+        volume: (epoch, owner)
+        for volume, (epoch, owner) in now.items()
+        if before.get(volume) != (epoch, owner) and not (owner and owner == before.get(volume, (0, ""))[1])
+    }
 
 
 async def _flushed(volume: BlockIO, device: PagingDevice) -> None:

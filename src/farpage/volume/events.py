@@ -14,8 +14,8 @@ class VolumeEvents(Protocol):
     def epoch_raised(self, epoch: int) -> None:
         """Writes go out under a new epoch from now on."""
 
-    def path_failed(self, vios: str) -> None:
-        """The path that carried the commands has failed; its VIOS may answer nobody."""
+    def vios_doubted(self, vios: str) -> None:
+        """The path that carries the commands has failed or does not answer: its VIOS may answer nobody."""
 
     def alarm(self, kind: str, message: str) -> None:
         """Something happened that an operator should look at."""
@@ -42,9 +42,9 @@ class ReplicaEvents:
         """Pass it on."""
         self._events.epoch_raised(epoch)
 
-    def path_failed(self, vios: str) -> None:
+    def vios_doubted(self, vios: str) -> None:
         """Pass it on."""
-        self._events.path_failed(vios)
+        self._events.vios_doubted(vios)
 
     def alarm(self, kind: str, message: str) -> None:
         """Pass on what concerns an operator while other replicas answer, or everything of the last one."""

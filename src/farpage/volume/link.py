@@ -97,6 +97,8 @@ class PathLink:
         self.wanted = asyncio.Event()
         """Clear while the path is to stay away from its VIOS, which is about to stop."""
         self.wanted.set()
+        self.untold = ""
+        """Why it failed, until the owner is told."""
         self.left = ""
         """Why the path was given up on purpose; empty again once it is back."""
         self._connector = connector

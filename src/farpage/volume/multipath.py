@@ -55,8 +55,8 @@ class _Owner:
     def epoch_raised(self, epoch: int) -> None:
         self.events.epoch_raised(epoch)
 
-    def path_failed(self, vios: str) -> None:
-        self.events.path_failed(vios)
+    def vios_doubted(self, vios: str) -> None:
+        self.events.vios_doubted(vios)
 
     def alarm(self, kind: str, message: str) -> None:
         self.events.alarm(kind, f"volume {self._volume.name}: {message}")

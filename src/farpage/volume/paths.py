@@ -67,8 +67,8 @@ class PathsOwner(Protocol):
     def epoch_raised(self, epoch: int) -> None:
         """Writes go out under a new epoch from now on."""
 
-    def path_failed(self, vios: str) -> None:
-        """The path that carried the commands has failed; its VIOS may answer nobody."""
+    def vios_doubted(self, vios: str) -> None:
+        """The path that carries the commands has failed or does not answer: its VIOS may answer nobody."""
 
     def alarm(self, kind: str, message: str) -> None:
         """Something happened that an operator should look at."""
@@ -243,6 +243,7 @@ class Paths:
         """Give the path up if another can take over; else only suspect it: a late answer is still one."""
         if self.standby() is None:
             if path.machine.apply(PathEvent.OVERDUE, self._loop.time(), f"{reason}, and no other path"):
+                self._owner.vios_doubted(path.endpoint.vios)
                 self._owner.alarm("path_suspect", f"VIOS {path.endpoint.vios}: {path.machine.reason}")
                 self._stalls(True)
             return
@@ -279,12 +280,20 @@ class Paths:
                 quarantined_bytes=sum(command.length_bytes for command in writes),
             )
         )
-        # A VIOS lets go of what is open under an older epoch than the definition's: nothing is wrong then.
-        outdated = path.epoch < self._ownership.epoch
-        if event is PathEvent.LOST and not self._going_over and not outdated:
-            self._owner.path_failed(path.endpoint.vios)
-            self._owner.alarm("path_failed", f"VIOS {path.endpoint.vios}: {reason}")
+        if event is PathEvent.LOST and not self._going_over:
+            self._owner.vios_doubted(path.endpoint.vios)
+            path.untold = reason
+            # A VIOS may let go of what is open under an older epoch: if it opens it anew at once, nothing is
+            # wrong.
+            if path.epoch >= self._ownership.epoch:
+                self.unreachable(path)
         self._choose()
+
+    def unreachable(self, path: PathLink) -> None:
+        """Tell that a path has failed, if that is not told yet."""
+        reason, path.untold = path.untold, ""
+        if reason:
+            self._owner.alarm("path_failed", f"VIOS {path.endpoint.vios}: {reason}")
 
     def _stalls(self, stalled: bool) -> None:
         """Tell whether accesses wait for want of a path that answers."""

@@ -10,7 +10,8 @@ from farpage.definition.states import ReplicaState
 from farpage.errors import FarpageError
 
 FIRST_PAUSE_SECONDS: Final = 0.05
-LONGEST_PAUSE_SECONDS: Final = 1.0
+LONGEST_PAUSE_SECONDS: Final = 0.25
+"""Accesses may wait for what is to be recorded."""
 
 States: TypeAlias = dict[str, ReplicaState]
 """State of every replica, by the identifier of its device."""

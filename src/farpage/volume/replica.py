@@ -151,7 +151,7 @@ class Replica:
     def status(self, recorded: ReplicaState | None, now_seconds: float) -> ReplicaStatus:
         """Return what users see."""
         dirty = self.dirty.count if self.dirty else 0
-        if self.mode is Mode.COUNTS and recorded is not ReplicaState.STALE:
+        if self.mode is Mode.COUNTS and recorded not in (ReplicaState.STALE, None):
             health = ReplicaHealth.IN_SYNC
         else:
             health = ReplicaHealth.STALE if self.mode is Mode.AWAY else ReplicaHealth.RESYNCING

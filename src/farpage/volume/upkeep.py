@@ -48,6 +48,9 @@ class UpkeepOwner(Protocol):
     def fail(self, path: PathLink, reason: str) -> None:
         """The path is of no use any more."""
 
+    def unreachable(self, path: PathLink) -> None:
+        """The path cannot be opened."""
+
 
 class Upkeep:
     """The upkeep of one path."""
@@ -74,6 +77,7 @@ class Upkeep:
                     path.disconnect()
                     reason = self._ownership.fenced or path.left or cause_of(error)
                     path.machine.apply(PathEvent.LOST, self._loop.time(), reason)
+                    self._owner.unreachable(path)
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
                     continue
@@ -83,7 +87,7 @@ class Upkeep:
                 if not path.wanted.is_set():
                     path.disconnect()
                     continue
-                path.left = ""
+                path.left = path.untold = ""
                 pause = FIRST_PAUSE_SECONDS
                 path.failed.clear()
                 path.machine.apply(PathEvent.PROBED, self._loop.time())

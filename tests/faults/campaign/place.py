@@ -42,6 +42,8 @@ SMALL = "small"
 """Name of the common device that can be filled."""
 FAR_PORT = 10809
 PROBE_SECONDS = 2.0
+STILL_SECONDS = 0.25
+"""An access that is under way for longer still waits for what is over: progress is told each 0.2 s."""
 FINISH_SECONDS = 120.0
 TOKEN_VARIABLE = "FARPAGE_CAMPAIGN"
 """In the environment of every process of the campaign, so that those left behind are found."""
@@ -144,7 +146,7 @@ class Place:
         now = asyncio.get_running_loop().time()
         for name, busy in self.clients.items():
             since = busy.waiting_since_seconds
-            if since is not None and now - since > PROBE_SECONDS:
+            if since is not None and now - since > STILL_SECONDS:
                 return f"{name} waits since {now - since:.1f} s"
         return ""
 

@@ -25,6 +25,10 @@ class Injected:
     restarted_seconds: float | None = None
     """When the process that clients wait for was started again."""
 
+    def delayed(self, stall: Stall) -> bool:
+        """Tell whether an access waited while this fault was in force."""
+        return stall.begin_seconds < self.end_seconds and stall.end_seconds > self.begin_seconds
+
 
 @dataclass(frozen=True)
 class StallsOfKind:
@@ -73,11 +77,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def stalls_during(fault: Injected, stalls: Iterable[Stall]) -> list[Stall]:
     """Return the stalls that lasted while a fault was in force."""
-    return [
-        stall
-        for stall in stalls
-        if stall.begin_seconds < fault.end_seconds and stall.end_seconds > fault.begin_seconds
-    ]
+    return [stall for stall in stalls if fault.delayed(stall)]
 
 
 def longest_stall(fault: Injected, stalls: Iterable[Stall]) -> float:
@@ -131,14 +131,7 @@ def longest_together(faults: Sequence[Injected], stalls: Sequence[Stall]) -> flo
 
 def longest_without(faults: Sequence[Injected], stalls: Sequence[Stall]) -> float:
     """Return the longest stall in seconds while the set was whole: the machine's own doing."""
-    quiet = (
-        stall.seconds
-        for stall in stalls
-        if not any(
-            stall.begin_seconds < fault.end_seconds and stall.end_seconds > fault.begin_seconds
-            for fault in faults
-        )
-    )
+    quiet = (stall.seconds for stall in stalls if not any(fault.delayed(stall) for fault in faults))
     return max(quiet, default=0.0)
 
 
@@ -152,8 +145,7 @@ def restart_to_served(faults: Sequence[Injected], stalls: Sequence[Stall]) -> li
         ends = [
             stall.end_seconds
             for stall in stalls
-            if fault.begin_seconds < stall.end_seconds
-            and stall.begin_seconds < restarted < stall.end_seconds <= fault.end_seconds
+            if stall.begin_seconds < restarted < stall.end_seconds <= fault.end_seconds
         ]
         if ends:
             served.append(min(ends) - restarted)

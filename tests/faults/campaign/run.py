@@ -46,6 +46,8 @@ class Campaign:
     outcome: Outcome
     events: list[ChildEvent]
     tell: Callable[[str], None]
+    told_to_end: Callable[[], bool] = lambda: False
+    """Asked before each fault."""
     in_force: dict[int, Injection] = field(default_factory=dict)
     _mending: list[asyncio.Task[None]] = field(default_factory=list)
     _descriptors: dict[str, Counter[str]] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Campaign:
         self._descriptors = self.place.descriptors()
         end = loop.time() + options.seconds
         for step in steps(options.seed, options.kinds & possible_kinds(self.place)):
-            if loop.time() >= end:
+            if loop.time() >= end or self.told_to_end():
                 break
             await (self._alone(step) if step.alone else self._together(step))
         await self._until_whole()
@@ -151,13 +153,19 @@ class Campaign:
             await asyncio.sleep(WATCH_SECONDS)
 
 
-async def run_campaign(options: CampaignOptions, tell: Callable[[str], None]) -> Outcome:
-    """Run a whole campaign, hearing of each fault by `tell`; returns what it found."""
+async def run_campaign(
+    options: CampaignOptions, tell: Callable[[str], None], told_to_end: Callable[[], bool] = lambda: False
+) -> Outcome:
+    """Run a whole campaign, hearing of each fault by `tell`; returns what it found.
+
+    It ends before its time, as it does in time, when it is `told_to_end`.
+    """
+    begin = asyncio.get_running_loop().time()
     token = new_token()
     outcome = Outcome(options.seconds, options.path_timeout_seconds)
     events: list[ChildEvent] = []
     async with running_place(options.seed, options.path_timeout_seconds, events) as place:
-        campaign = Campaign(place, outcome, events, tell)
+        campaign = Campaign(place, outcome, events, tell, told_to_end)
         try:
             await _first_to_end(campaign.run(options), campaign.watch())
             for name in list(place.clients):
@@ -168,6 +176,8 @@ async def run_campaign(options: CampaignOptions, tell: Callable[[str], None]) ->
         outcome.reads, outcome.writes = place.reads, place.writes
         outcome.damaged_pages, outcome.repaired_pages = place.damaged_pages, place.repaired_pages
         outcome.stalls, outcome.wrong = place.findings.stalls, place.findings.wrong
+        if told_to_end():
+            outcome.seconds = asyncio.get_running_loop().time() - begin
     outcome.leaks += left_behind(token)
     return outcome
 

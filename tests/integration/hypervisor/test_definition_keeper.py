@@ -384,18 +384,31 @@ async def test_an_own_copy_that_cannot_be_written_is_not_left_behind_as_an_old_o
         assert DefinitionCopy(rig.own).load() == changed
 
 
+async def test_a_change_that_no_vios_can_take_has_them_asked_at_once_and_leaves_no_note(rig: Rig) -> None:
+    async with rig.hypervisor() as keeper:
+        await keeper.change(rig.with_both)
+        noted = DefinitionCopy(rig.attempted).load()
+        for vios in rig.vioses.values():
+            vios.problem = "cut off"
+        assert not keeper.missed.is_set()
+        with pytest.raises(NoVios, match="cut off"):
+            await keeper.change(lambda now: with_vios(now, "lost"))
+        assert keeper.missed.is_set()
+        assert DefinitionCopy(rig.attempted).load() == noted
+
+
 async def test_no_own_copy_is_kept_while_a_change_of_which_there_is_no_note_may_be_stored(rig: Rig) -> None:
     async with rig.hypervisor() as keeper:
         await keeper.change(rig.with_both)
         rig.attempted.with_suffix(".new").mkdir()  # the note cannot be written
-        vioses = rig.vioses.values()
-        for vios in vioses:
-            vios.problem = "cut off"
+        for vios in (rig.one, rig.two):
+            vios.kill()
         with pytest.raises(NoVios):
             await keeper.change(lambda now: with_vios(now, "lost"))
         assert rig.kinds == ["definition_copy_failed"]
-        await asyncio.gather(*(vios.ask() for vios in vioses))
-        await keeper.load()
+        await asyncio.gather(*(vios.ask() for vios in rig.vioses.values()))
+        for vios in (rig.one, rig.two):
+            await rig.back(keeper, vios)
         assert not rig.own.exists()
     rig.two.kill()  # which may have it
     async with rig.hypervisor() as keeper:

@@ -14,17 +14,20 @@ from farpage.definition.model import Definition, PagingCommand, ViosRecord
 from farpage.definition.rules import (
     FoundDevice,
     add_client,
+    claim,
     next_revision,
     raise_epoch,
     register_vios,
     remove_client,
 )
 from farpage.errors import ExitStatus
+from farpage.nbd.errors import ServerRefused
 from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeCreate, VolumeInfo
 from tests.support.vios import ViosProcess
 from tests.support.volumes import write
 
 MIB = 1 << 20
+ANNA, BERT = "00000000000000aa", "00000000000000bb"
 
 
 async def definition_of(vios: ViosProcess) -> Definition:
@@ -240,7 +243,29 @@ async def test_a_definition_that_contradicts_itself_changes_nothing(vios: ViosPr
     assert await definition_of(vios) == before
 
 
-async def test_a_new_owner_in_the_definition_shuts_the_old_one_out(vios: ViosProcess) -> None:
+async def test_a_definition_shuts_those_out_who_lose_a_volume_and_lets_owners_with_a_newer_epoch_go_on(
+    vios: ViosProcess,
+) -> None:
+    await with_client(vios, "kept")
+    definition = await with_client(vios, "taken")
+    for volume in ("kept", "taken"):
+        definition = await put(vios, definition.revision, claim(definition, volume, ANNA, "host"))
+        await vios.create(volume)
+    epochs = {volume: definition.clients[volume].epoch for volume in ("kept", "taken")}
+    kept, taken = [await vios.connect(f"{volume}@{epoch}:{ANNA}") for volume, epoch in epochs.items()]
+    changed = claim(raise_epoch(definition, "kept"), "taken", BERT, "other")
+    await put(vios, definition.revision, changed.model_copy(update={"revision": definition.revision + 1}))
+    async with asyncio.timeout(60):
+        while await write(taken, 0, b"x" * 4096) == 0:
+            await asyncio.sleep(0.001)
+    assert await write(kept, 0, b"x" * 4096) == 0
+    with pytest.raises(ServerRefused, match="is older"):
+        await vios.connect(f"kept@{epochs['kept']}:{ANNA}")
+    await kept.close()
+    await taken.close()
+
+
+async def test_a_newer_epoch_in_the_definition_shuts_out_an_owner_without_a_token(vios: ViosProcess) -> None:
     before = await with_client(vios, "moved")
     epoch = before.clients["moved"].epoch
     await vios.create("moved")

@@ -27,17 +27,6 @@ def ended_process() -> Iterator[int]:
     os.close(pidfd)
 
 
-@pytest.fixture
-def exiting_process() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A process that is to be killed, and its pidfd."""
-    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
-    pidfd = os.pidfd_open(process.pid)
-    yield process, pidfd
-    process.kill()
-    process.communicate()
-    os.close(pidfd)
-
-
 class Records:
     """A definition that takes until `answers` to change."""
 
@@ -122,16 +111,3 @@ async def test_a_client_that_is_attached_again_is_not_deleted_for_the_one_before
     del clients.attached["vm"]
     await clients.clear_leftovers()
     assert "vm" not in records
-
-
-async def test_a_client_whose_process_is_about_to_be_gone_is_let_go_when_it_is(
-    clients: Clients, records: Records, exiting_process: tuple[subprocess.Popen[bytes], int]
-) -> None:
-    process, pidfd = exiting_process
-    records.answers.set()
-    attach(clients, pidfd)
-    gone = asyncio.create_task(Detaching(clients).process_gone("vm"))
-    await begun(gone)
-    process.kill()
-    await gone
-    assert "vm" not in clients.attached

@@ -268,14 +268,14 @@ class Recorder:
     def __init__(self) -> None:
         self.epochs: list[int] = []
         self.alarms: list[str] = []
-        self.failed: list[str] = []
-        """VIOSes over which a path that carried commands has failed."""
+        self.doubted: list[str] = []
+        """VIOSes over which a path that carries commands has failed, or does not answer."""
 
     def epoch_raised(self, epoch: int) -> None:
         self.epochs.append(epoch)
 
-    def path_failed(self, vios: str) -> None:
-        self.failed.append(vios)
+    def vios_doubted(self, vios: str) -> None:
+        self.doubted.append(vios)
 
     def alarm(self, kind: str, message: str) -> None:
         self.alarms.append(kind)

@@ -100,6 +100,22 @@ def test_a_returned_replica_gets_just_what_it_has_missed() -> None:
     with_mirror(scenario)
 
 
+def test_a_replica_that_has_everything_again_is_in_sync_when_that_is_recorded() -> None:
+    async def scenario(rig: MirrorRig) -> None:
+        rig.vioses["vios1"].kill()
+        await rig.written(3, 7)
+        rig.events.reachable = False
+        attempts = rig.events.attempts
+        rig.restart("vios1")
+        await rig.until(lambda: rig.events.attempts > attempts)
+        assert rig.dirty("disk1") == 0
+        assert rig.health()["disk1"] == "resyncing"
+        rig.events.reachable = True
+        await rig.in_sync()
+
+    with_mirror(scenario)
+
+
 def test_the_late_write_of_a_server_that_hung_never_replaces_what_was_resynced() -> None:
     async def scenario(rig: MirrorRig) -> None:
         rig.vioses["vios1"].hang()

@@ -194,14 +194,19 @@ def test_a_suspect_path_is_left_as_soon_as_another_comes_back() -> None:
     with_rig(test)
 
 
-def test_the_owner_is_told_over_which_vios_the_path_failed_that_carried_commands() -> None:
+@pytest.mark.parametrize(("paths", "state"), [(2, "failed"), (1, "suspect")])
+def test_a_vios_that_does_not_answer_is_doubted_whether_or_not_there_is_another_path(
+    paths: int, state: str
+) -> None:
     async def test(rig: Rig) -> None:
         rig.vioses["vios1"].hang()
         read = rig.read(0)
+        await rig.until(lambda: rig.states()["vios1"] == state)
+        assert rig.events.doubted == ["vios1"]
+        rig.vioses["vios1"].resume()
         await rig.until(lambda: read == [0])
-        assert rig.events.failed == ["vios1"]
 
-    with_rig(test)
+    with_rig(test, paths=paths)
 
 
 def test_with_no_path_left_commands_wait_until_one_is_back() -> None:
@@ -343,6 +348,17 @@ def test_a_path_let_go_of_for_another_replica_s_epoch_is_opened_at_once_without_
         assert "path_failed" not in rig.events.alarms
 
     with_rig(test, paths=1)
+
+
+def test_a_path_that_fails_under_an_older_epoch_than_another_replica_s_is_told_of() -> None:
+    async def test(rig: Rig) -> None:
+        rig.volume.ownership.raise_epoch()
+        rig.vioses["vios1"].kill()
+        await rig.until(lambda: rig.states()["vios2"] == "active")
+        await rig.until(lambda: rig.events.alarms.count("path_failed") == 1)
+        assert rig.events.doubted == ["vios1"]
+
+    with_rig(test)
 
 
 def test_a_server_that_comes_back_alone_is_opened_once() -> None:
