@@ -18,14 +18,16 @@ from farpage.api.remote import RemoteError
 from farpage.attach.process import userfaultfds
 from farpage.embedded.set import EmbeddedSet
 from farpage.errors import FarpageError
+from farpage.hypervisor.attaching import intent
 from farpage.hypervisor.model import ClientAttach
 from farpage.kernel.inject import call_in_process
 from farpage.kernel.libc import syscall_numbers
 from farpage.kernel.userfaultfd import CREATE_FLAGS
+from farpage.pager.attachmentrecord import clients_folder, record_path, save_record
 from tests.support.hammer import hammering
 from tests.support.losses import alarms, heal, kill_all, kill_control, until_client_is_gone, vioses_stopped
 from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set, until_client
-from tests.support.processes import descriptors_of, until_no_injector, until_no_worker, worker_pid
+from tests.support.processes import descriptors_of, until_no_worker, worker_pid
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -143,27 +145,18 @@ async def test_a_userfaultfd_that_nobody_knew_of_is_closed(
     """The control process dies right after one was made in the process, before it stored which."""
     async with hammering(hammer_program, PAGES) as hammer:
         before = descriptors_of(hammer.pid)
-        (worker,) = [worker.pid for worker in (await embedded.hypervisor.info()).workers]
-        os.kill(worker, signal.SIGSTOP)
-        attaching = asyncio.get_running_loop().create_task(
-            embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=MIB))
-        )
-        record = embedded.layout.hypervisor_dir / "run" / "clients" / "vm.json"
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            while not record.exists():
-                await asyncio.sleep(0.001)
-        intent = record.read_text()
         await kill_all(embedded)
-        with pytest.raises(FarpageError):
-            await attaching
-        await until_no_injector(hammer.pid)
-        if not userfaultfds(hammer.pid):
-            outcome = call_in_process(hammer.pid, syscall_numbers().userfaultfd, CREATE_FLAGS)
-            assert outcome.result >= 0
-        record.write_text(intent)
+        clients = clients_folder(embedded.layout.hypervisor_dir / "run")
+        record = intent("vm", hammer.pid)
+        assert record is not None
+        save_record(clients, record)
+        made = await asyncio.to_thread(
+            call_in_process, hammer.pid, syscall_numbers().userfaultfd, CREATE_FLAGS
+        )
+        assert userfaultfds(hammer.pid) == (made.result,)
         await embedded.start_hypervisor()
         assert descriptors_of(hammer.pid) == before
-        assert not record.exists()
+        assert not record_path(clients, "vm").exists()
         assert (await hammer.quit()).wrong == 0
 
 

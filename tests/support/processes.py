@@ -53,24 +53,6 @@ def descriptors_of(pid: int) -> list[str]:
     return sorted(found)
 
 
-async def until_no_injector(pid: int) -> None:
-    """Wait until nobody is about to make a system call in a process: an injector outlives its parent."""
-    wanted = [b"farpage.kernel.injector", str(pid).encode()]
-
-    def injecting() -> bool:
-        for arguments in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = arguments.read_bytes().split(b"\0")
-            except OSError:  # it has ended
-                continue
-            if all(word in words for word in wanted):
-                return True
-        return False
-
-    while injecting():
-        await asyncio.sleep(0.05)
-
-
 async def kill_and_wait(pid: int) -> None:
     """Kill a process, and wait until it is gone."""
     pidfd = os.pidfd_open(pid)

@@ -84,7 +84,7 @@ class Attaching:
             if wanted.qmp is not None:
                 await qmp.execute(wanted.qmp, "query-status", timeout_seconds=QMP_SECONDS)
             # Before anything is made in the process, so that it is found and closed if this one is killed.
-            record = await asyncio.to_thread(_intent, client, wanted.pid)
+            record = await asyncio.to_thread(intent, client, wanted.pid)
             if record is not None:
                 record = record.model_copy(update={"qmp": wanted.qmp})
                 self._clients.run.save(record)
@@ -285,7 +285,7 @@ class Attaching:
         await self._recover(client, attached)
 
 
-def _intent(client: str, pid: int) -> AttachmentRecord | None:
+def intent(client: str, pid: int) -> AttachmentRecord | None:
     """Describe what is about to be done to a process; None when there is none."""
     try:
         process = identify(pid)
