@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
-from bench._machine import describe_machine, describe_placement
+from bench._machine import describe_disk, describe_machine, describe_placement
 from tests.faults.campaign.report import describe
 from tests.faults.campaign.run import CampaignOptions, run_campaign
 from tests.faults.campaign.schedule import Kind
@@ -30,6 +31,12 @@ def main() -> int:
     parser.add_argument(
         "--kinds", nargs="+", choices=list(Kind), default=list(Kind), help="only these faults"
     )
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=CampaignOptions.parent,
+        help="where the devices and everything else lie; a short path, for sockets",
+    )
     parser.add_argument("--quiet", action="store_true", help="do not tell of each fault")
     words = parser.parse_args()
     options = CampaignOptions(
@@ -37,6 +44,7 @@ def main() -> int:
         seconds=words.minutes * 60,
         path_timeout_seconds=words.path_timeout,
         kinds=frozenset(map(Kind, words.kinds)),
+        parent=words.dir,
     )
     begin = time.monotonic()
 
@@ -48,7 +56,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     outcome = asyncio.run(run_campaign(options, tell, ended.is_set))
-    print(f"Seed {words.seed}; {describe_machine()}; {describe_placement()};", describe(outcome))
+    where = f"{describe_machine()}; {describe_disk(words.dir)}; {describe_placement()}"
+    print(f"Seed {words.seed}; {where};", describe(outcome))
     return 1 if outcome.failed else 0
 
 

@@ -204,10 +204,10 @@ def _command_line(pid: int) -> str:
 
 @asynccontextmanager
 async def running_place(
-    seed: int, path_timeout_seconds: float, notify: list[ChildEvent]
+    seed: int, path_timeout_seconds: float, notify: list[ChildEvent], parent: Path
 ) -> AsyncIterator[Place]:
-    """Make everything, and take it down again, however it stands by then."""
-    folder = Path(tempfile.mkdtemp(prefix="fpcamp-", dir="/tmp"))
+    """Make everything in a new folder of `parent`, and take it down again, however it stands by then."""
+    folder = Path(tempfile.mkdtemp(prefix="fpcamp-", dir=parent))
     root = os.geteuid() == 0
     link = NamespaceLink() if root else None
     small = {name: SmallDevice(folder / f"small-{name}", SMALL_BYTES) for name in FILLED_BY.values() if root}

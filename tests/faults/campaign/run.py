@@ -7,6 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from farpage.embedded.child import ChildEvent
@@ -32,6 +33,8 @@ class CampaignOptions:
     seconds: float
     path_timeout_seconds: float = 1.0
     kinds: frozenset[Kind] = frozenset(Kind)
+    parent: Path = Path("/tmp")
+    """Where the devices and everything else lie."""
 
 
 class Hang(Exception):
@@ -164,7 +167,7 @@ async def run_campaign(
     token = new_token()
     outcome = Outcome(options.seconds, options.path_timeout_seconds)
     events: list[ChildEvent] = []
-    async with running_place(options.seed, options.path_timeout_seconds, events) as place:
+    async with running_place(options.seed, options.path_timeout_seconds, events, options.parent) as place:
         campaign = Campaign(place, outcome, events, tell, told_to_end)
         try:
             await _first_to_end(campaign.run(options), campaign.watch())
