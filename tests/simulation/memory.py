@@ -7,10 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-
-from farpage.kernel.userfaultfd import Event, event_dtype
 from farpage.pager.table import PAGE_BYTES
 from tests.simulation.world import Process, World
 from tests.support.paging import ModelMemory
@@ -75,14 +71,10 @@ class SimulatedMemory(ModelMemory):
     def fileno(self) -> int:
         return DESCRIPTOR
 
-    def read_faults(self) -> npt.NDArray[np.void]:
-        count = min(len(self._faults), 64)
-        events = np.zeros(count, event_dtype())
-        for event, (flags, page) in zip(events, self._faults[:count], strict=True):
-            event["event"], event["flags"], event["address"] = Event.PAGEFAULT, flags, page * PAGE_BYTES
-        del self._faults[:count]
+    def read_faults(self) -> list[tuple[int, int]]:
+        faults = super().read_faults()
         self.tell_worker()
-        return events
+        return faults
 
     def _does(self, name: str, first: int, count: int) -> bool:
         self.before(name, first, count)

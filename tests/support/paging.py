@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from farpage.blockio import Done, ReadDone
-from farpage.kernel.userfaultfd import FLAG_MINOR, FLAG_WP, FLAG_WRITE, Event, event_dtype
+from farpage.kernel.userfaultfd import FLAG_MINOR, FLAG_WP, FLAG_WRITE
 from farpage.pager.buffers import BufferPool
 from farpage.pager.eviction import Eviction
 from farpage.pager.faults import Faults
@@ -91,15 +91,10 @@ class ModelMemory(PagedMemory):
     def fileno(self) -> int:
         return self._eventfd
 
-    def read_faults(self) -> npt.NDArray[np.void]:
-        events = np.zeros(min(len(self._faults), 64), event_dtype())
-        for event in events:
-            flags, page = self._faults.pop(0)
-            event["event"], event["flags"], event["address"] = Event.PAGEFAULT, flags, page * PAGE_BYTES
-        return events
-
-    def page_of(self, address: int) -> int:
-        return address // PAGE_BYTES
+    def read_faults(self) -> list[tuple[int, int]]:
+        faults = self._faults[:64]
+        del self._faults[:64]
+        return faults
 
     def _does(self, name: str, first: int, count: int) -> bool:
         self.before(name, first, count)

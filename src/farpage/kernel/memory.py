@@ -8,13 +8,10 @@ import mmap
 import os
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from farpage.errors import Unsupported
 from farpage.kernel.libc import last_error, libc
-
-if TYPE_CHECKING:  # loading it takes a fifth of a worker's start, and a VIOS makes no use of it
-    pass
 
 PAGE_SIZE: Final = mmap.PAGESIZE
 """Bytes in one page of this machine."""

@@ -16,17 +16,12 @@ import os
 import select
 import struct
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from farpage.errors import Unsupported
 from farpage.kernel.libc import syscall, syscall_numbers
-
-if TYPE_CHECKING:  # a control process, which reads no events, starts without it
-    import numpy as np
-    import numpy.typing as npt
 
 UFFD_API: Final = 0xAA
 """The only version of the interface that exists."""
@@ -101,23 +96,9 @@ EVENTS_MAX: Final = 64
 """Events that are read at a time."""
 
 
-@cache
-def event_dtype() -> np.dtype[np.void]:
-    """Return the type of struct uffd_msg.
-
-    `flags` and `address` hold for PAGEFAULT; `start` and `end` are the same bytes, read for REMOVE and UNMAP.
-    Addresses are in the client's address space, in bytes.
-    """
-    import numpy as np
-
-    return np.dtype(
-        {
-            "names": ["event", "flags", "address", "start", "end", "thread_id"],
-            "formats": ["u1", "<u8", "<u8", "<u8", "<u8", "<u4"],
-            "offsets": [0, 8, 16, 8, 16, 24],
-            "itemsize": EVENT_BYTES,
-        }
-    )
+_EVENT: Final = struct.Struct("=B7xQQ8x")
+"""The part of `struct uffd_msg` that is used: `event`, and the first two words of its argument."""
+_unpack_event = _EVENT.unpack_from
 
 
 def _ioc(number: int, size: int, direction: int) -> int:
@@ -184,8 +165,8 @@ class Userfaultfd:
         self._triple = bytearray(24)
         self._range_mode_result = bytearray(32)
         self._copy = bytearray(40)
-        self._event_vector = [bytearray(EVENT_BYTES * EVENTS_MAX)]
-        self._events: npt.NDArray[np.void] | None = None
+        self._events = memoryview(bytearray(EVENT_BYTES * EVENTS_MAX))
+        self._event_vector = [self._events]
 
     @classmethod
     def create(cls, *, nonblocking: bool = True) -> Userfaultfd:
@@ -359,24 +340,21 @@ class Userfaultfd:
             return -(error.errno or errno.EIO)
         return 0
 
-    def read_events(self) -> npt.NDArray[np.void]:
+    def read_events(self) -> list[tuple[int, int, int]]:
         """Read up to `EVENTS_MAX` events with one system call, without waiting.
 
-        Returns an array (n,) of `event_dtype()`, empty when there is none: a view that the next call
-        overwrites. Events are page faults, unless others were asked for: then see `event`.
+        Each is `(event, flags, address)` for a page fault, with the address in the client's memory, in bytes;
+        for REMOVE and UNMAP it is `(event, start, end)`. No other events come unless they were asked for.
 
         :raise OSError: when the descriptor is not one that was set up.
         """
-        events = self._events
-        if events is None:
-            import numpy as np
-
-            events = self._events = np.frombuffer(self._event_vector[0], event_dtype())
         try:
             count = os.readv(self._descriptor, self._event_vector)
         except BlockingIOError:
-            return events[:0]
-        return events[: count // EVENT_BYTES]
+            return []
+        if count == EVENT_BYTES:
+            return [_unpack_event(self._events)]
+        return list(_EVENT.iter_unpack(self._events[:count]))
 
 
 def _lacks(features: Feature, cause: str, hint: str) -> Unsupported:

@@ -73,14 +73,13 @@ class Faults:
     @ends_with_client
     def on_events(self) -> None:
         """Read a batch of events and answer or start to answer each."""
-        events = self._space.memory.read_faults()
-        if not len(events):
+        faults = self._space.memory.read_faults()
+        if not faults:
             return
         now = self._loop.time()
-        page_of = self._space.memory.page_of
-        for flags, address in zip(events["flags"].tolist(), events["address"].tolist(), strict=True):
-            self._answer(Fault(page_of(address), flags, now))
-        self._space.counters.faults += len(events)
+        for flags, page in faults:
+            self._answer(Fault(page, flags, now))
+        self._space.counters.faults += len(faults)
         self._space.volume.push()
         self.on_pressure()
 

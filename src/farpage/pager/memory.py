@@ -6,9 +6,6 @@ import errno
 import os
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from farpage.attach.memory import ClientMemory
 from farpage.kernel.memory import punch_hole, resident_ranges
 from farpage.pager.table import PAGE_BYTES
@@ -36,16 +33,14 @@ class PagedMemory:
         """Return the descriptor that becomes readable when there are faults."""
         return self._uffd.fileno()
 
-    def read_faults(self) -> npt.NDArray[np.void]:
-        """Return the faults that wait, up to 64, as `farpage.kernel.userfaultfd.event_dtype()`."""
+    def read_faults(self) -> list[tuple[int, int]]:
+        """Return the faults that wait, up to 64, as `(flags, page)`."""
         try:
-            return self._uffd.read_events()
+            events = self._uffd.read_events()
         except OSError as error:
             raise ClientGone(str(error)) from error
-
-    def page_of(self, address: int) -> int:
-        """Return the number of the page at an address of the client."""
-        return (address - self._start) // PAGE_BYTES
+        start = self._start
+        return [(flags, (address - start) // PAGE_BYTES) for _, flags, address in events]
 
     def copy_in(self, first: int, source_address: int, count: int, *, protect: bool) -> int:
         """Fill up to `count` missing pages and wake who waits; returns the pages done, 0 for "try later".

@@ -60,10 +60,9 @@ class TinyPager:
 
     def _serve(self) -> None:
         uffd = self.memory.uffd
-        for event in uffd.read_events():
+        for _, flags, exact in uffd.read_events():
             self.faults += 1
-            flags = int(event["flags"])
-            page = (int(event["address"]) - self.memory.start_address) // PAGE_SIZE
+            page = (exact - self.memory.start_address) // PAGE_SIZE
             address = self.memory.start_address + page * PAGE_SIZE
             if flags & FLAG_WP:
                 uffd.write_protect(address, PAGE_SIZE, False)
