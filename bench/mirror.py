@@ -1,7 +1,7 @@
 """What a mirror costs, and what checksums do: redundancy `mirror` beside `none` on two devices of one disk.
 
-    python -m bench.mirror [--rounds 5] [--seconds 2] [--memory 256M] [--limit 64M] [--dir DIR] [--realtime]
-                           [--json] [--out DIR]
+    python -m bench.mirror [--rounds 5] [--seconds 2] [--memory 256M] [--limit 64M] [--only checksums]
+                           [--dir DIR] [--realtime] [--json] [--out DIR]
 
 Clients with redundancy `mirror` and `none` take turns on one set of two VIOSes with a device each. What
 checksums cost is seen where nothing else does, so two more sets have a device in memory, and the workers of
@@ -52,6 +52,8 @@ POPULATE: Final = Phase(Pattern.POPULATE, write_percent=100)
 SWEEP: Final = Phase(Pattern.SEQUENTIAL, write_percent=0)
 READ: Final = Phase(Pattern.RANDOM, write_percent=0, threads=1)
 VIOSES: Final = ("vios1", "vios2")
+PAIRS: Final = {"mirror": (NONE, MIRROR), "checksums": (IN_MEMORY, WITHOUT_CHECKSUMS)}
+"""What is compared with each other."""
 END_SECONDS: Final = 30.0
 NO_CHECKSUMS: Final = """\
 import farpage.pager.checksum as checksum
@@ -138,16 +140,24 @@ async def _let_go(hypervisor: HypervisorControl) -> None:
 
 
 async def run(
-    folder: Path, memory_bytes: int, limit_bytes: int, rounds: int, seconds: float, *, realtime: bool
+    folder: Path,
+    memory_bytes: int,
+    limit_bytes: int,
+    rounds: int,
+    seconds: float,
+    *,
+    only: str | None = None,
+    realtime: bool,
 ) -> MirrorResult:
-    """Measure.
+    """Measure all, or `only` one of `PAIRS`.
 
     :raise FarpageError: a set cannot be run, or gave back wrong pages.
     """
     with tempfile.TemporaryDirectory(prefix="fpbench-", dir=folder) as name:
         place = Path(name)
         work = Work(place, build(place), memory_bytes, limit_bytes, seconds, (POPULATE, SWEEP, READ))
-        figures = {name: Figures() for name in (NONE, MIRROR, IN_MEMORY, WITHOUT_CHECKSUMS)}
+        chosen = PAIRS[only] if only else [name for pair in PAIRS.values() for name in pair]
+        figures = {name: Figures() for name in chosen}
         async with AsyncExitStack() as sets:
             if realtime:
                 put_ahead()
@@ -162,6 +172,7 @@ async def run(
                 Contender(IN_MEMORY, memory, Redundancy.NONE),
                 Contender(WITHOUT_CHECKSUMS, bare, Redundancy.NONE),
             ]
+            contenders = [contender for contender in contenders if contender.name in figures]
             placement = describe_placement()
             for number in range(rounds):
                 for contender in turns(contenders, number):
@@ -184,6 +195,7 @@ def main() -> int:
     parser.add_argument("--limit", default="64M", metavar="SIZE", help="most of it resident (%(default)s)")
     parser.add_argument("--rounds", default=5, type=int, help="times that each has a turn (%(default)s)")
     parser.add_argument("--seconds", default=2.0, type=float, help="length of the reads (%(default)s)")
+    parser.add_argument("--only", choices=PAIRS, help="measure what this costs alone")
     parser.add_argument("--dir", default=Path("/var/tmp"), type=Path, help="folder on the disk (%(default)s)")
     parser.add_argument("--realtime", action="store_true", help="run ahead of all other work; needs root")
     add_options(parser)
@@ -197,6 +209,7 @@ def main() -> int:
             parse_size(options.limit, field="--limit"),
             options.rounds,
             options.seconds,
+            only=options.only,
             realtime=options.realtime,
         )
 
