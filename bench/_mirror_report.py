@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,8 +16,22 @@ OUTS: Final = "page-outs a second"
 INS: Final = "page-in p50"
 IN_MEMORY: Final = "none, device in memory"
 WITHOUT_CHECKSUMS: Final = "the same without checksums"
-AT_LEAST: Final = {MIRROR: 0.6, IN_MEMORY: 0.95}
-"""The share of the other's page-outs that a contender has to reach."""
+
+
+class Pair(NamedTuple):
+    """Two contenders, and the share of the other's page-outs that the one has to reach."""
+
+    what: str
+    one: str
+    other: str
+    at_least: float
+
+
+PAIRS: Final = {
+    "mirror": Pair("`mirror` to `none`", MIRROR, NONE, 0.6),
+    "checksums": Pair("with checksums to without", IN_MEMORY, WITHOUT_CHECKSUMS, 0.95),
+}
+"""What is compared, by what it tells the costs of."""
 
 
 @dataclass
@@ -123,21 +137,14 @@ def results(figures: dict[str, Figures]) -> tuple[ContenderResult, ...]:
 
 def targets(figures: dict[str, Figures]) -> tuple[Target, ...]:
     """Compare the contenders that took part with what is promised of them."""
-    return tuple(
-        target
-        for what, one, other in (
-            ("`mirror` to `none`", MIRROR, NONE),
-            ("with checksums to without", IN_MEMORY, WITHOUT_CHECKSUMS),
-        )
-        if one in figures
-        for target in _compared(what, figures[one], figures[other], AT_LEAST[one])
-    )
+    return tuple(target for pair in PAIRS.values() if pair.one in figures for target in _held(pair, figures))
 
 
-def _compared(what: str, one: Figures, other: Figures, at_least: float) -> tuple[Target, Target]:
+def _held(pair: Pair, figures: dict[str, Figures]) -> tuple[Target, Target]:
+    one, other = figures[pair.one], figures[pair.other]
     outs = ratio(one.page_outs_per_second, other.page_outs_per_second)
     ins = ratio(one.page_in_p50_us, other.page_in_p50_us)
     return (
-        Target(what=f"{OUTS}, {what}", found=outs, at_least=at_least),
-        Target(what=f"{INS}, {what}", found=ins, at_most=1.05),
+        Target(what=f"{OUTS}, {pair.what}", found=outs, at_least=pair.at_least),
+        Target(what=f"{INS}, {pair.what}", found=ins, at_most=1.05),
     )

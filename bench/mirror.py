@@ -32,6 +32,7 @@ from bench._mirror_report import (
     IN_MEMORY,
     MIRROR,
     NONE,
+    PAIRS,
     WITHOUT_CHECKSUMS,
     Figures,
     MirrorResult,
@@ -52,8 +53,6 @@ POPULATE: Final = Phase(Pattern.POPULATE, write_percent=100)
 SWEEP: Final = Phase(Pattern.SEQUENTIAL, write_percent=0)
 READ: Final = Phase(Pattern.RANDOM, write_percent=0, threads=1)
 VIOSES: Final = ("vios1", "vios2")
-PAIRS: Final = {"mirror": (NONE, MIRROR), "checksums": (IN_MEMORY, WITHOUT_CHECKSUMS)}
-"""What is compared with each other."""
 END_SECONDS: Final = 30.0
 NO_CHECKSUMS: Final = """\
 import farpage.pager.checksum as checksum
@@ -156,23 +155,25 @@ async def run(
     with tempfile.TemporaryDirectory(prefix="fpbench-", dir=folder) as name:
         place = Path(name)
         work = Work(place, build(place), memory_bytes, limit_bytes, seconds, (POPULATE, SWEEP, READ))
-        chosen = PAIRS[only] if only else [name for pair in PAIRS.values() for name in pair]
-        figures = {name: Figures() for name in chosen}
+        contenders: list[Contender] = []
         async with AsyncExitStack() as sets:
             if realtime:
                 put_ahead()
-            devices = make_devices(place)
-            disk = await sets.enter_async_context(running_set(place / "a", *devices))
-            device = f"{VIOSES[0]}=memory:{memory_bytes * 2}"
-            memory = await sets.enter_async_context(running_set(place / "b", device))
-            bare = await sets.enter_async_context(running_set(place / "c", device, checksums=False))
-            contenders = [
-                Contender(NONE, disk, Redundancy.NONE),
-                Contender(MIRROR, disk, Redundancy.MIRROR),
-                Contender(IN_MEMORY, memory, Redundancy.NONE),
-                Contender(WITHOUT_CHECKSUMS, bare, Redundancy.NONE),
-            ]
-            contenders = [contender for contender in contenders if contender.name in figures]
+            if only != "checksums":
+                disk = await sets.enter_async_context(running_set(place / "a", *make_devices(place)))
+                contenders += [
+                    Contender(NONE, disk, Redundancy.NONE),
+                    Contender(MIRROR, disk, Redundancy.MIRROR),
+                ]
+            if only != "mirror":
+                device = f"{VIOSES[0]}=memory:{memory_bytes * 2}"
+                memory = await sets.enter_async_context(running_set(place / "b", device))
+                bare = await sets.enter_async_context(running_set(place / "c", device, checksums=False))
+                contenders += [
+                    Contender(IN_MEMORY, memory, Redundancy.NONE),
+                    Contender(WITHOUT_CHECKSUMS, bare, Redundancy.NONE),
+                ]
+            figures = {contender.name: Figures() for contender in contenders}
             placement = describe_placement()
             for number in range(rounds):
                 for contender in turns(contenders, number):
