@@ -283,6 +283,10 @@ class ModelVolume(MemoryIO):
         """Everything is sent at once."""
 
 
+NOTHING_STAYS_PAGES = 33
+"""A limit so low that page-outs, once begun, end only when nothing is left in memory."""
+
+
 class ModelClient:
     """A client of `pages` pages: real faults and page-outs over a model of its memory and volume."""
 
@@ -343,6 +347,12 @@ class ModelClient:
         for page in range(pages):
             assert self.write(page)
         await self.evict()
+
+    async def page_out(self, limit_pages: int) -> None:
+        """Page out all that is in memory, and go on with this limit."""
+        self.space.set_limit(Limit(NOTHING_STAYS_PAGES))
+        await self.evict()
+        self.space.set_limit(Limit(limit_pages))
 
     def states(self, *pages: int) -> list[str]:
         """Return the states of pages, by name."""

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 from farpage.embedded.set import EmbeddedSet
+from farpage.kernel.ending import until_gone
 
 DEADLINE_SECONDS = 60.0
 
@@ -56,13 +57,9 @@ def descriptors_of(pid: int) -> list[str]:
 async def kill_and_wait(pid: int) -> None:
     """Kill a process, and wait until it is gone."""
     pidfd = os.pidfd_open(pid)
-    gone = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(pidfd, gone.set)
     try:
         os.kill(pid, signal.SIGKILL)
         async with asyncio.timeout(DEADLINE_SECONDS):
-            await gone.wait()
+            await until_gone(pidfd)
     finally:
-        loop.remove_reader(pidfd)
         os.close(pidfd)

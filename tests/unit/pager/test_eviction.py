@@ -74,9 +74,7 @@ async def test_however_many_accesses_wait_half_of_the_limit_is_for_pages_that_ha
     client = ModelClient(1024, 1023)
     client.faults.on_pressure = client.eviction.wake
     await client.fill(1024)
-    client.space.set_limit(Limit(33))
-    await client.evict()
-    client.space.set_limit(Limit(256))
+    await client.page_out(256)
     client.volume.hold = True
     waiting = [page for page in range(0, 1024, 2) if client.read(page) is None]
     await client.settle()

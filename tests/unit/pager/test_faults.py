@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from farpage.pager.limit import Limit
 from farpage.pager.states import READING
 from farpage.pager.table import PAGE_BYTES
 from tests.support.paging import ModelClient, content_of
@@ -30,9 +29,7 @@ async def test_a_page_that_a_balloon_takes_while_it_is_mapped_is_zeros_at_the_ne
 async def test_accesses_that_wait_for_room_go_on_when_pages_have_come_in_at_the_second_try() -> None:
     client = ModelClient(1024, 1023)
     await client.fill(1024)
-    client.space.set_limit(Limit(33))
-    await client.evict()
-    client.space.set_limit(Limit(256))
+    await client.page_out(256)
     client.volume.hold = True
     waiting = [page for page in range(0, 300, 2) if client.read(page) is None]
     assert client.table.counts[READING] == client.space.limit.reading < len(waiting)

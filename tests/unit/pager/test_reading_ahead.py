@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from farpage.pager.limit import Limit
 from tests.support.paging import ModelClient, content_of
 
 PAGES = 1024
@@ -17,9 +16,7 @@ async def client() -> AsyncIterator[ModelClient]:
     """A client whose pages are all on the volume."""
     model = ModelClient(PAGES, PAGES - 1)
     await model.fill(PAGES)
-    model.space.set_limit(Limit(33))
-    await model.evict()
-    model.space.set_limit(Limit(PAGES - 1))
+    await model.page_out(PAGES - 1)
     assert model.table.resident == 0
     yield model
     model.close()
