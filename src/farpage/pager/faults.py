@@ -388,28 +388,34 @@ class Faults:
             task.result()
 
     async def _bring_in_salvaged(self, pages: list[int]) -> None:
-        self._salvaged(await self.salvage.search(pages))
+        began = self._loop.time()
+        self._salvaged(await self.salvage.search(pages), began)
 
     @ends_with_client
-    def _salvaged(self, result: Salvaged) -> None:
+    def _salvaged(self, result: Salvaged, began: float) -> None:
         for page, content in result.found.items():
             if self._space.table.state[page] == READING:
                 self._copy_in(page, 1, address_of(content), memoryview(content))
         for page in result.lost:
             if self._space.table.state[page] == READING:
-                self._lost(page)
+                self._lost(page, began)
+        self._space.volume.push()
         self.admit()
         self.on_pressure()
 
-    def _lost(self, page: int) -> None:
+    def _lost(self, page: int, began: float) -> None:
         """Give up a page that no replica has, if an access waits for it, or the client is detached.
 
-        One that was read ahead stays on the device, which may be right again when the page is wanted.
+        One that was read ahead stays on the device, which may be right again when the page is wanted. What was
+        read since `began`, when nobody wanted it yet, does not speak for the device now: it is read anew.
         """
-        if page in self._waiting or self.stopped:
+        waits_since = self._waiting.get(page)
+        if self.stopped or (waits_since is not None and waits_since <= began):
             self._give_up(page, "no replica has what was paged out")
-        else:
-            self._space.table.put(page, ON_DEVICE)
+            return
+        self._space.table.put(page, ON_DEVICE)
+        if waits_since is not None:
+            self.fetch(page, 1)
 
     def give_up_waiting(self, before_seconds: float, why: str) -> None:
         """Poison the pages of the accesses that have waited since `before_seconds` of the loop's clock."""

@@ -146,6 +146,25 @@ async def test_a_page_that_was_read_ahead_and_is_wrong_stays_on_the_device(singl
     assert single.space.counters.poisoned_pages == 0
 
 
+async def test_a_page_that_is_wanted_while_it_is_looked_for_is_read_anew(single: ModelClient) -> None:
+    volume = single.volume
+    volume.spoil(PAGE)
+    assert await read(single, PAGE - 2) == content_of(PAGE - 2)
+    single.read(PAGE - 1)
+    volume.hold = True
+    await single.settle()
+    assert (len(volume.held), single.states(PAGE)) == (1, ["reading"]), "the search reads the replica"
+    volume.release()
+    await single.settle()
+    volume.spoil(PAGE)  # right again
+    assert single.read(PAGE) is None
+    volume.hold = False
+    volume.release()
+    await single.settle()
+    assert single.read(PAGE) == content_of(PAGE)
+    assert single.space.counters.poisoned_pages == 0
+
+
 async def test_pages_of_one_answer_are_told_of_once(mirrored: ModelClient) -> None:
     for page in range(4, 8):
         mirrored.volume.spoil(page, "disk1")
