@@ -21,6 +21,8 @@ _OP_READ, _OP_ASYNC_CANCEL = 22, 14
 _CANCEL_ALL, _CANCEL_ANY = 1 << 0, 1 << 2
 _OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
 _SETUP_CQSIZE, _SETUP_CLAMP = 1 << 3, 1 << 4
+_SETUP_COOP_TASKRUN = 1 << 8
+"""Linux 5.19: the thread is not interrupted for each completion, which its next system call finds."""
 _FEAT_SINGLE_MMAP, _FEAT_NODROP = 1 << 0, 1 << 1
 _ENTER_GETEVENTS = 1 << 0
 
@@ -52,14 +54,9 @@ class Ring:
         :raise Unsupported: when the kernel has no io_uring, or does not allow it (`kernel.io_uring_disabled`,
             seccomp).
         """
-        numbers = syscall_numbers()
-        self._enter_number: Final = numbers.io_uring_enter
-        parameters = bytearray(_PARAMETERS.size)
-        _PARAMETERS.pack_into(
-            parameters, 0, 0, entries * 2, _SETUP_CQSIZE | _SETUP_CLAMP, *([0] * (7 - 3 + 3 + 10 + 10))
-        )
+        self._enter_number: Final = syscall_numbers().io_uring_enter
         try:
-            self._descriptor = syscall(numbers.io_uring_setup, entries, _address(parameters))
+            self._descriptor, parameters = _set_up(entries)
         except OSError as error:
             raise _unsupported(error) from error
         try:
@@ -82,7 +79,7 @@ class Ring:
         self._ring = mmap.mmap(self._descriptor, ring_bytes, flags, access, offset=_OFF_SQ_RING)
         self._sqes = mmap.mmap(self._descriptor, sq_entries * _SQE.size, flags, access, offset=_OFF_SQES)
         self._words = memoryview(self._ring)[: ring_bytes // 4 * 4].cast("I")
-        self._sq_head, self._sq_tail = sq[0] // 4, sq[1] // 4
+        self._sq_tail = sq[1] // 4
         self._cq_head, self._cq_tail = cq[0] // 4, cq[1] // 4
         self._sq_mask, self._cq_mask = sq_entries - 1, cq_entries - 1
         self._cqes_offset = cq[5]
@@ -183,6 +180,21 @@ class Ring:
         self._sqes.close()
         os.close(self._descriptor)
         self._descriptor = -1
+
+
+def _set_up(entries: int) -> tuple[int, bytearray]:
+    """Make the queues in the best way that the kernel knows; returns their descriptor and parameters."""
+    number = syscall_numbers().io_uring_setup
+    flags = _SETUP_CQSIZE | _SETUP_CLAMP | _SETUP_COOP_TASKRUN
+    while True:
+        parameters = bytearray(_PARAMETERS.size)
+        _PARAMETERS.pack_into(parameters, 0, 0, entries * 2, flags, *([0] * (7 - 3 + 3 + 10 + 10)))
+        try:
+            return syscall(number, entries, _address(parameters)), parameters
+        except OSError as error:
+            if error.errno != errno.EINVAL or not flags & _SETUP_COOP_TASKRUN:
+                raise
+            flags &= ~_SETUP_COOP_TASKRUN
 
 
 def _address(buffer: bytearray) -> int:
