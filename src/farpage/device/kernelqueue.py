@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from farpage.log import get_logger
 from farpage.nbd import eventloop
@@ -25,16 +25,12 @@ class Queue(Protocol):
         """Free the queue, in which nothing is in flight."""
 
 
-class Begun(Protocol):
-    """What is kept of a command while the kernel has its memory."""
-
-    @property
-    def done(self) -> Callable[[int], None]:
-        """Gets the result."""
-
+Ended: TypeAlias = Callable[[int], None]
+"""Gets the result."""
 
 AnyQueue = TypeVar("AnyQueue", bound=Queue)
-Kept = TypeVar("Kept", bound=Begun)
+Kept = TypeVar("Kept")
+"""What is kept of a command while the kernel has its memory."""
 
 
 class KernelQueue(Generic[AnyQueue, Kept]):
@@ -46,7 +42,7 @@ class KernelQueue(Generic[AnyQueue, Kept]):
     def __init__(self, queue: AnyQueue) -> None:
         self._queue = queue
         self._loop = asyncio.get_running_loop()
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, tuple[Ended, Kept]] = {}
         """By token."""
         self._next_token = 0
         self._submitting = False
@@ -54,9 +50,9 @@ class KernelQueue(Generic[AnyQueue, Kept]):
         self._idle: asyncio.Future[None] | None = None
         eventloop.add_reader(self._loop, queue.fileno(), self._deliver)
 
-    def _begun(self, kept: Kept) -> None:
+    def _begun(self, ended: Ended, kept: Kept) -> None:
         """Take note of a command that was queued under the next token."""
-        self._kept[self._next_token] = kept
+        self._kept[self._next_token] = (ended, kept)
         self._next_token += 1
         if not self._submitting:
             self._submitting = True
@@ -76,9 +72,9 @@ class KernelQueue(Generic[AnyQueue, Kept]):
 
     def _end(self, ended: Iterable[tuple[int, int]]) -> None:
         for token, result in ended:
-            kept = self._kept.pop(token)
+            done, _ = self._kept.pop(token)
             try:
-                kept.done(result)
+                done(result)
             except Exception:
                 log.exception("completion_failed")
         if self._idle is not None and not self._kept and not self._idle.done():

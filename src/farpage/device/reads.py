@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from farpage.device.kernelqueue import KernelQueue
 from farpage.errors import Unsupported
@@ -18,16 +18,8 @@ READS_IN_FLIGHT: Final = 256
 RETRY_SECONDS: Final = 0.001
 
 
-class Read(NamedTuple):
-    """A read: its buffer is kept while the kernel writes to it."""
-
-    done: Callable[[int], None]
-    """Gets the bytes read or a negative errno."""
-    buffer: AlignedBuffer
-
-
-class RingReader(KernelQueue[Ring, Read]):
-    """Direct reads; see `KernelQueue`."""
+class RingReader(KernelQueue[Ring, AlignedBuffer]):
+    """Direct reads; see `KernelQueue`. A buffer is kept while the kernel writes to it."""
 
     @classmethod
     def open(cls) -> RingReader | None:
@@ -47,7 +39,7 @@ class RingReader(KernelQueue[Ring, Read]):
         """
         if not self._queue.read(descriptor, buffer.address, length, offset, self._next_token):
             return False
-        self._begun(Read(done, buffer))
+        self._begun(done, buffer)
         return True
 
     def _submit(self) -> None:

@@ -47,7 +47,7 @@ class AsyncWriter(KernelQueue[AsyncWrites, Write]):
         """
         if not self._queue.write(descriptor, address, len(write.data), offset, self._next_token):
             return False
-        self._begun(write)
+        self._begun(write.done, write)
         return True
 
     def _submit(self) -> None:
@@ -65,7 +65,7 @@ class AsyncWriter(KernelQueue[AsyncWrites, Write]):
         asked: dict[Callable[[], int], int] = {}
         refused: dict[int, int] = {}
         for token in tokens:
-            refusal = self._kept[token].refusal
+            refusal = self._kept[token][1].refusal
             if refusal not in asked:
                 try:
                     asked[refusal] = refusal()

@@ -3,7 +3,8 @@
 A turn of asyncio's loop costs about as much as answering a page's read. `DataPlaneLoop` is the same loop
 over a selector that calls *direct* readers itself, while it waits: as long as they schedule nothing on the
 loop, and nothing else is ready or due, it goes on waiting without a turn of the loop. What they want done
-once after all of them, they leave with `defer`. Everything else works as ever:
+once after all of them, they leave with `defer`; what nobody waits for, with `later`, so that it is done while
+a disk is at work and not while a client waits. Everything else works as ever:
 
     with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
         runner.run(main())
@@ -35,6 +36,8 @@ DirectReader: TypeAlias = Callable[[], object]
 Readable: TypeAlias = socket.socket | int
 """A socket, or a descriptor of another kind."""
 Arguments = TypeVarTuple("Arguments")
+LATER_SECONDS: Final = 0.001
+"""When no event comes, what was left for later is done after this."""
 _EVENTS_MAX: Final = 64
 """Descriptors that one wait tells of; epoll turns to the others the next time."""
 
@@ -56,6 +59,8 @@ class DirectSelector(selectors.BaseSelector):
         """Whether direct readers are being called."""
         self.deferred: deque[Callable[[], object]] = deque()
         """Called after the direct readers that are being called."""
+        self.later: list[Callable[[], object]] = []
+        """Called after the events that come next."""
 
     def set_direct(self, descriptor: int, reader: DirectReader | None) -> None:
         """Have `reader` called while the descriptor is readable; None takes it back."""
@@ -117,7 +122,9 @@ class DirectSelector(selectors.BaseSelector):
         while True:
             # Rounded up to the milliseconds of epoll_wait(2), so that no wait ends before its timer is due.
             wait = -1.0 if timeout is None else math.ceil(max(timeout, 0) * 1000) / 1000
-            events = self._wait(wait, may_poll=may_stay)
+            left, self.later = self.later, []
+            shortened = bool(left) and not 0 <= wait <= LATER_SECONDS
+            events = self._wait(LATER_SECONDS if shortened else wait, may_poll=may_stay)
             ready: list[tuple[selectors.SelectorKey, int]] = []
             self.dispatching = True
             for descriptor, event in events:
@@ -136,13 +143,14 @@ class DirectSelector(selectors.BaseSelector):
                     )
                     if happened & key.events:
                         ready.append((key, happened & key.events))
+            deferred.extend(left)
             while deferred:
                 try:
                     deferred.popleft()()
                 except Exception as failure:
                     self._failed(failure)
             self.dispatching = False
-            if ready or not events or self.disturbed or not may_stay:
+            if ready or not (events or shortened) or self.disturbed or not may_stay:
                 return ready
             if deadline is not None:
                 timeout = deadline - time.monotonic()
@@ -231,6 +239,10 @@ class DataPlaneLoop(asyncio.SelectorEventLoop):
         else:
             self.call_soon(callback)
 
+    def later(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called after the events that come next, or after LATER_SECONDS when none come."""
+        self._direct_selector.later.append(callback)
+
     def _direct_failed(self, failure: Exception) -> None:
         self.call_exception_handler({"message": "a direct reader raised", "exception": failure})
 
@@ -257,6 +269,14 @@ def defer(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> No
         loop.defer(callback)
     else:
         loop.call_soon(callback)
+
+
+def later(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    """Have `callback`, which nobody waits for, called soon; at once where the loop has no later."""
+    if isinstance(loop, DataPlaneLoop):
+        loop.later(callback)
+    else:
+        callback()
 
 
 def _descriptor(fileobj: Any) -> int:

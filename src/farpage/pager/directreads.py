@@ -30,14 +30,18 @@ class Buffers:
     """Aligned buffers in powers of two from one page up."""
 
     def __init__(self) -> None:
-        self._free: dict[int, list[AlignedBuffer]] = {BLOCK_BYTES: []}
+        self._pages: list[AlignedBuffer] = []
+        self._free: dict[int, list[AlignedBuffer]] = {BLOCK_BYTES: self._pages}
         self._kept_bytes = 0
         for _ in range(PREALLOCATED):
             self.give(AlignedBuffer(BLOCK_BYTES, populate=True))
 
     def take(self, length: int) -> AlignedBuffer:
         """Return a buffer of at least `length` bytes."""
-        size_bytes = length if length == BLOCK_BYTES else 1 << (length - 1).bit_length()
+        if length == BLOCK_BYTES and self._pages:
+            self._kept_bytes -= BLOCK_BYTES
+            return self._pages.pop()
+        size_bytes = 1 << (length - 1).bit_length()
         free = self._free.get(size_bytes)
         if free:
             self._kept_bytes -= size_bytes

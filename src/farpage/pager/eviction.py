@@ -79,8 +79,11 @@ class Eviction:
         space = self._space
         if space.limit.pages >= space.table.pages and not self._draining:
             return 0  # it may have all of its memory
+        taken = space.taken
+        if taken <= space.limit.high and not self._running and not self._draining:
+            return 0
         leaving = 0 if space.page_outs_wait else max(space.table.counts[WRITING] - self._held_pages, 0)
-        staying = space.taken - leaving
+        staying = taken - leaving
         if self._draining:
             return staying
         if staying > space.limit.high:

@@ -15,7 +15,9 @@ from typing import Final, NamedTuple
 
 from farpage.kernel.memory import address_of
 from farpage.kernel.userfaultfd import FLAG_MINOR, FLAG_WP, FLAG_WRITE
-from farpage.pager.checksum import page_checksums
+from farpage.nbd import eventloop
+from farpage.pager.checksum import page_checksum, page_checksums
+from farpage.pager.memory import ClientGone
 from farpage.pager.readahead import ReadAhead
 from farpage.pager.salvage import Salvage, Salvaged
 from farpage.pager.space import Space, ends_with_client
@@ -57,6 +59,10 @@ class Faults:
         self._write_wanted: set[int] = set()
         self._deferred: deque[Fault] = deque()
         self._admitting = False
+        self._came: list[tuple[int, int]] = []
+        """Runs that came into memory and are not in the order of replacement yet."""
+        self._waits: list[tuple[float, float]] = []
+        """Accesses that were answered and not counted yet: when they began and ended."""
         self.salvage = Salvage(space)
         self._salvaging: set[asyncio.Task[None]] = set()
         self.stopped = False
@@ -190,7 +196,7 @@ class Faults:
         self._waiting[page] = fault.began_seconds
         if fault.flags & FLAG_WRITE:
             self._write_wanted.add(page)
-        if (content := space.tier.take(page, int(space.table.checksums[page]))) is not None:
+        if page in space.tier and (content := space.tier.take(page, space.table.checksum[page])) is not None:
             if not marker:
                 space.counters.tier_hit_pages += 1
             space.table.move(page, 1, ON_DEVICE, READING)
@@ -211,14 +217,13 @@ class Faults:
         if self.stopped:
             return None
         limit = self._space.limit.pages
-        ahead = self._streams.fault(page, min(room // 2, max(limit // 16, NEAR_PAGES)))
-        self._space.counters.read_ahead_wasted_pages = self._streams.wasted_pages
-        return ahead
+        return self._streams.fault(page, min(room // 2, max(limit // 16, NEAR_PAGES)))
 
     def _read_ahead(self, fault: Fault, ahead: Ahead | None) -> None:
         """Bring in what is not in memory of a window."""
         if ahead is None:
             return
+        self._space.counters.read_ahead_wasted_pages = self._streams.wasted_pages
         for first, count in pieces(ahead):
             for start, length, state in self._space.table.runs(first, count):
                 if state == ON_DEVICE:
@@ -260,13 +265,49 @@ class Faults:
             self._admitting = False
         self._space.volume.push()
 
+    def _admit_more(self) -> None:
+        self.admit()
+        self.on_pressure()
+
     # Hot path: from the payloads to the client
 
     def fetch(self, first: int, count: int) -> None:
         """Bring in `count` pages that are all ON_DEVICE."""
-        self._space.table.move(first, count, ON_DEVICE, READING)
-        self._space.tier.forget(first, count)
-        self._space.volume.read(first * PAGE_BYTES, count * PAGE_BYTES, partial(self._arrived, first, count))
+        space = self._space
+        space.table.move(first, count, ON_DEVICE, READING)
+        space.tier.forget(first, count)
+        arrived = partial(self._page_arrived, first) if count == 1 else partial(self._arrived, first, count)
+        space.volume.read(first * PAGE_BYTES, count * PAGE_BYTES, arrived)
+
+    def _page_arrived(self, page: int, error: int, payload: memoryview | None) -> None:
+        """Do what `_arrived` does for one page, the short way as long as nothing is special about it."""
+        space = self._space
+        table = space.table
+        if (
+            space.closed
+            or error
+            or payload is None
+            or table.state[page] != READING
+            or page_checksum(payload) != table.checksum[page]
+            or page in self._streams.markers
+        ):
+            self._arrived(page, 1, error, payload)
+            return
+        dirty = page in self._write_wanted
+        try:
+            done = space.memory.copy_in(page, address_of(payload), 1, protect=not dirty)
+        except FileExistsError:
+            done = 0
+        except ClientGone:
+            space.on_gone()
+            return
+        if not done:
+            self._arrived(page, 1, 0, payload)
+            return
+        self._came_in(page, 1, DIRTY if dirty else CLEAN)
+        space.counters.page_in_pages += 1
+        if self._deferred:
+            self._admit_more()
 
     @ends_with_client
     def _arrived(self, first: int, count: int, error: int, payload: memoryview | None) -> None:
@@ -291,8 +332,7 @@ class Faults:
             self._copy_in(start, length, source + (start - first) * PAGE_BYTES, payload)
         space.counters.page_in_pages += count
         if self._deferred:  # what was held back may have left room
-            self.admit()
-        self.on_pressure()
+            self._admit_more()
 
     def _without_markers(
         self, runs: list[tuple[int, int]], first: int, payload: memoryview
@@ -355,23 +395,38 @@ class Faults:
         for start, length in self._still_reading(first, count):
             self._copy_in(start, length, source + (start - first) * PAGE_BYTES, memoryview(content))
         # Pages that are on their way in hold others up, as those do that are in memory.
-        self.admit()
-        self.on_pressure()
+        self._admit_more()
 
     def _came_in(self, first: int, count: int, state: int) -> None:
-        space = self._space
-        space.table.move(first, count, READING, state)
-        space.replacement.returned(first, count)
+        self._space.table.move(first, count, READING, state)
         waiting = self._waiting
-        if len(waiting) < count:
-            came = [page for page in waiting if first <= page < first + count]
-        else:
+        if count == 1 or len(waiting) >= count:
             came = [page for page in range(first, first + count) if page in waiting]
-        now = self._loop.time()
-        for page in came:
-            space.waited(waiting.pop(page), now)
+        else:
+            came = [page for page in waiting if first <= page < first + count]
+        if came:
+            now = self._loop.time()
+            self._waits += [(waiting.pop(page), now) for page in came]
         if state == DIRTY:
             self._write_wanted.difference_update(range(first, first + count))
+        self._came.append((first, count))
+        if len(self._came) == 1:
+            eventloop.later(self._loop, self._settle)
+
+    def _settle(self) -> None:
+        """Put what came in into the order of replacement, count who waited, and see to the limit.
+
+        No access waits for any of that: the next one is answered first.
+        """
+        space = self._space
+        came, self._came = self._came, []
+        waits, self._waits = self._waits, []
+        for first, count in came:
+            space.replacement.returned(first, count)
+        for began, ended in waits:
+            space.waited(began, ended)
+        if not space.closed:
+            self.on_pressure()
 
     # Content that is not what was paged out
 
@@ -400,14 +455,13 @@ class Faults:
             if self._space.table.state[page] == READING:
                 self._lost(page, began)
         self._space.volume.push()
-        self.admit()
-        self.on_pressure()
+        self._admit_more()
 
     def _lost(self, page: int, began: float) -> None:
         """Give up a page that no replica has, if an access waits for it, or the client is detached.
 
-        One that was read ahead stays on the device, which may be right again when the page is wanted. What was
-        read since `began`, when nobody wanted it yet, does not speak for the device now: it is read anew.
+        One that was read ahead stays on the device, which may be right again when the page is wanted. What
+        was read since `began`, when nobody wanted it yet, does not speak for the device now: it is read anew.
         """
         waits_since = self._waiting.get(page)
         if self.stopped or (waits_since is not None and waits_since <= began):

@@ -47,11 +47,9 @@ class PagedMemory:
 
         :raise FileExistsError: when the first page is present.
         """
-        return self._pages_done(
-            self._uffd.copy(
-                self._start + first * PAGE_BYTES, source_address, count * PAGE_BYTES, write_protect=protect
-            )
-        )
+        address, length = self._start + first * PAGE_BYTES, count * PAGE_BYTES
+        result = self._uffd.copy(address, source_address, length, write_protect=protect)
+        return count if result == length else self._pages_done(result)
 
     def zero_in(self, first: int, count: int) -> int:
         """Fill up to `count` missing pages with zeros; as `copy_in`."""

@@ -13,9 +13,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 ACTIVE_SHARE: Final = 2 / 3
 """The most that the active queue holds of a client's pages in memory."""
 CHUNK_PAGES: Final = 1024
@@ -45,6 +42,13 @@ class _Queue:
         chunks[-1].extend(pages)
         self._length += len(pages)
 
+    def append(self, page: int) -> None:
+        chunks = self._chunks
+        if not chunks or len(chunks[-1]) >= CHUNK_PAGES:
+            chunks.append(array("I"))
+        chunks[-1].append(page)
+        self._length += 1
+
     def take(self, count: int) -> list[int]:
         taken: list[int] = []
         while len(taken) < count and self._length > len(taken):
@@ -71,7 +75,7 @@ class Replacement:
         self._where = bytearray(pages)
         self._evictions = 0
         self._evictions_a_tick: Final = max(pages // TICKS, 1)
-        self._left_at: npt.NDArray[np.uint16] = np.zeros(pages, np.uint16)
+        self._left_at = array("H", bytes(2 * pages))
         """The tick at which a page left, from 1; 0 for never."""
 
     def __len__(self) -> int:
@@ -84,10 +88,15 @@ class Replacement:
     def returned(self, first: int, count: int = 1) -> None:
         """Take note of pages that came back from the volume, or that a write kept in memory."""
         # Those of one run left and come back together, so the first one speaks for all.
-        left_at = int(self._left_at[first])
+        left_at = self._left_at[first]
         ticks = (self._tick - left_at) % TICKS_KEPT
         soon = left_at and ticks * self._evictions_a_tick < len(self)
-        self._enter(range(first, first + count), _ACTIVE if soon else _INACTIVE)
+        where = _ACTIVE if soon else _INACTIVE
+        if count > 1:
+            self._enter(range(first, first + count), where)
+        elif self._where[first] == _NOWHERE:
+            self._where[first] = where
+            (self._active if soon else self._inactive).append(first)
 
     def _enter(self, pages: range, where: int) -> None:
         first, count = pages.start, len(pages)
@@ -116,7 +125,10 @@ class Replacement:
     def evicted(self, first: int, count: int = 1) -> None:
         """Take note that pages left memory for the volume."""
         self._evictions += count
-        self._left_at[first : first + count] = self._tick
+        if count == 1:
+            self._left_at[first] = self._tick
+        else:
+            self._left_at[first : first + count] = array("H", (self._tick,)) * count
 
     @property
     def _tick(self) -> int:

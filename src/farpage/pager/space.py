@@ -16,7 +16,7 @@ from farpage.pager.counters import Counters
 from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.replacement import Replacement
-from farpage.pager.states import DIRTY, POISONED, READING, STORED, ZERO
+from farpage.pager.states import CLEAN, DIRTY, POISONED, READING, REWRITTEN, STORED, WRITING, ZERO
 from farpage.pager.table import PAGE_BYTES, PageTable
 from farpage.pager.tier import RamTier
 from farpage.volume.paged import PagedVolume
@@ -70,7 +70,9 @@ class Space:
     @property
     def taken(self) -> int:
         """Pages in memory and on their way into it, and what compressed ones take."""
-        return self.table.resident + self.table.counts[READING] + self.tier.taken_pages
+        counts = self.table.counts
+        in_memory = counts[CLEAN] + counts[DIRTY] + counts[WRITING] + counts[REWRITTEN]
+        return in_memory + counts[READING] + self.tier.taken_pages
 
     @property
     def room(self) -> int:

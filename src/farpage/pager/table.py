@@ -41,6 +41,8 @@ class PageTable:
         self.states: Final[npt.NDArray[np.uint8]] = np.frombuffer(storage, np.uint8, pages, offset=pages * 4)
         self.state: Final = memoryview(storage)[pages * 4 :]
         """The same states, for access page by page, which numpy makes slow."""
+        self.checksum: Final = memoryview(storage)[: pages * 4].cast("I")
+        """The same checksums, likewise."""
         self.counts: Final[list[int]] = [int(n) for n in np.bincount(self.states, minlength=STATE_COUNT)]
 
     @property

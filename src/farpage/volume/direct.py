@@ -43,7 +43,13 @@ class _Read:
 
     def arrived(self, error: int, payload: memoryview | None) -> None:
         """Take what the storage has answered."""
-        self._owner.arrived(self, error, payload)
+        path = self._owner.in_flight.pop(self, None)
+        if error or path is None:
+            self._owner.failed_or_late(self, path, error, payload)
+            return
+        path.direct_reads += 1
+        assert self.done is not None
+        self.done(0, payload)
 
     def served(self, error: int, payload: memoryview | None) -> None:
         """Take what the server has answered."""
@@ -65,8 +71,8 @@ class DirectReads:
         self._loop = asyncio.get_running_loop()
         self._path: PathLink | None = None
         self._file: DirectFile | None = None
-        self._reads: dict[_Read, None] = {}
-        """In flight and not late; the oldest first."""
+        self.in_flight: dict[_Read, PathLink] = {}
+        """Those that are not late, with the path that lent what they read; the oldest first."""
         self._late: set[_Read] = set()
         """Those that were repeated as served ones and did not end yet."""
         self._timer: asyncio.TimerHandle | None = None
@@ -79,39 +85,34 @@ class DirectReads:
         """Read past the server if that can be done now."""
         if not self.ready:
             return False
-        assert self._file is not None
+        assert self._file is not None and self._path is not None
         read = _Read(self, offset, length, done, self._loop.time())
         if not self._file.read(offset, length, read.arrived):
             return False
-        self._reads[read] = None
+        self.in_flight[read] = self._path
         if self._timer is None:
             self._timer = self._loop.call_later(self._late_seconds, self._look)
         return True
 
     def push(self) -> None:
         """Start what was begun in this turn."""
-        if self._reads and self._file is not None:
+        if self.in_flight and self._file is not None:
             self._file.push()
 
-    def arrived(self, read: _Read, error: int, payload: memoryview | None) -> None:
-        """Take the answer to one of them."""
-        if read in self._reads:
-            del self._reads[read]
-            if error:
-                self._failed(read)
-                return
-            assert self._path is not None
-            self._path.direct_reads += 1
-        elif read in self._late:
+    def failed_or_late(
+        self, read: _Read, path: PathLink | None, error: int, payload: memoryview | None
+    ) -> None:
+        """Take an answer that is not just what was asked for in time; `path` is None for one that is late."""
+        if path is not None:
+            path.direct_failures += 1
+            self._failed(read)
+        elif read in self._late:  # others were given up
             self._late.discard(read)
             self._refresh()
-            if error:
-                return  # what the server answers counts
-        else:
-            return  # it was given up
-        done, read.done = read.done, None
-        if done is not None:
-            done(0, payload)
+            done = read.done
+            if done is not None and not error:  # on an error, what the server answers counts
+                read.done = None
+                done(0, payload)
 
     # When they are in use
 
@@ -141,8 +142,6 @@ class DirectReads:
     # Failing
 
     def _failed(self, read: _Read) -> None:
-        assert self._path is not None
-        self._path.direct_failures += 1
         if self._pause is None:
             self._pause = self._loop.call_later(self._pause_seconds, self._try_again)
             self._pause_seconds = min(self._pause_seconds * 2, LONGEST_PAUSE_SECONDS)
@@ -158,7 +157,7 @@ class DirectReads:
         self._timer = None
         now = self._loop.time()
         late: list[_Read] = []
-        for read in self._reads:
+        for read in self.in_flight:
             age = now - read.started_seconds
             if age < self._late_seconds - 0.001:
                 self._timer = self._loop.call_later(self._late_seconds - age, self._look)
@@ -166,10 +165,8 @@ class DirectReads:
             late.append(read)
         if late:
             for read in late:
-                del self._reads[read]
+                self.in_flight.pop(read).direct_failures += 1
             self._late.update(late)
-            assert self._path is not None
-            self._path.direct_failures += len(late)
             self._refresh()
             self._repeat(late)
 
@@ -180,7 +177,7 @@ class DirectReads:
 
     def redirect(self, adopt: Callable[[int, int, ReadDone], ReadDone]) -> None:
         """Have somebody else told of what is in flight; `adopt(offset, length, done)` returns who."""
-        for read in self._reads:
+        for read in self.in_flight:
             assert read.done is not None
             read.done = adopt(read.offset, read.length, read.done)
 
@@ -197,8 +194,8 @@ class DirectReads:
 
     def _end(self) -> list[_Read]:
         """Use what was lent no more, also not what it has yet to answer; returns what no server was asked."""
-        reads = list(self._reads)
-        self._reads.clear()
+        reads = list(self.in_flight)
+        self.in_flight.clear()
         self._late.clear()
         self._path = self._file = None
         self._refresh()

@@ -173,6 +173,57 @@ def test_what_direct_readers_defer_is_called_once_after_all_of_them() -> None:
     run(main())
 
 
+def test_what_is_left_for_later_is_done_after_the_events_that_come_next() -> None:
+    async def main() -> None:
+        loop, calls = the_loop(), list[str]()
+        done = loop.create_future()
+        first, second = Pair(scheduled=False), Pair(scheduled=False)
+
+        def read_first() -> None:
+            first.near.recv(100)
+            calls.append("first read")
+            loop.later(lambda: calls.append("left for later"))
+            loop.later(lambda: done.set_result(None))
+            second.far.send(b"x")
+
+        def read_second() -> None:
+            second.near.recv(100)
+            calls.append("second read")
+
+        loop.add_direct_reader(first.near, read_first)
+        loop.add_direct_reader(second.near, read_second)
+        first.far.send(b"x")
+        await asyncio.wait_for(done, 60)
+        assert calls == ["first read", "second read", "left for later"]
+        for pair in (first, second):
+            pair.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("timer_seconds", [None, 60.0], ids=["without a timer", "before a timer is due"])
+def test_what_is_left_for_later_is_done_although_no_event_comes(timer_seconds: float | None) -> None:
+    async def main() -> None:
+        loop = the_loop()
+        done = loop.create_future()
+        loop.later(lambda: done.set_result(None))
+        async with asyncio.timeout(timer_seconds):
+            await done
+
+    run(main())
+
+
+def test_what_is_left_for_later_ends_no_wait_before_its_timer() -> None:
+    async def main() -> None:
+        loop = the_loop()
+        began = loop.time()
+        loop.later(lambda: loop.later(lambda: None))
+        await asyncio.sleep(0.02)
+        assert loop.time() - began >= 0.02
+
+    run(main())
+
+
 def test_reading_directly_and_waiting_to_write_share_a_socket() -> None:
     async def main() -> None:
         pair = Pair(scheduled=False)
