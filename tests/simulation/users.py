@@ -182,10 +182,7 @@ class TightLimit(Limit):
     """A limit of a few pages, below what the pager's own marks allow."""
 
     def __init__(self, pages: int, chance: random.Random) -> None:
-        super().__init__(pages)
-        headroom = max(pages // 8, 1)
-        self.low = pages - 2 * headroom  # type: ignore[misc]
-        self.high = pages - headroom  # type: ignore[misc]
+        super().__init__(pages, max(pages // 8, 1))
         self.reading = max(pages // 2, 1)  # type: ignore[misc]
         self.most = pages + chance.choice((0, 1, 4))  # type: ignore[misc]
         self.in_flight = chance.choice((1, max(pages // 8, 1)))  # type: ignore[misc]

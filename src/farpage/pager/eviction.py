@@ -38,6 +38,8 @@ class Eviction:
         self._running = False
         self._stopped = False
         self._draining = False
+        self._paced_seconds = self._loop.time()
+        self._paced_pages = 0
         self._victims: list[int] = []
         """Chosen and rising, for the next slices: they are in no queue."""
 
@@ -86,12 +88,21 @@ class Eviction:
         staying = taken - leaving
         if self._draining:
             return staying
-        if staying > space.limit.high:
-            self._running = True
+        if staying > space.limit.high and not self._running:
+            self._follow_pace()
+            self._running = staying > space.limit.high
         excess = staying - space.limit.low
         if excess <= 0:
             self._running = False
         return excess if self._running else 0
+
+    def _follow_pace(self) -> None:
+        """Set the marks by how many pages have come into memory since the last time."""
+        counters = self._space.counters
+        pages = counters.zero_fill_pages + counters.page_in_pages + counters.tier_hit_pages
+        now = self._loop.time()
+        self._space.limit.follow(pages - self._paced_pages, now - self._paced_seconds)
+        self._paced_pages, self._paced_seconds = pages, now
 
     @property
     def _held_pages(self) -> int:

@@ -11,6 +11,7 @@ from farpage.pager.eviction import SLICE_RUNS
 from farpage.pager.limit import Limit
 from farpage.pager.states import READING
 from tests.support.paging import ModelClient, content_of
+from tests.support.simulated_loop import run_simulated
 
 PAGES = 4096
 
@@ -68,6 +69,23 @@ async def test_a_fault_that_is_answered_at_the_second_try_makes_pages_leave_too(
             await asyncio.sleep(0.001)
     assert client.states(PAGES - 1) == ["dirty"]
     client.close()
+
+
+@pytest.mark.parametrize(("pause_seconds", "left_free"), [(0.1, 2 * 32), (0.0001, 2 * 128)])
+def test_a_client_is_kept_below_its_limit_by_what_it_takes_in_a_while(
+    pause_seconds: float, left_free: int
+) -> None:
+    async def main() -> None:
+        client = ModelClient(1 << 14, 2048)
+        client.faults.on_pressure = client.eviction.wake
+        for page in range(PAGES):
+            client.write(page * 3)  # apart, so that none is filled ahead of it
+            await asyncio.sleep(pause_seconds)
+        assert client.space.limit.pages - client.space.limit.low == left_free
+        assert client.table.resident <= client.space.limit.high + 1
+        client.close()
+
+    run_simulated(main)
 
 
 async def test_however_many_accesses_wait_half_of_the_limit_is_for_pages_that_have_come() -> None:
