@@ -101,6 +101,22 @@ class VolumeFile:
         """Write, unless the volume or the leave to write is somebody else's by now."""
         if error := self.refusal():
             return error
+        return self._write(data, offset, fua)
+
+    def write_each(self, writes: list[tuple[memoryview, int]], errors: list[int]) -> int:
+        """Write what came together, data and offset, one after the other; appends an errno or 0 for each.
+
+        Whether the volume is somebody else's is asked once for all of them.
+        """
+        refused = self.refusal()
+        for data, offset in writes:
+            try:
+                errors.append(refused or self._write(data, offset, False))
+            except OSError as problem:
+                errors.append(problem.errno or errno.EIO)
+        return 0
+
+    def _write(self, data: memoryview, offset: int, fua: bool) -> int:
         step = len(data) if self.access is Access.DIRECT else BUFFERED_WRITE_BYTES
         for at in range(0, len(data), step):
             if self.over():

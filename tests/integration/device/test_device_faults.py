@@ -52,6 +52,24 @@ async def test_a_full_file_system_is_no_space_left(tiny_file_system: Path, cache
 
 
 @CACHES
+async def test_writes_that_come_together_each_have_an_outcome_of_their_own(
+    tiny_file_system: Path, cache: str
+) -> None:
+    async with opening(f"dir:{tiny_file_system}/a?size=1M&cache={cache}") as device:
+        device.create_volume("vm1", 1 << 20)
+        volume = await device.open_volume("vm1", 1)
+        contents = [os.urandom(16 << 10) for _ in range(32)]
+        errors = await asyncio.gather(
+            *(write(volume, number * (32 << 10), content) for number, content in enumerate(contents))
+        )
+        assert set(errors) == {0, errno.ENOSPC}
+        for number, (content, error) in enumerate(zip(contents, errors, strict=True)):
+            if not error:
+                assert await read_bytes(volume, number * (32 << 10), len(content)) == content
+        await volume.close()
+
+
+@CACHES
 async def test_a_file_that_was_cut_gives_errors_and_never_zeros(tmp_path: Path, cache: str) -> None:
     async with opening(f"dir:{tmp_path}/a?size=1M&cache={cache}") as device:
         device.create_volume("vm1", 1 << 20)
