@@ -13,6 +13,8 @@ from farpage.log import get_logger
 
 log = get_logger()
 
+BEGUN_TOGETHER: Final = 4
+"""So many reads are started with one system call; a device that waits for more does nothing meanwhile."""
 READS_IN_FLIGHT: Final = 256
 """Further ones are read by threads."""
 RETRY_SECONDS: Final = 0.001
@@ -40,6 +42,8 @@ class RingReader(KernelQueue[Ring, AlignedBuffer]):
         if not self._queue.read(descriptor, buffer.address, length, offset, self._next_token):
             return False
         self._begun(done, buffer)
+        if self._queue.unsubmitted == BEGUN_TOGETHER:
+            self._submit()
         return True
 
     def _submit(self) -> None:

@@ -90,7 +90,8 @@ class Ring:
             struct.pack(f"={sq_entries}I", *range(sq_entries))
         ).cast("I")
         self._tail = self._words[self._sq_tail]
-        self._unsubmitted = 0
+        self.unsubmitted = 0
+        """Commands that the next `submit` starts."""
         self.in_flight = 0
         """Commands whose completion has not been taken yet, submitted or not."""
 
@@ -109,7 +110,7 @@ class Ring:
         at = (tail & self._sq_mask) * 64
         _BEGIN.pack_into(self._sqes, at, _OP_READ, 0, 0, descriptor, offset, address, length, 0, token)
         self._tail = self._words[self._sq_tail] = (tail + 1) & 0xFFFFFFFF
-        self._unsubmitted += 1
+        self.unsubmitted += 1
         self.in_flight += 1
         return True
 
@@ -119,16 +120,16 @@ class Ring:
         self._sqes[at : at + _SQE.size] = command
         self._tail = tail = (tail + 1) & 0xFFFFFFFF
         self._words[self._sq_tail] = tail
-        self._unsubmitted += 1
+        self.unsubmitted += 1
 
     def submit(self) -> None:
         """Start what was queued.
 
         :raise OSError: EAGAIN or ENOMEM, when the kernel has no memory for it; it stays queued.
         """
-        while self._unsubmitted:
+        while self.unsubmitted:
             try:
-                self._unsubmitted -= self._enter(self._unsubmitted, 0, 0)
+                self.unsubmitted -= self._enter(self.unsubmitted, 0, 0)
             except InterruptedError:
                 continue
 
