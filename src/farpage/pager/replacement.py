@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 ACTIVE_SHARE: Final = 2 / 3
 """The most that the active queue holds of a client's pages in memory."""
 CHUNK_PAGES: Final = 1024
@@ -75,7 +77,7 @@ class Replacement:
         self._where = bytearray(pages)
         self._evictions = 0
         self._evictions_a_tick: Final = max(pages // TICKS, 1)
-        self._left_at = array("H", bytes(2 * pages))
+        self._left_at = np.zeros(pages, np.uint16).data
         """The tick at which a page left, from 1; 0 for never."""
 
     def __len__(self) -> int:
