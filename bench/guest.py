@@ -11,8 +11,9 @@ The guest is Linux under QEMU with a memfd as its memory. It sorts numbers and l
 - `swap`: a swap file on the same disk, vm.page-cluster 3 (the kernel's default), and a memory cgroup. Its
   limit is that of the guest's memory and, as the cgroup counts it too, what QEMU has of its own.
 
-Both take turns. The exit status is 0, 1 when the guest's outcome was wrong, or 6 when host swap could not
-take part.
+Both take turns. A guest that the kernel kills under host swap, when it finds no memory to free in time, is
+counted, and that turn repeated. The exit status is 0, 1 when the guest's outcome was wrong, or 6 when host
+swap could not take part.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from farpage.attach.qmp import QmpFailed
 from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.errors import ExitStatus, FarpageError, InvalidInput, Unsupported
 from farpage.guest.image import GuestImage, build_image
-from farpage.guest.qemu import GuestOptions, QemuGuest
+from farpage.guest.qemu import GuestFailed, GuestOptions, QemuGuest
 from farpage.guest.reports import CommandDone
 from farpage.hypervisor.model import ClientAttach
 from farpage.terminal.sizes import parse_size
@@ -53,6 +54,8 @@ FARPAGE, SWAP = "farpage", "swap"
 PAGE_CLUSTER_EXPONENT: Final = 3
 TIMEOUT_SECONDS: Final = 900.0
 BOOT_SECONDS: Final = 120.0
+KILLED_MAX: Final = 5
+"""Guests that may be killed under host swap before the run is given up."""
 OUTCOME: Final = re.compile(r"guest_work fill=(\S+) sort=(\S+) lookup=(\S+) right=([01])")
 
 
@@ -99,6 +102,8 @@ class GuestResult(BenchResult):
     rounds: int
     without_swap: str
     """Why host swap could not take part; empty when it did."""
+    killed: int
+    """Guests that the kernel has killed under host swap."""
     seconds: dict[str, dict[str, Spread]]
     """By part of the work, then by contender."""
     ratios: dict[str, Spread]
@@ -118,7 +123,7 @@ class GuestResult(BenchResult):
             "guest": f"{self.memory_bytes // MIB} MiB, {self.limit_bytes // MIB} MiB of it resident at most; "
             f"sorts {self.data_bytes // MIB} MiB with as much again",
             "limit": f"the cgroup has {self.own_bytes // MIB} MiB more, for what QEMU has of its own",
-            "rounds": f"{self.rounds}, contenders in turn",
+            "rounds": f"{self.rounds}, contenders in turn; {self.killed} guests were killed under host swap",
         }
         panels = [
             Panel(
@@ -172,6 +177,7 @@ class Bench:
         self._image = image
         self._swap = swap
         self.own_bytes = 0
+        self.killed = 0
 
     @asynccontextmanager
     async def _guest(self, *commands: str) -> AsyncIterator[QemuGuest]:
@@ -185,6 +191,20 @@ class Bench:
         async with self._guest("/bin/guest_work 4 1000", "/bin/busybox sleep 60") as guest:
             await guest.wait_for(lambda found: isinstance(found, CommandDone), BOOT_SECONDS)
             self.own_bytes = _anonymous_bytes(guest.pid)
+
+    async def turn_to_its_end(self, contender: str) -> Outcome:
+        """Do as `turn`; where host swap's guest is killed, count that and begin anew.
+
+        :raise FarpageError: as `turn`.
+        """
+        while True:
+            try:
+                return await self.turn(contender)
+            except GuestFailed as problem:
+                if contender != SWAP or self.killed >= KILLED_MAX:
+                    raise
+                self.killed += 1
+                tell(f"under host swap {problem}")
 
     async def turn(self, contender: str) -> Outcome:
         """Boot a guest under one contender and have it do its work.
@@ -302,7 +322,7 @@ async def run(settings: Settings) -> GuestResult:
         outcomes: dict[str, list[Outcome]] = {name: [] for name in contenders}
         for number in range(settings.rounds):
             for contender in turns(contenders, number):
-                outcome = await bench.turn(contender)
+                outcome = await bench.turn_to_its_end(contender)
                 outcomes[contender].append(outcome)
                 tell(f"round {number + 1} of {settings.rounds}: {contender} {outcome.total_seconds:.2f} s")
         values = {
@@ -320,6 +340,7 @@ async def run(settings: Settings) -> GuestResult:
             own_bytes=bench.own_bytes,
             rounds=settings.rounds,
             without_swap=without_swap,
+            killed=bench.killed,
             seconds={
                 part: {name: Spread.of(seconds) for name, seconds in found.items()}
                 for part, found in values.items()
