@@ -19,7 +19,7 @@ from farpage.pager.progress import ScrubState
 from tests.support.commands import condition
 from tests.support.hammer import hammering
 from tests.support.paged_set import DEADLINE_SECONDS, PagedSet, until_client
-from tests.support.processes import descriptors_of, kill_and_wait, worker_pid
+from tests.support.processes import control_connections, descriptors_of, kill_and_wait, worker_pid
 from tests.support.scrape import Scrape
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -208,20 +208,24 @@ async def test_a_scrub_is_begun_anew_by_the_next_worker(paged: PagedSet) -> None
     await paged.verify_all()
 
 
+def lasting_descriptors_of(pid: int) -> list[str]:
+    return descriptors_of(pid, leave_out=control_connections())
+
+
 async def settled_descriptors(pid: int) -> list[str]:
     """Return what a hypervisor has open once that stays: a spare worker takes its time to start."""
-    found, since = descriptors_of(pid), time.monotonic()
+    found, since = lasting_descriptors_of(pid), time.monotonic()
     while time.monotonic() < since + SETTLED_SECONDS:
         await asyncio.sleep(0.05)
-        if (now := descriptors_of(pid)) != found:
+        if (now := lasting_descriptors_of(pid)) != found:
             found, since = now, time.monotonic()
     return found
 
 
 async def until_descriptors(pid: int, wanted: list[str]) -> None:
     with suppress(TimeoutError):
-        await condition(lambda: descriptors_of(pid) == wanted, 60)
-    assert descriptors_of(pid) == wanted
+        await condition(lambda: lasting_descriptors_of(pid) == wanted, 60)
+    assert lasting_descriptors_of(pid) == wanted
 
 
 async def test_nothing_is_left_open_after_workers_were_replaced(

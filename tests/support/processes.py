@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 from farpage.embedded.set import EmbeddedSet
@@ -43,15 +44,32 @@ async def until_no_worker(embedded: EmbeddedSet) -> None:
             await asyncio.sleep(0.05)
 
 
-def descriptors_of(pid: int) -> list[str]:
+def descriptors_of(pid: int, *, leave_out: frozenset[str] = frozenset()) -> list[str]:
     """Return what a process has open, sorted, sockets and pipes without their numbers."""
     found: list[str] = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            found.append(str(link.readlink()).split(":[")[0])
+            name = str(link.readlink())
         except OSError:
             continue
+        if name not in leave_out:
+            found.append(name.split(":[", maxsplit=1)[0])
     return sorted(found)
+
+
+def control_connections() -> frozenset[str]:
+    """Return both ends of all connections to control APIs, as `/proc/PID/fd` names them.
+
+    They are kept for the next request, as many as there were requests at a time.
+    """
+    listed = subprocess.run(["ss", "-xH"], capture_output=True, text=True, check=True).stdout
+    ends: set[str] = set()
+    for line in listed.splitlines():
+        # Netid State Recv-Q Send-Q, the own end's path and number, then the peer's
+        columns = line.split()
+        if len(columns) >= 8 and columns[4].endswith("/control.sock"):
+            ends.update((f"socket:[{columns[5]}]", f"socket:[{columns[7]}]"))
+    return frozenset(ends)
 
 
 async def kill_and_wait(pid: int) -> None:
