@@ -123,7 +123,7 @@ class GuestResult(BenchResult):
             "guest": f"{self.memory_bytes // MIB} MiB, {self.limit_bytes // MIB} MiB of it resident at most; "
             f"sorts {self.data_bytes // MIB} MiB with as much again",
             "limit": f"the cgroup has {self.own_bytes // MIB} MiB more, for what QEMU has of its own",
-            "rounds": f"{self.rounds}, contenders in turn; {self.killed} guests were killed under host swap",
+            "rounds": f"{self.rounds}, contenders in turn; guests killed under host swap: {self.killed}",
         }
         panels = [
             Panel(
