@@ -23,9 +23,9 @@ import asyncio
 import enum
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 CONNECTION_LOST = errno.ENOTCONN
 """Not one of NBD's error values, so no server can send it."""
@@ -101,8 +101,39 @@ class Lent:
             os.close(self.take())
 
 
+@dataclass
+class SharedFile:
+    """A descriptor of the file that a volume is in, for any thread to use; its holder closes it."""
+
+    descriptor: int
+    origin_bytes: int
+    """Where the volume begins in the file."""
+    direct: bool
+    """Opened with O_DIRECT: then it is for reading alone. Else everything goes through the page cache."""
+    refusal: Callable[[], int] | None
+    """Asked before writes that came together: 0, or the errno that refuses them. None: read-only."""
+    over: Callable[[], bool] | None
+    """Asked right before each write: True refuses it. None: never."""
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self.descriptor)
+
+
+@runtime_checkable
+class FileBacked(Protocol):
+    """A `BlockIO` over a file."""
+
+    def share_file(self) -> SharedFile | None:
+        """Return another descriptor of the file; None where only the volume itself may use it."""
+
+
 class DirectFile(Protocol):
     """The storage of a volume as this process reads it by itself, past the server that serves it."""
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """The descriptor and where in its file the volume begins, in bytes; None when there is none."""
 
     def read(self, offset: int, length: int, done: ReadDone) -> bool:
         """Read whole blocks; False when too much is in flight already, or it is closed.
@@ -174,6 +205,46 @@ class BlockIO(Protocol):
 
     async def close(self) -> None:
         """Wait for the commands in flight, then let go of the resources."""
+
+
+class Joined:
+    """Finishes one command when all its parts are finished, with the first error."""
+
+    def __init__(self, done: Done, parts: int) -> None:
+        self._done = done
+        self._left = parts
+        self._error = 0
+
+    def part_done(self, error: int) -> None:
+        """Take note of a part that is finished."""
+        self._error = self._error or error
+        self._left -= 1
+        if not self._left:
+            self._done(self._error)
+
+
+Run: TypeAlias = tuple[int, memoryview]
+"""Where to write, in bytes, and what."""
+
+
+class _Writing(Protocol):
+    def write(self, offset: int, data: memoryview, done: Done, /) -> None: ...
+
+
+def write_each(io: _Writing, runs: Sequence[Run], done: Done) -> None:
+    """Write several runs; `done` is called when all are finished, with the first error."""
+    joined = Joined(done, len(runs))
+    for offset, data in runs:
+        io.write(offset, data, joined.part_done)
+
+
+def write_runs(io: BlockIO, runs: Sequence[Run], done: Done) -> None:
+    """Do what `write_each` does, with one call where there is one for that."""
+    at_once: Callable[[Sequence[Run], Done], None] | None = getattr(io, "write_runs", None)
+    if at_once is not None:
+        at_once(runs, done)
+    else:
+        write_each(io, runs, done)
 
 
 async def wait_done(start: Callable[[Done], None]) -> int:

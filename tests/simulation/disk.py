@@ -281,6 +281,8 @@ class SimulatedFile:
         self._volume = volume
         self._closed = False
 
+    place: tuple[int, int] | None = None
+
     def read(self, offset: int, length: int, done: ReadDone) -> bool:
         if self._closed:
             return False

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from farpage.blockio import Done, ReadDone
+from farpage.blockio import Done, ReadDone, Run, write_each
 from farpage.kernel.userfaultfd import FLAG_MINOR, FLAG_WP, FLAG_WRITE
 from farpage.pager.buffers import BufferPool
 from farpage.pager.eviction import Eviction
@@ -27,6 +27,7 @@ from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import MirrorCounts, PagedVolume, ReplicaStatus
+from farpage.volume.shortcut import Shortcut
 from farpage.volume.state import ReplicaHealth
 from tests.support.blockio import MemoryIO
 
@@ -198,6 +199,7 @@ class ModelVolume(MemoryIO):
         self.rewritten: list[tuple[str, int]] = []
         """Replicas put right: the device and the page."""
         self.other_path: dict[int, bytes] = {}
+        self.shortcut: Shortcut | None = None
         self.held_bytes = 0
         self.relayed = False
         self.predecessors_gone = True
@@ -251,6 +253,9 @@ class ModelVolume(MemoryIO):
             done(error)
 
         super().write(offset, data, everywhere, fua=fua)
+
+    def write_runs(self, runs: Sequence[Run], done: Done) -> None:
+        write_each(self, runs, done)
 
     def read_replica(
         self, device: str, offset: int, length: int, done: ReadDone, *, other_path: bool = False

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeAlias
 
-from farpage.blockio import CONNECTION_LOST, BlockIO, Done, Extent, Feature
+from farpage.blockio import CONNECTION_LOST, BlockIO, Done, Extent, Feature, Joined
 from farpage.definition.model import PAGE_BYTES
 from farpage.intermediary.plan import Run, absent, runs
 from farpage.intermediary.window import PACED_SECONDS, STEPS, Window
@@ -59,20 +59,6 @@ def reading_into(source: BlockIO) -> ReadInto:
         source.read(offset, len(into), arrived)
 
     return read_into
-
-
-def joined(parts: int, done: Done) -> Done:
-    """Return what each of so many parts calls; after the last one `done` is called, with the first error."""
-    left, failed = parts, 0
-
-    def part_done(error: int) -> None:
-        nonlocal left, failed
-        left -= 1
-        failed = failed or error
-        if not left:
-            done(failed)
-
-    return part_done
 
 
 class Copier:
@@ -244,7 +230,7 @@ class Copier:
         self._commands += 1
         self._in_flight_bytes += run.length
         buffer = self._pool.take(run.length)
-        arrived = joined(-(-run.length // READ_BYTES), partial(self._arrived, run, buffer))
+        arrived = Joined(partial(self._arrived, run, buffer), -(-run.length // READ_BYTES)).part_done
         for at in range(0, run.length, READ_BYTES):
             stop = min(at + READ_BYTES, run.length)
             self._read(run.offset + at, buffer[at:stop], arrived)

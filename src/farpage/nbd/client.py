@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from farpage.address import Address
@@ -22,8 +22,11 @@ from farpage.blockio import (
     Done,
     ExtentsDone,
     Feature,
+    Joined,
     Lent,
     ReadDone,
+    Run,
+    write_each,
 )
 from farpage.nbd import codec, connecting, eventloop, options
 from farpage.nbd import protocol as p
@@ -63,7 +66,8 @@ class Connection:
         self._features = options.features_of(negotiated.flags)
         if negotiated.context_id is not None:
             self._features |= Feature.EXTENTS
-        self._peer_pid = connecting.peer_pid(sock)
+        told = negotiated.process
+        self._peer_pid = told.pid if told is not None else connecting.peer_pid(sock)
         self._stream = ReplyStream(
             self._loop,
             structured_replies=negotiated.structured_replies,
@@ -145,7 +149,10 @@ class Connection:
 
     @property
     def peer_pid(self) -> int | None:
-        """Process that listens on the UNIX socket; None on TCP."""
+        """Process whose end is that of all that was sent here; None on TCP, and where it is not known.
+
+        That is the one that the server has told of, else the one that listens on the UNIX socket.
+        """
         return self._peer_pid
 
     @property
@@ -189,7 +196,7 @@ class Connection:
         self._check_range(offset, length)
         step = self.limits.maximum
         if length > step:
-            joined = _Joined(done, -(-length // step))
+            joined = Joined(done, -(-length // step))
             for at in range(0, length, step):
                 self.read_into(offset + at, into[at : at + step], joined.part_done)
             return
@@ -218,12 +225,37 @@ class Connection:
         if length <= step:
             self._command(p.NBD_CMD_WRITE, offset, length, done, flags=flags, payload=data)
             return
-        joined = _Joined(done, -(-length // step))
+        joined = Joined(done, -(-length // step))
         for at in range(0, length, step):
             part = data[at : at + step]
             self._command(
                 p.NBD_CMD_WRITE, offset + at, len(part), joined.part_done, flags=flags, payload=part
             )
+
+    def write_runs(self, runs: Sequence[Run], done: Done) -> None:
+        """Write several runs, with a command for each; `done` is called when all are finished."""
+        if max(len(data) for _, data in runs) > self.limits.maximum:
+            write_each(self, runs, done)
+            return
+        if not self._allowed(Feature.NONE, done, changes=True):
+            return
+        if self._ended:
+            done(CONNECTION_LOST)
+            return
+        in_flight, unsent, cookie = self._stream.in_flight, self._unsent, self._cookie
+        # The replies of all of them are heard by one, which is not done before the last.
+        started = Command(p.NBD_CMD_WRITE, runs[0][0], len(runs[0][1]), self._loop.time())
+        started.on_done = Joined(done, len(runs)).part_done
+        for offset, data in runs:
+            self._check_range(offset, len(data))
+        for offset, data in runs:
+            cookie += 1
+            in_flight[cookie] = started
+            unsent.append(codec.encode_request(p.NBD_CMD_WRITE, 0, cookie, offset, len(data)))
+            unsent.append(data)
+        self._cookie = cookie
+        self._has_payload = True
+        self._push_soon()
 
     def zero(
         self,
@@ -328,10 +360,13 @@ class Connection:
         started = Command(command, offset, length, self._loop.time())
         self._stream.in_flight[cookie] = started
         self._unsent.append(codec.encode_request(command, flags, cookie, offset, length))
+        self._push_soon()
+        return started
+
+    def _push_soon(self) -> None:
         if not self._push_scheduled:
             self._push_scheduled = True
             eventloop.defer(self._loop, self._scheduled_push)
-        return started
 
     def _command(
         self,
@@ -356,7 +391,7 @@ class Connection:
         self, command: int, offset: int, length: int, done: Done, *, step: int, flags: int = 0
     ) -> None:
         """Send a command without payload as as many as its length needs."""
-        joined = _Joined(done, -(-length // step))
+        joined = Joined(done, -(-length // step))
         for at in range(0, length, step):
             part = min(step, length - at)
             self._command(command, offset + at, part, joined.part_done, flags=flags)
@@ -364,7 +399,7 @@ class Connection:
     def _read_parts(self, offset: int, length: int, done: ReadDone) -> None:
         whole = memoryview(bytearray(length))
         step = self.limits.maximum
-        joined = _Joined(lambda error: done(error, None if error else whole), -(-length // step))
+        joined = Joined(lambda error: done(error, None if error else whole), -(-length // step))
 
         def part(at: int, size: int) -> None:
             def part_read(error: int, payload: memoryview | None) -> None:
@@ -471,18 +506,3 @@ class Connection:
 
 def _fua_feature(fua: bool) -> Feature:
     return Feature.FUA if fua else Feature.NONE
-
-
-class _Joined:
-    """Finishes one command when all its parts are finished, with the first error."""
-
-    def __init__(self, done: Done, parts: int) -> None:
-        self._done = done
-        self._left = parts
-        self._error = 0
-
-    def part_done(self, error: int) -> None:
-        self._error = self._error or error
-        self._left -= 1
-        if not self._left:
-            self._done(self._error)

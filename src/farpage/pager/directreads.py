@@ -135,6 +135,11 @@ class BorrowedFile:
         self._closed = False
         self.push = engine.push
 
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """The descriptor and where the volume begins."""
+        return None if self._closed else (self._descriptor, self._origin)
+
     def read(self, offset: int, length: int, done: ReadDone) -> bool:
         """Read whole blocks; `done` may come after `close`, too."""
         if self._closed or length > LARGEST_BYTES:

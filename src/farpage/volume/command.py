@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from farpage.blockio import BlockIO
+from farpage.blockio import BlockIO, Run
 
 Finished: TypeAlias = Callable[[int, Any], None]
 """`finished(error, result)`: the shape that every command's completion is brought to."""
@@ -20,6 +20,8 @@ class Command:
         "length_bytes",
         "mutates",
         "offset",
+        "runs",
+        "span_bytes",
         "start",
         "started_seconds",
     )
@@ -32,11 +34,19 @@ class Command:
         *,
         mutates: bool,
         offset: int = 0,
+        span_bytes: int | None = None,
+        runs: Sequence[Run] = (),
     ) -> None:
+        """`span_bytes` reaches from the first byte that it touches to the last, where it leaves some out.
+
+        What it touches is `runs` then.
+        """
         self.start = start
         self.finished = finished
         self.length_bytes = length_bytes
         self.mutates = mutates
         self.offset = offset
+        self.span_bytes = length_bytes if span_bytes is None else span_bytes
+        self.runs = runs
         self.started_seconds = 0.0
         self.attempts = 0

@@ -16,6 +16,7 @@ from typing import Final
 
 from farpage.blockio import DirectFile, ReadDone
 from farpage.volume.link import PathLink
+from farpage.volume.shortcut import Place
 
 LATE_SECONDS: Final = 0.25
 """A direct read that takes longer is repeated as a served one; less where the path timeout is short."""
@@ -65,6 +66,7 @@ class DirectReads:
         """`serve` carries a read out in the other way, and `push` sends it."""
         self.ready = False
         """Whether `read` is worth a try."""
+        self.on_change: Callable[[bool], None] = lambda _useless: None
         self._serve = serve
         self._push = push
         self._late_seconds = min(LATE_SECONDS, path_timeout_seconds / 4)
@@ -114,6 +116,25 @@ class DirectReads:
                 read.done = None
                 done(0, payload)
 
+    # Reads past this, see `Shortcut`
+
+    @property
+    def place(self) -> Place | None:
+        """Where the storage is, while `read` is worth a try."""
+        place = self._file.place if self.ready and self._file is not None else None
+        return place and Place(*place, self._late_seconds)
+
+    def answered(self, reads: int, seconds: float) -> None:
+        """Count reads of others."""
+        if self._path is not None:
+            self._path.direct_reads += reads
+
+    def failed(self) -> None:
+        """Count a read of somebody else that failed, and have all served for a while."""
+        if self._path is not None:
+            self._path.direct_failures += 1
+        self._distrust()
+
     # When they are in use
 
     def use(self, path: PathLink) -> None:
@@ -136,17 +157,21 @@ class DirectReads:
         self._path, self._file = path, path.direct
         self._refresh()
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, useless: bool = False) -> None:
         self.ready = self._file is not None and not self._late and self._pause is None
+        self.on_change(useless)
 
     # Failing
 
     def _failed(self, read: _Read) -> None:
+        self._distrust()
+        self._repeat([read])
+
+    def _distrust(self) -> None:
         if self._pause is None:
             self._pause = self._loop.call_later(self._pause_seconds, self._try_again)
             self._pause_seconds = min(self._pause_seconds * 2, LONGEST_PAUSE_SECONDS)
             self._refresh()
-        self._repeat([read])
 
     def _try_again(self) -> None:
         self._pause = None
@@ -198,7 +223,7 @@ class DirectReads:
         self.in_flight.clear()
         self._late.clear()
         self._path = self._file = None
-        self._refresh()
+        self._refresh(useless=True)
         return reads
 
     def close(self) -> None:

@@ -97,7 +97,7 @@ class Losing:
     def decide(self) -> None:
         """Give up what is lost while something else is left, and tell whether anything is."""
         replicas = self._replicas
-        replicas.changed.set()
+        replicas.have_changed()
         if replicas.opening or replicas.closing or self._ownership.fenced:
             if self._ownership.fenced:
                 self._stalls(True)

@@ -190,7 +190,7 @@ class Members:
         task = self._loop.create_task(replica.volume.abandon())
         self._retired.add(task)
         task.add_done_callback(self._retired.discard)
-        self._replicas.changed.set()
+        self._replicas.have_changed()
         self._replicas.push()
 
     async def abandon(self) -> None:

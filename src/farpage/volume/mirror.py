@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from farpage.blockio import BlockIO, Done, ReadDone
+from farpage.blockio import BlockIO, Done, ReadDone, Run, write_each
 from farpage.definition.states import PAGE_BYTES, ReplicaState
 from farpage.volume.command import Finished
 from farpage.volume.connector import Connector, Endpoint
@@ -38,6 +38,7 @@ from farpage.volume.lease import Leases
 from farpage.volume.link import PathStatus
 from farpage.volume.losing import Losing
 from farpage.volume.members import Members, Wiring, wanted_states
+from farpage.volume.mirrorshortcut import MirrorShortcut
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
 from farpage.volume.paged import MirrorCounts, ReplicaStatus
@@ -46,6 +47,7 @@ from farpage.volume.recorder import ReplicaRecorder, States
 from farpage.volume.replica import Mode, Read, Replica, ReplicaPlace
 from farpage.volume.replicas import Replicas
 from farpage.volume.returning import Returning
+from farpage.volume.shortcut import Shortcut
 from farpage.volume.writing import Writes
 
 RESYNC_BYTES_PER_SECOND = 100 << 20
@@ -127,6 +129,7 @@ class MirrorVolume:
             self._recorded,
         )
         self._reads = Reads(self._replicas.all, self._read_failed)
+        self._shortcut = MirrorShortcut(self._replicas, self._reads)
         owner = _Owner(self, events)
         self._losing = Losing(
             self._replicas, ownership, owner, repeat_reads=self._reads.repeat, record=self._recorder.wake
@@ -226,6 +229,11 @@ class MirrorVolume:
         await self._members.go_over(endpoints, device, device_name, fences)
 
     # What it looks like
+
+    @property
+    def shortcut(self) -> Shortcut:
+        """What may be read past it."""
+        return self._shortcut
 
     @property
     def epoch(self) -> int:
@@ -343,6 +351,10 @@ class MirrorVolume:
             io.write(offset, data, lambda error: end(error, None))
 
         self._writes.submit(start, offset, len(data), done)
+
+    def write_runs(self, runs: Sequence[Run], done: Done) -> None:
+        """Write several runs to every replica; waits out every failure, and is done when all are written."""
+        write_each(self, runs, done)
 
     def zero(self, offset: int, length: int, done: Done) -> None:
         """Zero on every replica; waits out every failure."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from farpage.blockio import BlockIO, Done, ReadDone
+from farpage.blockio import BlockIO, Done, ReadDone, Run, write_runs
 from farpage.volume.command import Command, Finished
 from farpage.volume.connector import Connector, Endpoint
 from farpage.volume.errors import ClientFenced, NoPath
@@ -27,6 +27,7 @@ from farpage.volume.ownership import Ownership
 from farpage.volume.paged import MirrorCounts, ReplicaStatus
 from farpage.volume.paths import Paths, Place
 from farpage.volume.rewrite import RewriteGate
+from farpage.volume.shortcut import Shortcut
 from farpage.volume.state import ReplicaHealth
 
 
@@ -125,6 +126,11 @@ class MultipathVolume:
     def epoch(self) -> int:
         """What this volume is opened with; the ownership's may be higher, by another replica's takeover."""
         return self._paths.epoch
+
+    @property
+    def shortcut(self) -> Shortcut:
+        """What may be read past it."""
+        return self._direct
 
     @property
     def failovers(self) -> FailoverLog:
@@ -341,6 +347,17 @@ class MultipathVolume:
 
         self.carry_out(start, offset, len(data), lambda error, _: done(error))
 
+    def write_runs(self, runs: Sequence[Run], done: Done) -> None:
+        """Write several runs, rising; waits out every failure, and is done when all are written."""
+
+        def start(io: BlockIO, end: Finished) -> None:
+            write_runs(io, runs, partial(_end, end))
+
+        first, (last, data) = runs[0][0], runs[-1]
+        length = sum(len(data) for _, data in runs)
+        span = last + len(data) - first
+        self.carry_out(start, first, length, lambda error, _: done(error), span_bytes=span, runs=runs)
+
     def zero(self, offset: int, length: int, done: Done) -> None:
         """Zero; waits out every failure."""
 
@@ -350,12 +367,21 @@ class MultipathVolume:
         self.carry_out(start, offset, length, lambda error, _: done(error))
 
     def carry_out(
-        self, start: Callable[[BlockIO, Finished], None], offset: int, length: int, finished: Finished
+        self,
+        start: Callable[[BlockIO, Finished], None],
+        offset: int,
+        length: int,
+        finished: Finished,
+        *,
+        span_bytes: int | None = None,
+        runs: Sequence[Run] = (),
     ) -> None:
         """Carry out what changes content, in the way that `start` does; waits out every failure."""
-        command = Command(start, finished, length, offset=offset, mutates=True)
+        command = Command(
+            start, finished, length, offset=offset, span_bytes=span_bytes, runs=runs, mutates=True
+        )
         if self._rewrites.active:
-            self._rewrites.pass_or_wait(offset, length, partial(self._commands.submit, command))
+            self._rewrites.pass_or_wait(offset, command.span_bytes, partial(self._commands.submit, command))
         else:
             self._commands.submit(command)
 

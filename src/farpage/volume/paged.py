@@ -13,11 +13,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from farpage.blockio import Done, ReadDone
+from farpage.blockio import Done, ReadDone, Run
 from farpage.volume.connector import Endpoint
 from farpage.volume.failover import FailoverLog
 from farpage.volume.link import PathStatus
 from farpage.volume.ownership import Ownership
+from farpage.volume.shortcut import Shortcut
 from farpage.volume.state import ReplicaHealth
 
 
@@ -71,6 +72,10 @@ class PagedVolume(Protocol):
     """
 
     @property
+    def shortcut(self) -> Shortcut | None:
+        """What may be read past the volume; None where everything is to be asked of it."""
+
+    @property
     def epoch(self) -> int:
         """The highest epoch that the volume was opened with."""
 
@@ -115,6 +120,9 @@ class PagedVolume(Protocol):
 
     def write(self, offset: int, data: memoryview, done: Done) -> None:
         """Write to every replica in sync; waits out every failure."""
+
+    def write_runs(self, runs: Sequence[Run], done: Done) -> None:
+        """Write several runs, `(offset, data)` in rising order; as `write`, and done when all are written."""
 
     def zero(self, offset: int, length: int, done: Done) -> None:
         """Zero on every replica in sync; waits out every failure."""

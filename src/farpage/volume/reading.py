@@ -38,7 +38,10 @@ class Reads:
         self._failed = failed
         self._loop = asyncio.get_running_loop()
         self._budget = HedgeBudget()
-        self._preferred: Replica | None = None
+        self.preferred: Replica | None = None
+        """The replica that reads are sent to while it is readable."""
+        self.on_preferred: Callable[[], None] = lambda: None
+        """Called when that is another one."""
         self._timer: asyncio.TimerHandle | None = None
         self._tick_seconds = TICK_SECONDS
         """How far ahead the timer was set."""
@@ -57,7 +60,7 @@ class Reads:
         self.in_flight += 1
         self._budget.read()
         read = Read(offset, length, done)
-        preferred = self._preferred
+        preferred = self.preferred
         if preferred is None or not preferred.readable:
             preferred = self.choose(read)
         self._start(read, preferred)
@@ -117,7 +120,7 @@ class Reads:
             default=None,
         )
         if best is not None:
-            self._preferred = best
+            self._prefer(best)
             return best
         for replica in self._replicas:
             if replica.has(read):
@@ -152,7 +155,7 @@ class Reads:
         for replica in self._replicas:
             if replica.reads:
                 next_seconds = min(next_seconds, self._hedge(replica, now))
-            elif replica is not self._preferred:
+            elif replica is not self.preferred:
                 replica.latency.rested(rested)
         if self.in_flight:
             self._tick_in(max(next_seconds, TICK_SECONDS))
@@ -160,9 +163,18 @@ class Reads:
         if len(readable) < 2:
             return
         best = min(readable, key=lambda replica: replica.latency.mean_seconds)
-        preferred = self._preferred
+        preferred = self.preferred
         if preferred is None or best.latency.mean_seconds < preferred.latency.mean_seconds * CLEARLY:
-            self._preferred = best
+            self._prefer(best)
+
+    def _prefer(self, replica: Replica) -> None:
+        if replica is not self.preferred:
+            self.preferred = replica
+            self.on_preferred()
+
+    def compare_soon(self) -> None:
+        """Look soon whether another replica is faster by now: some was read past this."""
+        self._tick_soon()
 
     def _hedge(self, replica: Replica, now: float) -> float:
         """Repeat what is late on a replica; returns in how many seconds there may be more to repeat."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -52,18 +52,37 @@ class Mode(enum.Enum):
     """Every write, and besides what it has missed."""
 
 
+def pages_of(offset: int, length_bytes: int) -> tuple[int, int]:
+    """Return the first page of a range, and how many it touches."""
+    first = offset >> PAGE_SHIFT
+    return first, (offset + length_bytes - (first << PAGE_SHIFT) + 4095) >> PAGE_SHIFT
+
+
 class Write:
     """A write, or something like it, on its way to the replicas."""
 
-    __slots__ = ("count", "done", "error", "first", "length", "missed_by", "offset", "pending", "start")
+    __slots__ = (
+        "count",
+        "done",
+        "error",
+        "first",
+        "length",
+        "missed_by",
+        "offset",
+        "parts",
+        "pending",
+        "start",
+    )
 
     def __init__(self, start: Start, offset: int, length_bytes: int, done: Done, pending: int) -> None:
         """`start(io, end)` is that of a `Command`; `pending` is how many replicas have yet to be heard of."""
         self.start = start
         self.offset = offset
         self.length = length_bytes
-        self.first = offset >> PAGE_SHIFT
-        self.count = (offset + length_bytes - (self.first << PAGE_SHIFT) + 4095) >> PAGE_SHIFT
+        self.first, self.count = pages_of(offset, length_bytes)
+        self.parts: Sequence[tuple[int, int]] = ((self.first, self.count),)
+        """The runs of pages that it writes, which may be less than its range; a replica that has it may lack
+        what is between them."""
         self.done = done
         self.pending = pending
         self.error = 0
@@ -138,10 +157,13 @@ class Replica:
 
     def missed(self, write: Write, dirty: DirtyMap) -> None:
         """Mark what it has not got."""
-        dirty.mark(write.first, write.count)
-        if self not in write.missed_by:
+        known = self in write.missed_by
+        if not known:
             write.missed_by.append(self)
-            self.busy.update(range(write.first, write.first + write.count))
+        for first, count in write.parts:
+            dirty.mark(first, count)
+            if not known:
+                self.busy.update(range(first, first + count))
 
     def pause(self, now_seconds: float) -> None:
         """Leave a device alone that answers with errors."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from farpage.definition.states import PAGE_BYTES
 from farpage.errors import FarpageError
@@ -22,12 +22,19 @@ class Replicas:
         self.closing = False
         self.changed = asyncio.Event()
         """Set whenever one of them was lost, has come back, or was taken out."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called then."""
         self._pages = size_bytes // PAGE_BYTES
         self._store: DirtyStore = store or MemoryDirtyStore(self._pages)
 
     def __iter__(self) -> Iterator[Replica]:
         """Go through them in the order of preference; what comes or goes meanwhile may be missed."""
         return iter(self.all)
+
+    def have_changed(self) -> None:
+        """Tell that one of them was lost, has come back, or was taken out."""
+        self.changed.set()
+        self.on_change()
 
     def find(self, device: str) -> Replica | None:
         """Return the replica on a device."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from farpage.blockio import Done
 from farpage.volume.command import Command
-from farpage.volume.replica import Mode, Replica, Start, Write
+from farpage.volume.replica import Mode, Replica, Start, Write, pages_of
 from farpage.volume.replicas import Replicas
 
 
@@ -77,7 +77,8 @@ class Writes:
     def _written(self, replica: Replica, write: Write, error: int, _result: Any) -> None:
         if error == 0:
             if replica.mode is not Mode.COUNTS and replica.dirty:
-                replica.dirty.clear(write.first, write.count)
+                for first, count in write.parts:
+                    replica.dirty.clear(first, count)
                 self._copied(replica)
             self._heard(write)
         elif self._replicas.closing:
@@ -110,7 +111,7 @@ class Writes:
             return
         del self._in_flight[write]
         if write.missed_by:
-            pages = range(write.first, write.first + write.count)
+            pages = [page for first, count in write.parts for page in range(first, first + count)]
             for replica in write.missed_by:
                 replica.busy.difference_update(pages)
                 if replica.resync and not self._replicas.closing:
@@ -125,8 +126,10 @@ class Writes:
         """Count a command that was sent to a replica before as a write of this mirror."""
         finished = command.finished
         write = Write(
-            command.start, command.offset, command.length_bytes, lambda error: finished(error, None), 1
+            command.start, command.offset, command.span_bytes, lambda error: finished(error, None), 1
         )
+        if command.runs:
+            write.parts = [pages_of(offset, len(data)) for offset, data in command.runs]
         self._in_flight[write] = None
         command.finished = partial(self._written, replica, write)
 
@@ -138,7 +141,8 @@ class Writes:
     def mark(self, pages: NDArray[np.bool_]) -> None:
         """Set the pages that are being written."""
         for write in self._in_flight:
-            pages[write.first : write.first + write.count] = True
+            for first, count in write.parts:
+                pages[first : first + count] = True
 
     def release(self, replica: Replica) -> None:
         """Let the writes go on that waited until a replica is recorded stale, or taken out."""

@@ -338,3 +338,110 @@ async def test_closing_waits_for_the_commands_in_flight() -> None:
         assert finished == [0]
         await condition(lambda: serving_.provider.closed == ["v"])
         assert serving_.server.connections == ()
+
+
+def runs_at(offsets: list[int], length: int) -> list[tuple[int, memoryview]]:
+    """Return a run of random bytes at each offset."""
+    return [(offset, memoryview(random.Random(offset).randbytes(length))) for offset in offsets]
+
+
+async def test_runs_are_written_with_a_command_each_and_done_together(structured: bool) -> None:
+    volume = MemoryIO(1 << 20)
+    runs = runs_at([0, 8192, 500_000], 4096)
+    async with serving({"v": volume}) as serving_:
+        connection = await Connection.open(serving_.address, "v", structured_replies=structured)
+        volume.hold = True
+        answers: list[int] = []
+        connection.write_runs(runs, answers.append)
+        await condition(lambda: len(volume.held) == 3)
+        volume.release(1)
+        volume.release(1)
+        assert await write_after(volume, connection) == 0
+        assert answers == []
+        volume.release_all()
+        await condition(lambda: answers == [0])
+        assert [entry for entry in volume.log if entry[2] == 4096] == [
+            ("write", offset, 4096, False) for offset in (8192, 500_000, 0)
+        ]
+        for offset, data in runs:
+            assert volume.content[offset : offset + 4096] == data
+        assert not any(volume.content[4096:8192])
+        await connection.close()
+
+
+async def write_after(volume: MemoryIO, connection: Connection) -> int:
+    """Write something else, whose answer comes behind those to what was carried out before."""
+    held, volume.held, volume.hold = volume.held, [], False
+    error = await write_bytes(connection, 700_000, b"x" * 512)
+    volume.held, volume.hold = held, True
+    return error
+
+
+async def test_of_runs_the_first_error_is_told_when_all_are_done(structured: bool) -> None:
+    volume = MemoryIO(1 << 20)
+    async with serving({"v": volume}) as serving_:
+        connection = await Connection.open(serving_.address, "v", structured_replies=structured)
+        volume.hold = True
+        answers: list[int] = []
+        connection.write_runs(runs_at([0, 8192, 500_000], 4096), answers.append)
+        await condition(lambda: len(volume.held) == 3)
+        volume.errors["write"] = errno.ENOSPC
+        volume.release(1)
+        del volume.errors["write"]
+        assert await write_after(volume, connection) == 0
+        assert answers == []
+        volume.release_all()
+        await condition(lambda: answers == [errno.ENOSPC])
+        await connection.close()
+
+
+async def test_runs_that_are_longer_than_a_command_may_be_are_split() -> None:
+    volume = MemoryIO(1 << 20, limits=BlockLimits(1, 4096, 64 << 10))
+    runs = runs_at([0, 200_000], 100_000)
+    async with serving({"v": volume}) as serving_:
+        connection = await Connection.open(serving_.address, "v")
+        answers: list[int] = []
+        connection.write_runs(runs, answers.append)
+        await condition(lambda: bool(answers))
+        assert answers == [0]
+        assert sorted(entry[1:3] for entry in volume.log) == [
+            (0, 65_536),
+            (65_536, 34_464),
+            (200_000, 65_536),
+            (265_536, 34_464),
+        ]
+        for offset, data in runs:
+            assert volume.content[offset : offset + len(data)] == data
+        await connection.close()
+
+
+async def test_runs_whose_connection_is_lost_end_once_with_an_unknown_outcome() -> None:
+    volume = MemoryIO(1 << 20)
+    volume.hold = True
+    answers: list[int] = []
+    async with serving({"v": volume}) as serving_:
+        connection = await Connection.open(serving_.address, "v")
+        connection.write_runs(runs_at([0, 8192, 500_000], 4096), answers.append)
+        await condition(lambda: len(volume.held) == 3)
+        connection.abort()
+        assert answers == [CONNECTION_LOST]
+        connection.write_runs(runs_at([0, 8192], 4096), answers.append)
+        assert answers == [CONNECTION_LOST] * 2
+        volume.release_all()
+
+
+async def test_runs_that_may_not_be_written_are_refused_before_any_is_sent() -> None:
+    volume, read_only = MemoryIO(1 << 20), MemoryIO(1 << 20, read_only=True)
+    answers: list[int] = []
+    async with serving({"v": volume, "r": read_only}) as serving_:
+        connection = await Connection.open(serving_.address, "r")
+        connection.write_runs(runs_at([0, 8192], 4096), answers.append)
+        assert answers == [errno.EPERM]
+        await connection.close()
+        connection = await Connection.open(serving_.address, "v")
+        with pytest.raises(ValueError, match="outside"):
+            connection.write_runs(runs_at([0, 1 << 20], 4096), answers.append)
+        assert await write_bytes(connection, 700_000, b"x") == 0
+        assert [entry[1] for entry in volume.log] == [700_000]
+        assert (answers, read_only.log) == ([errno.EPERM], [])
+        await connection.close()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 
 from farpage.address import UnixAddress
+from farpage.blockio import DirectFile
 from farpage.definition.model import ReplicaState
 from farpage.errors import Unreachable
 from farpage.vios.names import parse_export_name
@@ -65,6 +66,8 @@ class MirrorRig:
             self.vioses["spare"] = ModelVios("spare", self.disks["disk1"])
         self.events = MirrorRecorder(stored or dict.fromkeys(self.disks, IN_SYNC))
         self.store = store or MemoryDirtyStore(PAGES)
+        self.lends: dict[str, DirectFile] = {}
+        """What VIOSes lend to whoever opens the volume."""
         places = [
             ReplicaPlace(
                 disk,
@@ -96,9 +99,11 @@ class MirrorRig:
         wanted = parse_export_name(export_name)
         try:
             async with asyncio.timeout(timeout_seconds):
-                return await self.vioses[endpoint.vios].open(wanted)
+                connection = await self.vioses[endpoint.vios].open(wanted)
         except TimeoutError as error:
             raise Unreachable("the server", endpoint.vios, "no answer", "") from error
+        connection.direct = self.lends.get(endpoint.vios)
+        return connection
 
     def add(self, disk: str) -> None:
         """Give the mirror a replica on a disk of its own, behind a VIOS of its own."""

@@ -20,6 +20,8 @@ class LentDisk:
         self.held: list[Callable[[], None]] = []
         self.closed = 0
 
+    place: tuple[int, int] | None = None
+
     def read(self, offset: int, length: int, done: ReadDone) -> bool:
         self.reads += 1
 
