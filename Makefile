@@ -4,7 +4,7 @@
 #   make claims  the first claim of the patent, clause by clause: a table of what shows each
 #   make test    lint, types and the whole test suite
 #   make bench   beside nbdkit, qemu-nbd, nbdcopy and host swap; mirrors beside none, clients while they move,
-#                migrations beside pre-copy, costs at rest: tables, JSON and plots in build/bench, or OUT=DIR
+#                migrations beside pre-copy, costs at rest, the RAM tier's store: tables, JSON and plots in build/bench, or OUT=DIR
 
 PYTHON ?= python3
 VENV   := .venv
@@ -25,7 +25,7 @@ packages:
 
 # `packages` costs a dpkg-query; it is order-only so that the environment is made anew only
 # when its own inputs change.
-$(READY): pyproject.toml apt.txt Makefile | packages
+$(READY): pyproject.toml apt.txt Makefile $(wildcard src/farpage/*/_*.pyx src/farpage/*/_*.pxd) | packages
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "farpage: '$(PYTHON)' is not Python 3.11 or newer; say which one is: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@[ -x $(BIN)/python ] && $(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
@@ -59,6 +59,7 @@ bench: setup
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	-$(BIN)/python -m bench.nbd --out $(OUT)
+	-$(BIN)/python -m bench.workers --out $(OUT)
 	-$(BIN)/python -m bench.paging --out $(OUT)
 	-$(BIN)/python -m bench.guest --out $(OUT)
 	-$(BIN)/python -m bench.mirror --out $(OUT)
@@ -66,6 +67,8 @@ bench: setup
 	-$(BIN)/python -m bench.move --out $(OUT)
 	-$(BIN)/python -m bench.migrate --out $(OUT)
 	-$(BIN)/python -m bench.costs --out $(OUT)
+	-$(BIN)/python -m bench.store --out $(OUT)
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	rm -f src/farpage/*/_*.c src/farpage/*/_*.so

@@ -26,7 +26,7 @@ from bench._pagers import Farpage, Work
 from bench._published import BenchResult, Panel, Summary, add_options
 from bench._rounds import Spread
 from bench._toucher import Pattern, Phase, Toucher, build
-from farpage.pager.replacement import Replacement
+from farpage.pager.replacement import BYTES_A_PAGE
 from farpage.pager.states import ENTRY_BYTES
 from farpage.pager.table import PAGE_BYTES
 from farpage.terminal.sizes import parse_size
@@ -142,7 +142,7 @@ def _resident_bytes(pid: int) -> int:
 
 def table_percent(pages: int, limit_pages: int) -> float:
     """Return what a client's tables take of its memory, with as much of it resident as may be."""
-    return 100 * (pages * (ENTRY_BYTES + Replacement.BYTES_A_PAGE) + limit_pages * 4) / (pages * PAGE_BYTES)
+    return 100 * (pages * (ENTRY_BYTES + BYTES_A_PAGE) + limit_pages * 4) / (pages * PAGE_BYTES)
 
 
 async def run(folder: Path, memory_bytes: int, limit_bytes: int, seconds: float) -> CostsResult:

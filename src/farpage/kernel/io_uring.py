@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from farpage.errors import Unsupported
 from farpage.kernel.libc import last_error, syscall, syscall_numbers
@@ -43,6 +43,19 @@ _enter.restype = ctypes.c_long
 _CANCEL_TOKEN: Final = (1 << 64) - 1
 _REQUIRED: Final = _FEAT_SINGLE_MMAP | _FEAT_NODROP
 """Linux 5.5: rings in one mapping, and completions that are kept when the queue is full."""
+
+
+class RingLayout(NamedTuple):
+    """Where the parts of a ring are, for code that fills and empties it by itself; offsets in bytes."""
+
+    queues: mmap.mmap
+    commands: mmap.mmap
+    sq_tail: int
+    sq_mask: int
+    cq_head: int
+    cq_tail: int
+    cq_mask: int
+    cqes: int
 
 
 class Ring:
@@ -99,6 +112,19 @@ class Ring:
         """Return the ring's descriptor, which is readable while there are completions to take."""
         return self._descriptor
 
+    def layout(self) -> RingLayout:
+        """Return where its parts are. Whoever goes by it uses no method but `fileno` and `close` any more."""
+        return RingLayout(
+            self._ring,
+            self._sqes,
+            self._sq_tail * 4,
+            self._sq_mask,
+            self._cq_head * 4,
+            self._cq_tail * 4,
+            self._cq_mask,
+            self._cqes_offset,
+        )
+
     def read(self, descriptor: int, address: int, length: int, offset: int, token: int) -> bool:
         """Queue a read into the memory at `address`, which must stay; False when too many are in flight.
 
@@ -132,6 +158,16 @@ class Ring:
                 self.unsubmitted -= self._enter(self.unsubmitted, 0, 0)
             except InterruptedError:
                 continue
+
+    def drop(self) -> list[int]:
+        """Take back what was queued and not submitted; returns its tokens."""
+        dropped: list[int] = []
+        for _ in range(self.unsubmitted):
+            self._tail = self._words[self._sq_tail] = (self._tail - 1) & 0xFFFFFFFF
+            dropped.append(_BEGIN.unpack_from(self._sqes, (self._tail & self._sq_mask) * _SQE.size)[-1])
+        self.unsubmitted = 0
+        self.in_flight -= len(dropped)
+        return dropped
 
     def _enter(self, submit: int, wait_for: int, flags: int) -> int:
         result: int = _enter(self._enter_number, self._descriptor, submit, wait_for, flags, 0, 0)

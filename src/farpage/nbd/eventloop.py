@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextvars import Context
 from time import perf_counter
-from typing import Any, Final, TypeAlias, TypeVarTuple
+from typing import Any, Final, Protocol, TypeAlias, TypeVar, TypeVarTuple
 
 from farpage.nbd.polling import POLL_SECONDS, Polling
 
@@ -42,6 +42,25 @@ _EVENTS_MAX: Final = 64
 """Descriptors that one wait tells of; epoll turns to the others the next time."""
 
 
+class Waiter(Protocol):
+    """Waits in the place of epoll, and sees to some events by itself meanwhile."""
+
+    def poll(self, seconds: float, may_look: bool, /) -> list[tuple[int, int]]:
+        """Return `(descriptor, events)` of what happens within that time, negative for ever.
+
+        With `may_look` the first moment of it may be polled.
+        """
+
+    def fileno(self) -> int:
+        """Return the descriptor under which `poll` tells that `attend` is to be called."""
+
+    def attend(self) -> None:
+        """Have done what it could not do by itself."""
+
+
+SomeWaiter = TypeVar("SomeWaiter", bound=Waiter)
+
+
 class DirectSelector(selectors.BaseSelector):
     """An epoll selector that calls direct readers from within `select`."""
 
@@ -53,6 +72,7 @@ class DirectSelector(selectors.BaseSelector):
         self._direct: dict[int, DirectReader] = {}
         self._masks: dict[int, int] = {}
         self._polling = Polling()
+        self._waiter: Waiter | None = None
         self.disturbed = False
         """Whether anything was scheduled on the loop since it began to wait."""
         self.dispatching = False
@@ -61,6 +81,14 @@ class DirectSelector(selectors.BaseSelector):
         """Called after the direct readers that are being called."""
         self.later: list[Callable[[], object]] = []
         """Called after the events that come next."""
+
+    def wait_with(self, make: Callable[[int], SomeWaiter | None]) -> SomeWaiter | None:
+        """Have what `make` makes for the epoll descriptor wait from now on, if it makes anything."""
+        waiter = make(self._epoll.fileno())
+        if waiter is not None:
+            self._waiter = waiter
+            self.set_direct(waiter.fileno(), waiter.attend)
+        return waiter
 
     def set_direct(self, descriptor: int, reader: DirectReader | None) -> None:
         """Have `reader` called while the descriptor is readable; None takes it back."""
@@ -159,6 +187,8 @@ class DirectSelector(selectors.BaseSelector):
 
     def _wait(self, seconds: float, *, may_poll: bool) -> list[tuple[int, int]]:
         """Return what happens within that time, negative for ever; the first moment of it may be polled."""
+        if self._waiter is not None:
+            return self._waiter.poll(seconds, may_poll)
         poll, polling = self._epoll.poll, self._polling
         if may_poll and polling.worthwhile:
             end = perf_counter() + POLL_SECONDS
@@ -224,6 +254,10 @@ class DataPlaneLoop(asyncio.SelectorEventLoop):
         self._direct_selector.disturbed = True
         return super().call_at(when, callback, *args, context=context)
 
+    def wait_with(self, make: Callable[[int], SomeWaiter | None]) -> SomeWaiter | None:
+        """Have what `make` makes for the epoll descriptor wait for events from now on, if anything."""
+        return self._direct_selector.wait_with(make)
+
     def add_direct_reader(self, readable: Readable, reader: DirectReader) -> None:
         """Have `reader` called while the descriptor is readable, outside of any task."""
         self._direct_selector.set_direct(_descriptor(readable), reader)
@@ -245,6 +279,11 @@ class DataPlaneLoop(asyncio.SelectorEventLoop):
 
     def _direct_failed(self, failure: Exception) -> None:
         self.call_exception_handler({"message": "a direct reader raised", "exception": failure})
+
+
+def wait_with(loop: asyncio.AbstractEventLoop, make: Callable[[int], SomeWaiter | None]) -> SomeWaiter | None:
+    """Have what `make` makes wait for events, where the loop can do that; see `DataPlaneLoop.wait_with`."""
+    return loop.wait_with(make) if isinstance(loop, DataPlaneLoop) else None
 
 
 def add_reader(loop: asyncio.AbstractEventLoop, readable: Readable, reader: DirectReader) -> None:

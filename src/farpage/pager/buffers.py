@@ -8,7 +8,7 @@ from farpage.kernel.memory import AlignedBuffer
 from farpage.pager.table import PAGE_BYTES
 
 BUFFER_BYTES: Final = 256 << 10
-PREALLOCATED: Final = 32
+PREALLOCATED: Final = 64
 
 
 class PageBuffer(AlignedBuffer):
@@ -48,6 +48,13 @@ class SharedBuffer:
         self._users = 1
         self.view: Final = self._buffer.view
         self.pages: Final = self._buffer.pages
+        self.address: Final = self._buffer.address
+
+    def content(self, first: int, count: int) -> memoryview:
+        """Return a run of its pages."""
+        if count == 1:
+            return self.pages[first]
+        return self.view[first * PAGE_BYTES : (first + count) * PAGE_BYTES]
 
     def use(self) -> None:
         """Count one command more."""

@@ -130,11 +130,12 @@ class Channel:
         method: str,
         parameters: Message,
         answer: type[Answer],
+        descriptors: Sequence[int] = (),
         *,
         timeout_seconds: float | None = None,
     ) -> tuple[Answer, list[int]]:
         """As `call`, for an answer with descriptors, which are the caller's then."""
-        document, received = await self._ask(method, parameters, (), timeout_seconds)
+        document, received = await self._ask(method, parameters, descriptors, timeout_seconds)
         return answer.model_validate(document), received
 
     async def _ask(

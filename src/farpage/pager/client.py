@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -18,12 +18,15 @@ from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.outage import Outage
 from farpage.pager.recovery import recover
 from farpage.pager.releasing import Freeze
-from farpage.pager.replacement import Replacement
+from farpage.pager.replacement import new_replacement
 from farpage.pager.scrub import Scrub
 from farpage.pager.space import Space
 from farpage.pager.states import DIRTY, ON_DEVICE, POISONED, READING, REWRITTEN, WRITING, ZERO
 from farpage.pager.table import PageTable, runs_of
 from farpage.volume.paged import PagedVolume
+
+if TYPE_CHECKING:
+    from farpage.pager._lane import Hub
 
 DETACH_WINDOW_PAGES: Final = 64
 DETACH_READS: Final = 8
@@ -51,10 +54,11 @@ class PagedClient:
         no_path_timeout_seconds: float | None = None,
         repair_mark: memoryview | None = None,
         ram_tier_percent: int = 0,
+        hub: Hub | None = None,
     ) -> None:
         """`on_outage` is called when the volume stalls, or its device is full, and when no longer.
 
-        `repair_mark` is kept with the table (`Space.repair_mark`).
+        `repair_mark` is kept with the table (`Space.repair_mark`). With a `hub` page-ins take the short way.
         """
         self.space = Space(
             memory, table, volume, Limit(limit_pages), buffers, alarm, on_gone, ram_tier_percent
@@ -76,6 +80,13 @@ class PagedClient:
         self.freeze = Freeze(self.space, self.faults, self.eviction, self.outage)
         self._doubts = Doubts(self.space, self.eviction.wake)
         self._loop = asyncio.get_running_loop()
+        if hub is not None:
+            self.faults.shorten(hub)
+
+    def use(self, volume: PagedVolume) -> None:
+        """Go on with another volume, which has the commands of the one before."""
+        self.space.volume = volume
+        self.faults.follow_volume()
 
     def start(self) -> None:
         """Take what is in memory into the table, and answer faults from now on.
@@ -175,7 +186,7 @@ class PagedClient:
         """
         self.stop_scrub()
         self.eviction.stop()
-        self.faults.stopped = True
+        self.faults.stop()
         self.space.tier.clear()
         # Nothing is written again, and nobody reads the volume after this.
         self._doubts.settle()
@@ -186,7 +197,7 @@ class PagedClient:
                 await self._bring_in_all()
             await self._mark_lost()
         except VolumeFenced:
-            self.faults.stopped = False
+            self.faults.resume()
             self.eviction.resume()
             raise
         try:
@@ -232,6 +243,7 @@ class PagedClient:
         """Touch the client's memory no more."""
         if not self.space.closed:
             self.space.closed = True
+            self.faults.close()
             self.eviction.stop()
             self.outage.cancel()
             self.stop_scrub()
@@ -241,4 +253,4 @@ class PagedClient:
             self.space.table = PageTable(0)
             self.space.tier.clear()
             self.space.repair_mark = memoryview(bytearray(8)).cast("Q")
-            self.space.replacement = Replacement(0)
+            self.space.replacement = new_replacement(0)

@@ -46,10 +46,22 @@ class Counters:
             self.repaired_by_device[device] = self.repaired_by_device.get(device, 0) + repaired
         self.repaired_pages += repaired
 
+    def stalled(self, seconds: float) -> None:
+        """Count a wait that was as long as this, if it was a long one."""
+        if seconds >= STALL_SECONDS:
+            self.stalls_over_100ms += 1
+
+    def waits(self, buckets: list[int], seconds: float, longest_seconds: float) -> None:
+        """Count accesses that waited, in the buckets of `wait_buckets`; `seconds` for all together."""
+        self.wait_seconds += seconds
+        for index, count in enumerate(buckets):
+            if count:
+                self.wait_buckets[index] += count
+        self.longest_stall_ms = max(self.longest_stall_ms, longest_seconds * 1e3)
+
     def waited(self, seconds: float) -> None:
         """Count one access that waited for its page."""
         self.wait_seconds += seconds
         self.wait_buckets[min(int(seconds * 1e6).bit_length(), LATENCY_BUCKETS - 1)] += 1
-        if seconds >= STALL_SECONDS:
-            self.stalls_over_100ms += 1
+        self.stalled(seconds)
         self.longest_stall_ms = max(self.longest_stall_ms, seconds * 1e3)

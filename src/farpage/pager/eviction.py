@@ -11,18 +11,29 @@ import asyncio
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from farpage.nbd import eventloop
 from farpage.pager.buffers import BUFFER_BYTES, SharedBuffer
 from farpage.pager.checksum import checksums_of, zero_pages
 from farpage.pager.space import Space, ends_with_client
 from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, REWRITTEN, WRITING, ZERO
 from farpage.pager.table import PAGE_BYTES, runs_of
 
+if TYPE_CHECKING:
+    from farpage.pager.lane import ShortWay
+
 SLICE_PAGES: Final = BUFFER_BYTES // PAGE_BYTES
 SLICE_RUNS: Final = 16
 """A slice is as long as its system calls and commands, which come by runs of pages: some 50 us each. Faults
 that come meanwhile wait for its end."""
+PACE_SECONDS: Final = 0.1
+"""The marks of the limit follow the client's pace at least so often, while it has one."""
+CHOSEN_PAGES: Final = 256
+"""Victims that are chosen at a time where the clean ones among them take no part in a slice."""
+RUNS_A_WAITER: Final = 8
+MOST_SLICE_RUNS: Final = 32
+"""It is longer while accesses wait for the device anyway, which makes fewer and larger sends."""
 RETRY_SECONDS: Final = 0.001
 
 
@@ -38,6 +49,7 @@ class Eviction:
         self._running = False
         self._stopped = False
         self._draining = False
+        self._waking = False
         self._paced_seconds = self._loop.time()
         self._paced_pages = 0
         self._victims: list[int] = []
@@ -45,8 +57,15 @@ class Eviction:
 
     def wake(self) -> None:
         """Page out when the client is above its mark; returns at once."""
-        if self._scheduled is None and not self._stopped and self._excess() > 0:
+        if self._scheduled is not None:
+            return
+        short = self._space.short
+        if short is not None and self._loop.time() - self._paced_seconds > PACE_SECONDS:
+            self._follow_pace()
+        if not self._stopped and (self._excess() > 0 or (short is not None and short.has_chosen)):
             self._scheduled = self._loop.call_soon(self._slice)
+        self._space.paging_out = self._running
+        self._space.changed()
 
     def stop(self) -> None:
         """Page out no more; pages whose write is in flight stay in memory."""
@@ -54,10 +73,14 @@ class Eviction:
         if self._scheduled:
             self._scheduled.cancel()
             self._scheduled = None
+        if self._space.short is not None:
+            self._space.short.recall()
         self._put_back()
 
     def _put_back(self) -> None:
         victims, self._victims = self._victims, []
+        if self._space.short is not None:
+            victims += self._space.short.chosen()
         for first, count in runs_of(victims):
             self._space.replacement.added(first, count)
 
@@ -69,6 +92,8 @@ class Eviction:
     def drain(self, *, on: bool) -> None:
         """Page out all that there is, whatever the limit; or no more than that again."""
         self._draining = on
+        if on and self._space.short is not None:
+            self._space.short.recall()
         if on:
             self._space.tier.clear()
         self.wake()
@@ -85,6 +110,8 @@ class Eviction:
         if taken <= space.limit.high and not self._running and not self._draining:
             return 0
         leaving = 0 if space.page_outs_wait else max(space.table.counts[WRITING] - self._held_pages, 0)
+        if space.short is not None:
+            leaving += space.short.offered
         staying = taken - leaving
         if self._draining:
             return staying
@@ -118,6 +145,8 @@ class Eviction:
             return
         victims = self._next_victims()
         if not victims:
+            if space.short is not None and space.short.offered:
+                self.wake()
             return
         states = space.table.state
         freed = self._release_clean([page for page in victims if states[page] == CLEAN])
@@ -136,19 +165,27 @@ class Eviction:
         """Return the pages of the next slice, rising."""
         space = self._space
         victims = self._victims
+        if not victims and space.short is not None:
+            victims = space.short.chosen()
         if not victims:
             counts = space.table.counts
             waiting = self._held_pages + space.doubtful_pages
             budget = space.limit.in_flight + waiting - counts[WRITING] - counts[REWRITTEN]
-            victims = space.replacement.victims(max(min(self._excess(), SLICE_PAGES, budget), 0))
-            victims.sort()
-        runs = runs_of(victims)
-        if len(runs) <= SLICE_RUNS:
-            self._victims = []
-            return victims
-        end = bisect_left(victims, runs[SLICE_RUNS][0])
-        self._victims = victims[end:]
-        return victims[:end]
+            count = max(min(self._excess(), CHOSEN_PAGES if space.short else SLICE_PAGES, budget), 0)
+            if space.short is not None and not self._draining:
+                victims = space.short.evict(count, self._tier_wants(count))
+            else:
+                victims = space.replacement.victims(count)
+                victims.sort()
+        most = SLICE_RUNS
+        if space.short is not None:
+            most = min(RUNS_A_WAITER * (1 + space.short.in_flight), MOST_SLICE_RUNS)
+        slice_of = victims[:SLICE_PAGES]
+        runs = runs_of(slice_of)
+        if len(runs) > most:
+            slice_of = slice_of[: bisect_left(slice_of, runs[most][0])]
+        self._victims = victims[len(slice_of) :]
+        return slice_of
 
     def _release_clean_ones(self) -> None:
         """Give back what the volume has already; it cannot take the others, which go on in the queue."""
@@ -190,6 +227,11 @@ class Eviction:
     def _write(self, pages: list[int]) -> int:
         """Start to write pages out; returns how many were zero and are given back already."""
         buffer = SharedBuffer(self._space.buffers)
+        if self._space.short is not None:
+            freed = self._write_shortly(pages, buffer, self._space.short)
+            buffer.release()
+            self._space.volume.push()
+            return freed
         offset = freed = 0
         for first, count in runs_of(pages):
             freed += self._write_run(first, count, buffer, offset)
@@ -197,6 +239,43 @@ class Eviction:
         buffer.release()
         self._space.volume.push()
         return freed
+
+    def _write_shortly(self, pages: list[int], buffer: SharedBuffer, short: ShortWay) -> int:
+        """Do what `_write` does, all system calls in one go."""
+        space = self._space
+        runs, zeros, busy = short.begin_writes(pages, buffer.address)
+        space.counters.zero_evict_pages += zeros
+        if busy:  # the client's mappings are changing
+            for page in busy:
+                space.replacement.added(page)
+            self._loop.call_later(RETRY_SECONDS, self.wake)
+        if runs:
+            buffer.use()
+            written = partial(self._shortly_written, runs, buffer)
+            space.volume.write_runs(
+                [(first * PAGE_BYTES, buffer.content(at, count)) for first, count, at in runs], written
+            )
+        return zeros
+
+    def _shortly_written(self, runs: list[tuple[int, int, int]], buffer: SharedBuffer, error: int) -> None:
+        space = self._space
+        if error or self._stopped or space.closed or space.short is None:
+            for first, count, at in runs:
+                self._acknowledged(first, count, buffer.content(at, count), error)
+        else:
+            pages = sum(count for _, count, _ in runs)
+            space.short.acknowledged(runs, buffer.address, self._tier_wants(pages))
+            space.counters.page_out_pages += pages
+            if not self._waking:
+                self._waking = True
+                eventloop.defer(self._loop, self._wake)
+        buffer.release()
+
+    @ends_with_client
+    def _wake(self) -> None:
+        """Do so once for all writes that were acknowledged together."""
+        self._waking = False
+        self.wake()
 
     def _write_run(self, first: int, count: int, buffer: SharedBuffer, offset: int) -> int:
         space = self._space

@@ -11,12 +11,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from farpage.kernel.memory import address_of
 from farpage.kernel.userfaultfd import FLAG_MINOR, FLAG_WP, FLAG_WRITE
 from farpage.nbd import eventloop
 from farpage.pager.checksum import page_checksum, page_checksums
+from farpage.pager.lane import ShortWay
 from farpage.pager.memory import ClientGone
 from farpage.pager.readahead import ReadAhead
 from farpage.pager.salvage import Salvage, Salvaged
@@ -25,8 +26,14 @@ from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, POISONED, READING, REW
 from farpage.pager.streams import Ahead, Streams, pieces
 from farpage.pager.table import PAGE_BYTES, runs_of
 
+if TYPE_CHECKING:
+    from farpage.pager._lane import Hub
+
 RETRY_SECONDS: Final = 0.001
 """Pause after an EAGAIN: the client's mappings are changing, or a remove event is pending."""
+
+LITTLE_ROOM_PAGES: Final = 512
+"""With less, clean pages that are about to be given back are so at once: two of the largest windows."""
 
 NEAR_PAGES: Final = 8
 """Pages that are brought in with the one that is waited for; the rest of a window comes behind them."""
@@ -72,7 +79,69 @@ class Faults:
     @property
     def stalled(self) -> int:
         """Accesses that wait now."""
-        return len(self._waiting) + len(self._deferred)
+        short = self._space.short
+        return len(self._waiting) + len(self._deferred) + (short.in_flight if short else 0)
+
+    # The short way
+
+    def shorten(self, hub: Hub) -> None:
+        """Have the compiled loop answer what it can from now on."""
+        self._space.short = ShortWay(
+            hub,
+            self._space,
+            self._streams,
+            on_attention=self._on_attention,
+            ask=self._ask_again,
+            deferred=lambda: len(self._deferred),
+        )
+
+    def follow_volume(self) -> None:
+        """Go on with the volume that the space has now."""
+        if self._space.short is not None:
+            self._space.short.follow_volume()
+            self._space.volume.push()
+
+    def stop(self) -> None:
+        """Bring everything in from now on, whatever the limit, and nothing ahead."""
+        self.stopped = True
+        if self._space.short is not None:
+            self._space.short.turn(on=False)
+
+    def resume(self) -> None:
+        """Take back `stop`."""
+        self.stopped = False
+        if self._space.short is not None:
+            self._space.short.turn(on=True)
+
+    def close(self) -> None:
+        """Answer nothing any more."""
+        short, self._space.short = self._space.short, None
+        if short is not None:
+            short.close()
+
+    @ends_with_client
+    def _on_attention(self) -> None:
+        """Do what the short way has left."""
+        short = self._space.short
+        if short is None:
+            return
+        short.settle()
+        left = short.left()
+        if not self.frozen:  # else who waits asks again when it is not any more
+            for page, flags, began_seconds in left:
+                self._answer(Fault(page, flags, began_seconds))
+        short.ask_again()
+        self._space.volume.push()
+        if self._deferred:
+            self.admit()
+        self.on_pressure()
+
+    def _ask_again(self, page: int, write: bool, began_seconds: float) -> None:
+        """Ask the volume for a page that the short way has begun to read, in vain."""
+        self._waiting[page] = began_seconds
+        if write:
+            self._write_wanted.add(page)
+        self._space.volume.read(page * PAGE_BYTES, PAGE_BYTES, partial(self._page_arrived, page))
 
     # Hot path: from the events to the commands
 
@@ -106,6 +175,9 @@ class Faults:
         elif state == ZERO:
             self._fill(fault)
         elif state == READING:
+            short = self._space.short
+            if short is not None and short.join(page, write=bool(fault.flags & FLAG_WRITE)):
+                return
             self._waiting.setdefault(page, fault.began_seconds)
             if fault.flags & FLAG_WRITE:
                 self._write_wanted.add(page)
@@ -236,10 +308,15 @@ class Faults:
     def _room(self, fault: Fault) -> int:
         """Return the pages that may be brought in; with none, the fault waits for page-outs."""
         room = self._space.room
+        short = self._space.short
+        if room < LITTLE_ROOM_PAGES and short is not None:
+            short.give_back(LITTLE_ROOM_PAGES - room)
+            room = self._space.room
         if self.stopped:
             return max(room, 64)
         if room <= 0:
             self._deferred.append(fault)
+            self._space.changed()
         return room
 
     def _later(self, fault: Fault) -> None:
@@ -349,6 +426,7 @@ class Faults:
         for page in kept:
             at = (page - first) * PAGE_BYTES
             space.tier.hold(page, bytes(payload[at : at + PAGE_BYTES]))
+            space.changed()
             space.table.move(page, 1, READING, ON_DEVICE)
             self._write_wanted.discard(page)
         return runs_of(

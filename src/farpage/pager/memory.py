@@ -33,6 +33,16 @@ class PagedMemory:
         """Return the descriptor that becomes readable when there are faults."""
         return self._uffd.fileno()
 
+    @property
+    def start_address(self) -> int:
+        """Where page 0 is in the client's memory."""
+        return self._start
+
+    @property
+    def memfd(self) -> tuple[int, int]:
+        """The memfd's descriptor, and where in it page 0 is."""
+        return self._memfd, self._offset
+
     def read_faults(self) -> list[tuple[int, int]]:
         """Return the faults that wait, up to 64, as `(flags, page)`."""
         try:

@@ -11,9 +11,11 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
+
+from farpage.pager.compiled import COMPILED
 
 ACTIVE_SHARE: Final = 2 / 3
 """The most that the active queue holds of a client's pages in memory."""
@@ -65,11 +67,36 @@ class _Queue:
         return taken
 
 
-class Replacement:
+class Replacement(Protocol):
     """Order of eviction of one client's pages. A page is in one queue at most, once."""
 
-    BYTES_A_PAGE: Final = 3
-    """What it takes for each page of the client; the queues take four more for each one in memory."""
+    def __len__(self) -> int:
+        """Return the pages in it."""
+
+    def added(self, first: int, count: int = 1) -> None:
+        """Take note of pages that came into memory for the first time."""
+
+    def returned(self, first: int, count: int = 1) -> None:
+        """Take note of pages that came back from the volume, or that a write kept in memory."""
+
+    def victims(self, count: int) -> list[int]:
+        """Take up to `count` pages out of the queues, those that should leave memory first."""
+
+    def evicted(self, first: int, count: int = 1) -> None:
+        """Take note that pages left memory for the volume."""
+
+
+BYTES_A_PAGE: Final = 3
+"""What an order takes for each page of the client; the queues take four more for each one in memory."""
+
+
+def new_replacement(pages: int) -> Replacement:
+    """Return the order of a client of so many pages: the compiled one if that is possible here."""
+    return COMPILED.order(pages) if COMPILED else PythonReplacement(pages)
+
+
+class PythonReplacement:
+    """The order without a compiler."""
 
     def __init__(self, pages: int) -> None:
         self._inactive = _Queue()

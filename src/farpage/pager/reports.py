@@ -20,6 +20,7 @@ from farpage.pager.states import STATE_NAMES
 def report_of(client: str, paged: PagedClient) -> ClientReport:
     """Say how a client is."""
     space = paged.space
+    space.settle()
     return ClientReport(
         client=client,
         pages_by_state=dict(zip(STATE_NAMES, space.table.counts, strict=True)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,14 @@ from farpage.pager.checksum import page_checksums
 from farpage.pager.counters import Counters
 from farpage.pager.limit import Limit
 from farpage.pager.memory import ClientGone, PagedMemory
-from farpage.pager.replacement import Replacement
+from farpage.pager.replacement import Replacement, new_replacement
 from farpage.pager.states import CLEAN, DIRTY, POISONED, READING, REWRITTEN, STORED, WRITING, ZERO
 from farpage.pager.table import PAGE_BYTES, PageTable
 from farpage.pager.tier import RamTier
 from farpage.volume.paged import PagedVolume
+
+if TYPE_CHECKING:
+    from farpage.pager.lane import ShortWay
 
 
 @dataclass
@@ -49,11 +52,15 @@ class Space:
     """One word that outlives the pager: the page that a repair is under way for, plus one; 0 for none."""
     unwritable_page: int | None = None
     """The page that a killed pager was repairing: not written before that repair can no longer arrive."""
+    paging_out: bool = False
+    """Page-outs go on until there is room again: they need not be told that there is little."""
+    short: ShortWay | None = None
+    """What the compiled loop does for this client; None where there is none."""
     closed: bool = False
     """The client is gone or detached: nothing may touch its memory any more."""
 
     def __post_init__(self) -> None:
-        self.replacement = Replacement(self.table.pages)
+        self.replacement = new_replacement(self.table.pages)
         self.tier = RamTier()
         self.set_limit(self.limit)
 
@@ -61,6 +68,17 @@ class Space:
         """Change the limit, and with it how much of it may hold compressed pages."""
         self.limit = limit
         self.tier.resize(limit.pages * PAGE_BYTES * self.ram_tier_percent // 100)
+        self.changed()
+
+    def settle(self) -> None:
+        """Take over what the short way has done; before anybody decides by the order of replacement."""
+        if self.short is not None:
+            self.short.settle()
+
+    def changed(self) -> None:
+        """Take note that the limit, or what counts against it, is another one."""
+        if self.short is not None:
+            self.short.refresh()
 
     @property
     def page_outs_wait(self) -> bool:

@@ -12,7 +12,8 @@ much; those that do not make them larger again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -78,6 +79,10 @@ class Streams:
         self._pages = pages
         self.markers: set[int] = set()
         """Pages that are to be brought in only when they are asked for."""
+        self.reach: Final = array("q", [0] * (1 + STREAMS * 3))
+        """For who sees the accesses first: the number of streams, then of each the page that it has come to,
+        its step, and within how many steps an access may be of it. One that is of none, and not within
+        LARGEST_STEP_PAGES of the latest CANDIDATES accesses either, makes no difference to any stream."""
         self._streams: list[_Stream] = []
         self._candidates: dict[int, _Candidate] = {}
         """By page // LARGEST_STEP_PAGES, the newest last."""
@@ -101,8 +106,26 @@ class Streams:
                 continue
             # One amid the window is not of the stream, which has there what it was given.
             if steps == 1 or steps > stream.pending or page == stream.marker:
-                return self._go_on(stream, page, steps, most)
+                ahead = self._go_on(stream, page, steps, most)
+                self._tell()
+                return ahead
         return self._compare(page, most)
+
+    def passed(self, pages: Iterable[int]) -> None:
+        """Take note of accesses that `reach` tells to be of no stream, and that have no neighbours."""
+        candidates = self._candidates
+        for page in pages:
+            if len(candidates) >= CANDIDATES:
+                del candidates[next(iter(candidates))]
+            candidates[page // LARGEST_STEP_PAGES] = _Candidate(page, 0)
+
+    def _tell(self) -> None:
+        reach = self.reach
+        reach[0] = len(self._streams)
+        at = 1
+        for stream in self._streams:
+            reach[at], reach[at + 1], reach[at + 2] = stream.last, stream.step, stream.pending + SLACK_PAGES
+            at += 3
 
     def _compare(self, page: int, most: int) -> Ahead | None:
         """Look for a fault nearby, and begin a stream with it if both are of one."""
@@ -116,7 +139,9 @@ class Streams:
             distance = page - candidate.page
             if distance and (distance == candidate.step or distance in (1, -1)):
                 del candidates[near]
-                return self._begin(page, distance, most)
+                ahead = self._begin(page, distance, most)
+                self._tell()
+                return ahead
             if -LARGEST_STEP_PAGES <= distance <= LARGEST_STEP_PAGES:
                 del candidates[near]
                 step = distance

@@ -14,6 +14,7 @@ before the older write is acknowledged.
 
 from __future__ import annotations
 
+from array import array
 from typing import Final
 
 import numpy as np
@@ -43,7 +44,8 @@ class PageTable:
         """The same states, for access page by page, which numpy makes slow."""
         self.checksum: Final = memoryview(storage)[: pages * 4].cast("I")
         """The same checksums, likewise."""
-        self.counts: Final[list[int]] = [int(n) for n in np.bincount(self.states, minlength=STATE_COUNT)]
+        self.counts: Final[array[int]] = array("q", np.bincount(self.states, minlength=STATE_COUNT).tolist())
+        """Pages in each state."""
 
     @property
     def resident(self) -> int:
@@ -70,7 +72,7 @@ class PageTable:
     def restate(self, states: npt.NDArray[np.uint8]) -> None:
         """Set the state of every page."""
         self.states[:] = states
-        self.counts[:] = np.bincount(states, minlength=STATE_COUNT).tolist()
+        self.counts[:] = array("q", np.bincount(states, minlength=STATE_COUNT).tolist())
 
     def run(self, first: int, most: int, state: int) -> int:
         """Return how many pages from `first` on, at most `most`, are in `state` without a gap."""

@@ -21,6 +21,7 @@ from farpage.errors import FarpageError
 from farpage.kernel.ending import until_gone
 from farpage.log import get_logger
 from farpage.message import Message
+from farpage.nbd import eventloop
 from farpage.pager import volumes
 from farpage.pager.buffers import BufferPool
 from farpage.pager.channel import Handing
@@ -28,6 +29,7 @@ from farpage.pager.client import PagedClient, VolumeFenced
 from farpage.pager.control import ControlLink
 from farpage.pager.directreads import DirectReader
 from farpage.pager.errors import ClientExited, NotAttached, ScrubUnderWay
+from farpage.pager.lane import open_hub
 from farpage.pager.memory import ClientGone, PagedMemory
 from farpage.pager.messages import (
     AddReplica,
@@ -93,6 +95,7 @@ class Worker:
         """There is neither a control process nor a client any more."""
         self._loop = asyncio.get_running_loop()
         self._buffers = BufferPool()
+        self._hub = eventloop.wait_with(self._loop, open_hub)
         self._leases = Leases(connect_nbd)
         self._borrowing = ConnectNbd(DirectReader())
         self._clients: dict[str, _Attached] = {}
@@ -195,14 +198,16 @@ class Worker:
         attached = self._attached(order.client)
         space = attached.paged.space
         events = Tidings(self._control, order.client, attached.order.owner)
-        space.volume = volumes.with_replica(
-            space.volume,
-            order.replica,
-            order=attached.order,
-            events=events,
-            store=attached.state,
-            leases=self._leases,
-            connector=self._connector(attached.order),
+        attached.paged.use(
+            volumes.with_replica(
+                space.volume,
+                order.replica,
+                order=attached.order,
+                events=events,
+                store=attached.state,
+                leases=self._leases,
+                connector=self._connector(attached.order),
+            )
         )
         others = [spec for spec in attached.order.replicas if spec.device != order.replica.device]
         attached.order = attached.order.model_copy(update={"replicas": (*others, order.replica)})
@@ -285,6 +290,7 @@ class Worker:
             no_path_timeout_seconds=order.no_path_timeout_seconds,
             repair_mark=state.repair_mark,
             ram_tier_percent=order.ram_tier_percent,
+            hub=self._hub,
         )
         attached = self._clients[order.client] = _Attached(paged, client, memory, state, order)
         self._loop.add_reader(client.pidfd, gone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest_asyncio
 from farpage.definition.model import PAGE_BYTES
 from farpage.embedded.set import EmbeddedSet
 from farpage.hypervisor.model import Alarm, ClientAttach, ClientInfo, PoolSet
+from farpage.pager.compiled import COMPILED, WITHOUT_VARIABLE
 from tests.integration.attach.scripted import Scripted
 from tests.support.hammer import hammering
 from tests.support.paged_set import running_set, until_client
@@ -97,14 +98,30 @@ class Client:
         return reads, writes
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            "", id="compiled", marks=pytest.mark.skipif(COMPILED is None, reason="the loops were not built")
+        ),
+        pytest.param("1", id="python"),
+    ],
+)
+def twin(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With the pager's compiled loops, and with what does the same without them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WITHOUT_VARIABLE, request.param)
+        yield
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def embedded() -> AsyncIterator[EmbeddedSet]:
+async def embedded(twin: None) -> AsyncIterator[EmbeddedSet]:
     async with running_set(workers=1) as running:
         yield running
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def untiered() -> AsyncIterator[EmbeddedSet]:
+async def untiered(twin: None) -> AsyncIterator[EmbeddedSet]:
     """A set without RAM tiers: what is spoilt on the device is nowhere else."""
     async with running_set(workers=1, ram_tier_percent=0) as running:
         yield running

@@ -44,7 +44,7 @@ class Client:
 
     @property
     def counts(self) -> list[int]:
-        return self.paged.space.table.counts
+        return self.paged.space.table.counts.tolist()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):

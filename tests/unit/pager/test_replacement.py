@@ -1,13 +1,32 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farpage.pager.replacement import Replacement
+from farpage.pager.replacement import PythonReplacement, Replacement, new_replacement
+
+Make: TypeAlias = Callable[[int], Replacement]
 
 
-def filled(pages: int) -> Replacement:
-    order = Replacement(pages * 4)
+def compiled(pages: int) -> Replacement:
+    order = new_replacement(pages)
+    if isinstance(order, PythonReplacement):
+        pytest.skip("it was not compiled here")
+    return order
+
+
+@pytest.fixture(params=[PythonReplacement, compiled])
+def make(request: pytest.FixtureRequest) -> Make:
+    found: Make = request.param
+    return found
+
+
+def filled(make: Make, pages: int) -> Replacement:
+    order = make(pages * 4)
     for page in range(pages):
         order.added(page)
     return order
@@ -20,43 +39,46 @@ def evict(order: Replacement, count: int) -> list[int]:
     return victims
 
 
-def test_pages_leave_in_the_order_in_which_they_came() -> None:
-    assert evict(filled(10), 4) == [0, 1, 2, 3]
+def test_pages_leave_in_the_order_in_which_they_came(make: Make) -> None:
+    assert evict(filled(make, 10), 4) == [0, 1, 2, 3]
 
 
-def test_a_page_is_a_victim_once() -> None:
-    order = filled(10)
+def test_a_page_is_a_victim_once(make: Make) -> None:
+    order = filled(make, 10)
     order.added(3)
     order.returned(3)
     assert sorted(evict(order, 100)) == list(range(10))
     assert evict(order, 100) == []
 
 
-def test_a_page_that_comes_back_soon_outlives_those_that_came_before_it() -> None:
-    order = filled(30)
+def test_a_page_that_comes_back_soon_outlives_those_that_came_before_it(make: Make) -> None:
+    order = filled(make, 30)
     assert evict(order, 1) == [0]
     order.returned(0)
     assert 0 not in evict(order, 29)
     assert evict(order, 1) == [0]
 
 
-def test_a_page_that_comes_back_late_gets_no_second_chance() -> None:
-    order = filled(100)
+def test_a_page_that_comes_back_late_gets_no_second_chance(make: Make) -> None:
+    order = filled(make, 100)
     first = evict(order, 90)
     order.returned(first[0])
     assert evict(order, 11) == [*range(90, 100), 0]
 
 
-def test_the_active_queue_gives_back_what_is_more_than_its_share() -> None:
-    order = filled(30)
+def test_the_active_queue_gives_back_what_is_more_than_its_share(make: Make) -> None:
+    order = filled(make, 30)
     for page in evict(order, 28):
         order.returned(page)
     assert len(evict(order, 20)) == 20
 
 
-@given(st.lists(st.tuples(st.sampled_from(["add", "evict"]), st.integers(0, 31)), max_size=300))
-def test_no_page_is_lost_or_doubled(steps: list[tuple[str, int]]) -> None:
-    order = Replacement(32)
+@given(
+    make=st.sampled_from([PythonReplacement, new_replacement]),
+    steps=st.lists(st.tuples(st.sampled_from(["add", "evict"]), st.integers(0, 31)), max_size=300),
+)
+def test_no_page_is_lost_or_doubled(make: Make, steps: list[tuple[str, int]]) -> None:
+    order = make(32)
     inside: set[int] = set()
     out: set[int] = set()
     for what, number in steps:
@@ -74,3 +96,25 @@ def test_no_page_is_lost_or_doubled(steps: list[tuple[str, int]]) -> None:
             inside -= set(victims)
             out |= set(victims)
     assert sorted(evict(order, 64)) == sorted(inside)
+
+
+Steps = st.lists(
+    st.tuples(st.sampled_from(["added", "returned", "evict"]), st.integers(0, 63), st.integers(1, 8)),
+    max_size=300,
+)
+
+
+@given(Steps)
+def test_both_orders_choose_the_same_victims(steps: list[tuple[str, int, int]]) -> None:
+    orders = [PythonReplacement(72), new_replacement(72)]
+    for what, page, count in steps:
+        if what == "evict":
+            first, second = (order.victims(count) for order in orders)
+            assert first == second
+            for order in orders:
+                for victim in first:
+                    order.evicted(victim)
+        else:
+            for order in orders:
+                getattr(order, what)(page, count)
+        assert len({len(order) for order in orders}) == 1

@@ -30,7 +30,7 @@ def test_a_new_table_is_all_zero_pages() -> None:
 @given(States)
 def test_the_counts_are_those_of_the_states(states: list[int]) -> None:
     table = table_of(states)
-    assert table.counts == [int(n) for n in np.bincount(table.states, minlength=STATE_COUNT)]
+    assert table.counts.tolist() == [int(n) for n in np.bincount(table.states, minlength=STATE_COUNT)]
 
 
 @given(States, st.integers(0, PAGES - 1), st.integers(1, PAGES))

@@ -18,6 +18,7 @@ from farpage.pager.tier import (
     ENTRY_BYTES,
     FAILURES,
     FRUITLESS_EVERY,
+    FRUITLESS_SHARE,
     SAMPLE_EVERY,
     TRIAL_ENTRIES,
     RamTier,
@@ -102,6 +103,17 @@ def test_pages_of_which_none_comes_back_are_only_sampled_until_some_do() -> None
         if page % 4 == 0:
             assert tier.take(page, checksum_of(content_of(page)))
         page += 1
+    assert [tier.wanted(1) for _ in range(20)] == [1] * 20
+
+
+def test_a_tier_takes_everything_again_as_soon_as_some_pages_come_back() -> None:
+    tier = RamTier(10 * TRIAL_ENTRIES * (ENTRY_BYTES + WORD_BYTES))
+    kept = 12 * TRIAL_ENTRIES
+    for page in range(kept):
+        tier.keep(page, memoryview(content_of(page)))
+    assert [tier.wanted(1) for _ in range(2 * FRUITLESS_EVERY)].count(1) == 2
+    for page in range(kept - TRIAL_ENTRIES // FRUITLESS_SHARE, kept):
+        assert tier.take(page, checksum_of(content_of(page)))
     assert [tier.wanted(1) for _ in range(20)] == [1] * 20
 
 

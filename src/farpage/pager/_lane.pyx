@@ -1,0 +1,1072 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""Page-ins without the interpreter: events -> lookup -> submit, and completions -> verify -> copy -> mark.
+
+`Hub.poll` waits for events in the place of `select.epoll.poll`. What it can answer by itself it answers while
+it waits, without the interpreter's lock; what it cannot it leaves to the interpreter, as its caller's event.
+What it does itself are the plainest cases alone: a page that is on the device or in the RAM tier, and that no
+stream of accesses is near, while there is room for it; a write to a clean page; and to give clean pages back,
+while a device is at work. `farpage.pager.faults` and `eviction` do all that where this was not built.
+"""
+
+from libc.errno cimport EAGAIN, EINTR, EIO, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, qsort
+from libc.string cimport memmove, memset
+from posix.ioctl cimport ioctl
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport close, pread, read
+
+import os
+
+from farpage.kernel._abi cimport (
+    bit_length, epoll_event, epoll_wait, EPOLLIN, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate,
+    io_uring_cqe, io_uring_sqe, IORING_OP_READ, load_acquire, relax, store_release, SYS_io_uring_enter,
+    syscall, uffd_msg, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE,
+    uffdio_copy, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, uffdio_writeprotect, UFFDIO_WRITEPROTECT,
+    UFFDIO_WRITEPROTECT_MODE_WP, uffdio_zeropage, UFFDIO_ZEROPAGE,
+)
+from farpage.pager._order cimport Order
+from farpage.pager._store cimport Store
+
+cdef enum:
+    PAGE = 4096
+    # farpage.pager.states
+    ZERO = 0
+    CLEAN = 1
+    DIRTY = 2
+    WRITING = 3
+    REWRITTEN = 4
+    READING = 5
+    ON_DEVICE = 6
+    # farpage.pager.lane.Marks
+    MARK_MOST = 0
+    MARK_READING = 1
+    MARK_HIGH = 2
+    MARK_DEFERRED = 3
+    MARK_LOW = 4
+    MARK_HELD = 5
+    MARKS = 6 + 16
+    # farpage.pager.streams: how near a fault may be to an older one, and how many are remembered
+    NEAR = 64
+    RECENT = 16
+    STREAMS = 8
+    EVENTS = 64
+    SLOTS = 128
+    BUCKETS = 26
+    STALLS = 64
+    VICTIMS = 512
+    OTHERS = 512
+    CHOSEN_TOGETHER = 64
+    OTHERS_ENOUGH = 16
+    RUNS_A_POLL = 2
+    RUN = 64
+
+cdef enum:
+    POLL_NS = 100000
+    LEAST_PAUSE = 16
+    LONGEST_PAUSE = 4096
+    MOST_SCORE = 4
+    STALL_NOTED_NS = 10000000
+    LONGEST_LOOK_NS = 50000000
+    LONGEST_ALONE_NS = 100000000
+    SHORTEST_LOOK_NS = 2000000
+
+ctypedef struct access_t:
+    int64_t page
+    uint64_t flags
+    int64_t began
+
+ctypedef struct lane_t:
+    int uffd
+    int memfd
+    int file
+    bint on
+    bint attention
+    int in_flight
+    int64_t origin
+    int64_t late_ns
+    uint64_t start
+    int64_t memfd_offset
+    int64_t pages
+    uint8_t *state
+    uint32_t *checksum
+    int64_t *counts
+    const int64_t *marks
+    const int64_t *reach
+    void *store
+    void *order
+    int64_t recent[RECENT]
+    int recent_at
+    int64_t unprotected
+    int left_count
+    int back_count
+    int stall_count
+    int victim
+    int victim_end
+    int64_t victims[VICTIMS]
+    bint tasted[VICTIMS]
+    int others_count
+    int64_t others[OTHERS]
+    int64_t taste
+    int64_t called_at
+    access_t left[EVENTS]
+    access_t back[2 * SLOTS]
+    int64_t passed[RECENT]
+    int64_t stalls[STALLS][2]
+    int64_t faults
+    int64_t answered
+    int64_t from_tier
+    int64_t given_back
+    int64_t zeroed
+    int64_t passed_count
+    int64_t buckets[BUCKETS]
+    int64_t waited_ns
+    int64_t longest_ns
+
+ctypedef struct slot_t:
+    lane_t *lane
+    int64_t page
+    int64_t began
+    bint write
+    bint busy
+
+
+cdef inline int64_t now_ns() noexcept nogil:
+    cdef timespec time
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return time.tv_sec * <int64_t>1000000000 + time.tv_nsec
+
+
+cdef inline int64_t taken(const lane_t *lane) noexcept nogil:
+    cdef int64_t *counts = lane.counts
+    return (
+        counts[CLEAN] + counts[DIRTY] + counts[WRITING] + counts[REWRITTEN] + counts[READING]
+        + lane.marks[MARK_HELD] + <int64_t>(((<Store>lane.store).taken_bytes + PAGE - 1) // PAGE)
+    )
+
+
+cdef inline int64_t staying(const lane_t *lane) noexcept nogil:
+    """Pages that take room and were not chosen to leave."""
+    return taken(lane) - (lane.victim_end - lane.victim) - lane.others_count
+
+
+cdef inline bint has_room(const lane_t *lane) noexcept nogil:
+    return taken(lane) < lane.marks[MARK_MOST] and lane.counts[READING] < lane.marks[MARK_READING]
+
+
+cdef inline void move(lane_t *lane, int64_t page, int old, int new) noexcept nogil:
+    lane.counts[old] -= 1
+    lane.counts[new] += 1
+    lane.state[page] = <uint8_t>new
+
+
+cdef inline bint punched(lane_t *lane, int64_t first, int64_t count) noexcept nogil:
+    return fallocate(
+        lane.memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, lane.memfd_offset + first * PAGE, count * PAGE
+    ) == 0
+
+
+cdef inline bint protected(lane_t *lane, int64_t first, int64_t count) noexcept nogil:
+    cdef uffdio_writeprotect argument
+    argument.range.start = lane.start + <uint64_t>first * PAGE
+    argument.range.len = <uint64_t>count * PAGE
+    argument.mode = UFFDIO_WRITEPROTECT_MODE_WP
+    return ioctl(lane.uffd, UFFDIO_WRITEPROTECT, &argument) == 0
+
+
+cdef inline bint is_zero(const uint64_t *words) noexcept nogil:
+    cdef int index
+    for index in range(PAGE // 8):
+        if words[index]:
+            return False
+    return True
+
+
+cdef bint of_a_stream(lane_t *lane, int64_t page) noexcept nogil:
+    """Tell whether there is more to an access than one that stands alone: for `Streams`, or the RAM tier."""
+    cdef int64_t distance, step, index, at
+    for index in range(RECENT):
+        distance = page - lane.recent[index]
+        if -NEAR <= distance <= NEAR:
+            return True
+    for index in range(lane.marks[MARK_HELD]):
+        if lane.marks[MARK_HELD + 1 + index] == page:
+            return True
+    for index in range(lane.reach[0]):
+        at = 1 + index * 3
+        step = lane.reach[at + 1]
+        distance = page - lane.reach[at]
+        if distance % step == 0 and 0 < distance // step <= lane.reach[at + 2]:
+            return True
+    return False
+
+
+cdef class Hub:
+    """Waits for the events of one thread's loop, and answers those of its lanes."""
+
+    cdef int _epoll
+    cdef int _ring
+    cdef uint32_t *_sq_tail
+    cdef uint32_t _sq_mask
+    cdef io_uring_sqe *_sqes
+    cdef uint32_t *_cq_head
+    cdef uint32_t *_cq_tail
+    cdef uint32_t _cq_mask
+    cdef io_uring_cqe *_cqes
+    cdef uint8_t *_buffers
+    cdef uint8_t *_scratch
+    cdef slot_t _slots[SLOTS]
+    cdef int _free[SLOTS]
+    cdef int _free_count
+    cdef int _unsubmitted
+    cdef int64_t _look_at
+    cdef int64_t _look_every_ns
+    cdef bint _attention
+    cdef int _victims
+    cdef lane_t **_lanes
+    cdef int _lanes_size
+    cdef object _owner
+    cdef object _rings
+    cdef list _members
+    cdef list _retired
+    # See farpage.nbd.polling.
+    cdef bint _worthwhile
+    cdef int _score
+    cdef int _pause
+    cdef int _left_waits
+
+    def __cinit__(self, int epoll, object ring):
+        """`ring`, a `farpage.kernel.io_uring.Ring`, is this one's alone."""
+        cdef int index
+        self._epoll = epoll
+        self._owner = ring
+        self._ring = ring.fileno()
+        layout = ring.layout()
+        cdef uint8_t[::1] queues = layout.queues
+        cdef uint8_t[::1] commands = layout.commands
+        self._rings = (queues, commands)
+        self._sqes = <io_uring_sqe *>&commands[0]
+        self._sq_tail = <uint32_t *>&queues[<Py_ssize_t>layout.sq_tail]
+        self._cq_head = <uint32_t *>&queues[<Py_ssize_t>layout.cq_head]
+        self._cq_tail = <uint32_t *>&queues[<Py_ssize_t>layout.cq_tail]
+        self._cqes = <io_uring_cqe *>&queues[<Py_ssize_t>layout.cqes]
+        self._sq_mask, self._cq_mask = layout.sq_mask, layout.cq_mask
+        if ring.entries < SLOTS:
+            raise ValueError("the queue is too short")
+        self._members, self._retired = [], []
+        memory = mmap(NULL, (SLOTS + 1) * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0)
+        if memory == MAP_FAILED:
+            raise MemoryError
+        self._buffers = <uint8_t *>memory
+        self._scratch = self._buffers + SLOTS * PAGE
+        memset(self._slots, 0, sizeof(self._slots))
+        for index in range(SLOTS):
+            self._free[index] = index
+        self._free_count = SLOTS
+        self._pause = LEAST_PAUSE
+        self._look_every_ns = LONGEST_LOOK_NS
+
+    def __dealloc__(self):
+        # Reads that are in flight write to the buffers: those stay until the process ends.
+        if self._buffers != NULL and self._free_count == SLOTS:
+            munmap(self._buffers, (SLOTS + 1) * PAGE)
+        free(self._lanes)
+
+    def fileno(self):
+        """Return the descriptor under which `poll` tells that `attend` is to be called."""
+        return self._ring
+
+    # Called with the interpreter's lock
+
+    cdef int enter(self, Lane lane) except -1:
+        cdef int fd = lane._lane.uffd
+        cdef lane_t **larger
+        cdef int index, size
+        if fd >= self._lanes_size:
+            size = (fd | 63) + 1
+            larger = <lane_t **>calloc(size, sizeof(lane_t *))
+            if larger == NULL:
+                raise MemoryError
+            for index in range(self._lanes_size):
+                larger[index] = self._lanes[index]
+            free(self._lanes)
+            self._lanes, self._lanes_size = larger, size
+        if self._lanes[fd] != NULL:
+            raise ValueError(f"descriptor {fd} has a lane")
+        self._lanes[fd] = &lane._lane
+        self._members.append(lane)
+        return 0
+
+    cdef void retire(self, int file):
+        """Close a file that no read is begun of any more: when all that were begun have been submitted."""
+        self._retired.append(file)
+        if self._unsubmitted:
+            self._submit()
+        while self._retired and not self._unsubmitted:
+            close(self._retired.pop())
+
+    cdef void look_every(self, int64_t ns):
+        self._look_every_ns = max(min(self._look_every_ns, ns), <int64_t>SHORTEST_LOOK_NS)
+
+    cdef void leave(self, Lane lane):
+        self._lanes[lane._lane.uffd] = NULL
+        self._members.remove(lane)
+
+    cdef list withdraw(self, lane_t *lane):
+        """Count the reads of a lane that are in flight as nobody's, and return them."""
+        cdef int index
+        cdef slot_t *slot
+        found = []
+        for index in range(SLOTS):
+            slot = &self._slots[index]
+            if slot.busy and slot.lane == lane:
+                slot.lane = NULL
+                found.append((slot.page, slot.write, slot.began / 1e9))
+        lane.in_flight = 0
+        return found
+
+    def attend(self):
+        """Have the lanes that need the interpreter tell so."""
+        cdef Lane lane
+        self._attention = False
+        for lane in list(self._members):
+            if lane._lane.attention and lane._on_attention is not None:
+                lane._lane.attention = False
+                try:
+                    lane._on_attention()
+                except BaseException:
+                    self._attention = True  # the others are told with the next poll
+                    raise
+
+    def poll(self, double seconds, bint may_look):
+        """Wait as `select.epoll.poll` does, negative for ever; returns `(descriptor, events)` of at most 64.
+
+        With `may_look` the first moment is not slept through where events come fast.
+        """
+        cdef epoll_event events[EVENTS]
+        cdef int count, index
+        with nogil:
+            count = self._wait(events, seconds, may_look)
+        found = [(events[index].data.fd, events[index].events) for index in range(count)]
+        if self._attention:
+            found.append((self._ring, EPOLLIN))
+        return found
+
+    # Called without it
+
+    cdef int _wait(self, epoll_event *events, double seconds, bint may_look) noexcept nogil:
+        """Answer what can be answered until there is something for the interpreter, or the time is over."""
+        cdef int64_t now = now_ns()
+        cdef int64_t deadline = -1 if seconds < 0 else now + <int64_t>(seconds * 1e9)
+        cdef int64_t looked_since, began, wait
+        cdef bint looking, worked
+        cdef int count, timeout
+        looking = may_look and self._worthwhile
+        looked_since = now
+        while True:
+            wait = -1 if deadline < 0 else deadline - now
+            if looking and now - looked_since >= POLL_NS:
+                looking = False
+                self._missed()
+            if self._attention or looking or self._victims or (deadline >= 0 and wait <= 0):
+                timeout = 0
+            else:
+                timeout = -1 if wait < 0 else <int>((wait + 999999) // 1000000)
+                if self._unsubmitted and (timeout < 0 or timeout > 1):
+                    timeout = 1
+                if self._free_count < SLOTS and (timeout < 0 or timeout > self._look_every_ns // 1000000):
+                    timeout = <int>(self._look_every_ns // 1000000)
+            began = now
+            count = epoll_wait(self._epoll, events, EVENTS, timeout)
+            if count < 0:
+                return 0  # a signal, which the interpreter wants to know of
+            now = now_ns()
+            if timeout != 0:
+                self._slept(now - began)
+            worked = self._complete(now)
+            count = self._sort(events, count, now, &worked)
+            if self._unsubmitted:
+                self._submit()
+            if self._free_count < SLOTS and now >= self._look_at:
+                self._look_for_late(now)
+            if count or self._attention:
+                if looking:
+                    self._found()
+                # A busy interpreter leaves no time in which nothing else is to be done.
+                for _ in range(RUNS_A_POLL):
+                    if self._victims:
+                        self._release_some()
+                return count
+            if worked:
+                now = now_ns()
+                if looking:
+                    self._found()
+                looking = may_look and self._worthwhile
+                looked_since = now
+            elif self._victims:
+                self._release_some()
+                now = now_ns()
+            elif looking:
+                relax()
+            if deadline >= 0 and now >= deadline:
+                return 0
+
+    cdef int _sort(self, epoll_event *events, int count, int64_t now, bint *worked) noexcept nogil:
+        """See to the events of lanes; returns how many are left for the interpreter, which come first."""
+        cdef int index, fd, left = 0
+        cdef lane_t *lane
+        for index in range(count):
+            fd = events[index].data.fd
+            if fd == self._ring:
+                continue
+            lane = self._lanes[fd] if fd < self._lanes_size else NULL
+            if lane == NULL or not lane.on or events[index].events != EPOLLIN:
+                events[left] = events[index]
+                left += 1
+                continue
+            self._answer(lane, now)
+            worked[0] = True
+        return left
+
+    cdef void _answer(self, lane_t *lane, int64_t now) noexcept nogil:
+        """Read a batch of events and answer, or begin to answer, those that are plain."""
+        cdef uffd_msg messages[EVENTS]
+        cdef ssize_t size
+        cdef int index
+        cdef access_t access
+        cdef access_t *left
+        if lane.left_count:  # the interpreter has not seen the last ones yet
+            self._call(lane)
+            return
+        size = read(lane.uffd, messages, sizeof(messages))
+        if size <= 0:
+            if errno != EAGAIN and errno != EINTR:
+                lane.on = False  # the client is gone: the interpreter finds out for itself
+                self._call(lane)
+            return
+        for index in range(size // <ssize_t>sizeof(uffd_msg)):
+            access.flags = messages[index].arg.pagefault.flags
+            access.page = <int64_t>((messages[index].arg.pagefault.address - lane.start) // PAGE)
+            access.began = now
+            lane.faults += 1
+            if not self._answered(lane, &access):
+                left = &lane.left[lane.left_count]
+                left[0] = access
+                lane.left_count += 1
+        if lane.left_count:
+            self._call(lane)
+
+    cdef void _release_some(self) noexcept nogil:
+        """Give pages of the first lane that has any to give back to the host."""
+        cdef int fd
+        for fd in range(self._lanes_size):
+            if self._lanes[fd] != NULL and self._lanes[fd].victim != self._lanes[fd].victim_end:
+                self._release(self._lanes[fd])
+                return
+        self._victims = 0
+
+    cdef void _release(self, lane_t *lane) noexcept nogil:
+        """Give the next victims back: as many as are neighbours, unless somebody has written to them."""
+        cdef int64_t first = lane.victims[lane.victim], page = first
+        cdef int count = 0
+        while (
+            lane.victim != lane.victim_end
+            and count < RUN
+            and lane.victims[lane.victim] == page
+            and lane.state[page] == CLEAN
+        ):
+            if lane.tasted[lane.victim]:
+                self._keep(lane, page)
+            lane.victim += 1
+            count += 1
+            page += 1
+        if not count:
+            lane.victim += 1
+            self._victims -= 1
+            (<Store>lane.store).forget_run(<uint64_t>first, 1)
+            (<Order>lane.order).page_added(first)
+            return
+        self._victims -= count
+        if not punched(lane, first, count):
+            for page in range(first, first + count):
+                (<Store>lane.store).forget_run(page, 1)
+                (<Order>lane.order).page_added(page)
+            return
+        for page in range(first, first + count):
+            move(lane, page, CLEAN, ON_DEVICE)
+            (<Order>lane.order).page_evicted(page)
+        lane.given_back += count
+        if lane.marks[MARK_DEFERRED]:
+            self._call(lane)
+
+    cdef void _choose(self, lane_t *lane, int64_t count) noexcept nogil:
+        """Take victims out of the order: have clean ones given back, and keep the others for the interpreter."""
+        cdef int64_t chosen[VICTIMS]
+        cdef int64_t page
+        cdef int index, found = 0
+        count = min(count, VICTIMS - (lane.victim_end - lane.victim), OTHERS - lane.others_count)
+        if count <= 0:
+            return
+        (<Order>lane.order).demote(<uint64_t>count)
+        while found < count:
+            page = (<Order>lane.order).victim()
+            if page < 0:
+                break
+            chosen[found] = page
+            found += 1
+        qsort(chosen, found, sizeof(int64_t), &rising)
+        for index in range(found):
+            page = chosen[index]
+            if lane.state[page] == CLEAN:
+                self._offer(lane, page, lane.taste > 0)
+                lane.taste -= 1
+            else:
+                lane.others[lane.others_count] = page
+                lane.others_count += 1
+
+    cdef void _offer(self, lane_t *lane, int64_t page, bint taste) noexcept nogil:
+        """Have a clean page given back while nothing else is to be done."""
+        cdef int left = lane.victim_end - lane.victim
+        if lane.victim_end == VICTIMS and lane.victim:
+            memmove(lane.victims, lane.victims + lane.victim, left * sizeof(int64_t))
+            memmove(lane.tasted, lane.tasted + lane.victim, left * sizeof(bint))
+            lane.victim, lane.victim_end = 0, left
+        if lane.victim_end == VICTIMS:
+            self._release(lane)
+            lane.victim, lane.victim_end = 0, lane.victim_end - lane.victim
+            memmove(lane.victims, lane.victims + VICTIMS - lane.victim_end, lane.victim_end * sizeof(int64_t))
+            memmove(lane.tasted, lane.tasted + VICTIMS - lane.victim_end, lane.victim_end * sizeof(bint))
+        lane.victims[lane.victim_end] = page
+        lane.tasted[lane.victim_end] = taste
+        lane.victim_end += 1
+        self._victims += 1
+
+    cdef void _keep(self, lane_t *lane, int64_t page) noexcept nogil:
+        """Put a page that is about to leave into the RAM tier, if it gets small."""
+        if pread(lane.memfd, self._scratch, PAGE, lane.memfd_offset + page * PAGE) == PAGE:
+            (<Store>lane.store).keep_page(<uint64_t>page, self._scratch)
+
+    cdef void _call(self, lane_t *lane) noexcept nogil:
+        lane.attention = True
+        lane.called_at = now_ns()
+        self._attention = True
+
+    cdef bint _answered(self, lane_t *lane, access_t *access) noexcept nogil:
+        cdef int64_t page = access.page
+        cdef uint8_t state
+        cdef bint alone
+        if page < 0 or page >= lane.pages:
+            return False
+        state = lane.state[page]
+        if access.flags & UFFD_PAGEFAULT_FLAG_WP:
+            return self._unprotect(lane, page, state)
+        if access.flags & UFFD_PAGEFAULT_FLAG_MINOR:
+            return False
+        if state == READING:
+            return self._joined(lane, access)
+        if state != ON_DEVICE and state != ZERO:
+            return False
+        alone = not of_a_stream(lane, page)
+        lane.recent[lane.recent_at] = page
+        lane.recent_at = (lane.recent_at + 1) % RECENT
+        if not alone:
+            return False
+        while not has_room(lane):
+            if lane.victim == lane.victim_end or lane.counts[READING] >= lane.marks[MARK_READING]:
+                return False
+            self._release(lane)
+        if state == ZERO:
+            return self._zero(lane, access)
+        if self._from_tier(lane, access):
+            return True
+        return lane.file >= 0 and self._begin(lane, access)
+
+    cdef bint _zero(self, lane_t *lane, const access_t *access) noexcept nogil:
+        """Answer a first touch."""
+        cdef uffdio_zeropage argument
+        argument.range.start = lane.start + <uint64_t>access.page * PAGE
+        argument.range.len = PAGE
+        argument.mode = 0
+        argument.zeropage = 0
+        if ioctl(lane.uffd, UFFDIO_ZEROPAGE, &argument) != 0:
+            return False
+        move(lane, access.page, ZERO, DIRTY)
+        (<Order>lane.order).page_added(access.page)
+        lane.zeroed += 1
+        self._answered_one(lane, access.began, now_ns())
+        return True
+
+    cdef bint _from_tier(self, lane_t *lane, const access_t *access) noexcept nogil:
+        """Answer from the RAM tier, if it has the page."""
+        cdef bint write = (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0
+        cdef int64_t page = access.page
+        if not (<Store>lane.store).take_into(<uint64_t>page, lane.checksum[page], self._scratch):
+            return False
+        if not self._copy(lane, page, self._scratch, write, ON_DEVICE):
+            return False
+        lane.from_tier += 1
+        self._came(lane, page, access.began, now_ns())
+        return True
+
+    cdef bint _unprotect(self, lane_t *lane, int64_t page, uint8_t state) noexcept nogil:
+        """Let a write to a clean page through, unless it may be one of a sequence."""
+        cdef uffdio_writeprotect argument
+        cdef int64_t distance = page - lane.unprotected
+        lane.unprotected = page
+        if state != CLEAN or -1 <= distance <= 1:
+            return False
+        move(lane, page, CLEAN, DIRTY)
+        argument.range.start = lane.start + <uint64_t>page * PAGE
+        argument.range.len = PAGE
+        argument.mode = 0
+        return ioctl(lane.uffd, UFFDIO_WRITEPROTECT, &argument) == 0
+
+    cdef bint _joined(self, lane_t *lane, const access_t *access) noexcept nogil:
+        """Let an access wait for a read that another one has begun here."""
+        cdef int index
+        cdef slot_t *slot
+        for index in range(SLOTS):
+            slot = &self._slots[index]
+            if slot.busy and slot.lane == lane and slot.page == access.page:
+                slot.write = slot.write or (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0
+                return True
+        return False
+
+    cdef bint _begin(self, lane_t *lane, const access_t *access) noexcept nogil:
+        cdef int index
+        cdef slot_t *slot
+        cdef io_uring_sqe *entry
+        cdef uint32_t tail
+        if not self._free_count:
+            return False
+        self._free_count -= 1
+        index = self._free[self._free_count]
+        slot = &self._slots[index]
+        slot.busy = True
+        slot.lane = lane
+        slot.page = access.page
+        slot.began = access.began
+        slot.write = (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0
+        tail = self._sq_tail[0]
+        entry = &self._sqes[tail & self._sq_mask]
+        memset(entry, 0, 64)
+        entry.opcode = IORING_OP_READ
+        entry.fd = lane.file
+        entry.off = <uint64_t>(lane.origin + access.page * PAGE)
+        entry.addr = <uint64_t><uintptr_t>(self._buffers + index * PAGE)
+        entry.len = PAGE
+        entry.user_data = index
+        store_release(self._sq_tail, tail + 1)
+        self._unsubmitted += 1
+        lane.in_flight += 1
+        move(lane, access.page, ON_DEVICE, READING)
+        return True
+
+    cdef void _submit(self) noexcept nogil:
+        """Start what was begun; what the kernel has no memory for is tried again."""
+        cdef long done = syscall(SYS_io_uring_enter, self._ring, self._unsubmitted, 0, 0, NULL, 0)
+        if done > 0:
+            self._unsubmitted -= <int>done
+
+    cdef bint _complete(self, int64_t now) noexcept nogil:
+        """Take what the device has answered; tells whether there was anything."""
+        cdef uint32_t head = self._cq_head[0]
+        cdef io_uring_cqe *entry
+        cdef int index
+        if head == load_acquire(self._cq_tail):
+            return False
+        while head != load_acquire(self._cq_tail):
+            entry = &self._cqes[head & self._cq_mask]
+            index = <int>entry.user_data
+            self._arrived(&self._slots[index], self._buffers + index * PAGE, entry.res, now)
+            self._free[self._free_count] = index
+            self._free_count += 1
+            head += 1
+        store_release(self._cq_head, head)
+        return True
+
+    cdef void _arrived(self, slot_t *slot, const uint8_t *content, int32_t result, int64_t now) noexcept nogil:
+        cdef lane_t *lane = slot.lane
+        cdef int64_t page = slot.page
+        slot.busy = False
+        if lane == NULL:
+            return
+        lane.in_flight -= 1
+        if lane.state[page] != READING:  # it was given up meanwhile
+            return
+        if (
+            result != PAGE
+            or <uint32_t>(<Store>lane.store)._digest(content, PAGE) != lane.checksum[page]
+            or not self._copy(lane, page, content, slot.write, READING)
+        ):
+            self._give_back(lane, slot, 0)
+            return
+        lane.answered += 1
+        self._came(lane, page, slot.began, now)
+
+    cdef void _came(self, lane_t *lane, int64_t page, int64_t began, int64_t now) noexcept nogil:
+        (<Order>lane.order).page_returned(page)
+        lane.passed[lane.passed_count % RECENT] = page
+        lane.passed_count += 1
+        self._answered_one(lane, began, now)
+
+    cdef void _answered_one(self, lane_t *lane, int64_t began, int64_t now) noexcept nogil:
+        """Count an access that was answered, and look whether the interpreter has to see to the consequences."""
+        waited(lane, began, now)
+        if staying(lane) > lane.marks[MARK_HIGH]:
+            self._choose(lane, min(staying(lane) - lane.marks[MARK_LOW], CHOSEN_TOGETHER))
+            if (
+                lane.others_count >= OTHERS_ENOUGH
+                or staying(lane) > lane.marks[MARK_HIGH]
+                or now - lane.called_at > LONGEST_ALONE_NS  # the marks follow the client's pace
+            ):
+                self._call(lane)
+        if lane.marks[MARK_DEFERRED] or lane.stall_count == STALLS:
+            self._call(lane)
+
+    cdef bint _copy(self, lane_t *lane, int64_t page, const uint8_t *content, bint write, int state) noexcept nogil:
+        """Copy a page in that was in a state so far, and wake who waits for it."""
+        cdef uffdio_copy argument
+        argument.dst = lane.start + <uint64_t>page * PAGE
+        argument.src = <uint64_t><uintptr_t>content
+        argument.len = PAGE
+        argument.mode = 0 if write else UFFDIO_COPY_MODE_WP
+        argument.copy = 0
+        if ioctl(lane.uffd, UFFDIO_COPY, &argument) != 0:
+            return False
+        move(lane, page, state, DIRTY if write else CLEAN)
+        return True
+
+    cdef void _give_back(self, lane_t *lane, const slot_t *slot, uint64_t late) noexcept nogil:
+        """Leave a read that has not come, or not as it should, to the interpreter, which repeats it."""
+        cdef access_t *back = &lane.back[lane.back_count]
+        lane.back_count += 1
+        back.page = slot.page
+        back.flags = late << 1 | (1 if slot.write else 0)
+        back.began = slot.began
+        self._call(lane)
+
+    cdef void _look_for_late(self, int64_t now) noexcept nogil:
+        cdef int index
+        cdef slot_t *slot
+        self._look_at = now + self._look_every_ns
+        for index in range(SLOTS):
+            slot = &self._slots[index]
+            if slot.busy and slot.lane != NULL and now - slot.began > slot.lane.late_ns:
+                slot.lane.in_flight -= 1
+                self._give_back(slot.lane, slot, 1)
+                slot.lane = NULL
+
+    cdef void _found(self) noexcept nogil:
+        if self._pause > LEAST_PAUSE:
+            self._pause -= 1
+
+    cdef void _missed(self) noexcept nogil:
+        self._worthwhile = False
+        self._left_waits = self._pause
+        self._pause = min(self._pause * 2, LONGEST_PAUSE)
+
+    cdef void _slept(self, int64_t waited_ns) noexcept nogil:
+        if waited_ns >= POLL_NS:
+            self._score = max(self._score - 2, -MOST_SCORE)
+        elif self._score < MOST_SCORE:
+            self._score += 1
+        if self._left_waits:
+            self._left_waits -= 1
+        else:
+            self._worthwhile = self._score > 0
+
+
+cdef int rising(const void *left, const void *right) noexcept nogil:
+    cdef int64_t first = (<const int64_t *>left)[0], second = (<const int64_t *>right)[0]
+    return -1 if first < second else 1 if first > second else 0
+
+
+cdef void waited(lane_t *lane, int64_t began, int64_t ended) noexcept nogil:
+    cdef int64_t ns = ended - began
+    lane.buckets[min(bit_length(<uint64_t>(ns // 1000)), BUCKETS - 1)] += 1
+    lane.waited_ns += ns
+    lane.longest_ns = max(lane.longest_ns, ns)
+    if ns > STALL_NOTED_NS and lane.stall_count < STALLS:
+        lane.stalls[lane.stall_count][0] = began
+        lane.stalls[lane.stall_count][1] = ended
+        lane.stall_count += 1
+
+
+cdef class Lane:
+    """One client's."""
+
+    cdef lane_t _lane
+    cdef Hub _hub
+    cdef object _on_attention
+    cdef object _kept
+
+    def __init__(
+        self, Hub hub, int uffd, uint64_t start, int memfd, int64_t memfd_offset, uint8_t[::1] state, uint32_t[::1] checksum,
+        int64_t[::1] counts, const int64_t[::1] marks, const int64_t[::1] reach, Store store,
+        Order order, object on_attention
+    ):
+        cdef int index
+        if marks.shape[0] < MARKS or reach.shape[0] < 1 + 3 * STREAMS or state.shape[0] != checksum.shape[0]:
+            raise ValueError("the arrays do not fit")
+        memset(&self._lane, 0, sizeof(lane_t))
+        self._lane.uffd, self._lane.file, self._lane.start = uffd, -1, start
+        self._lane.memfd, self._lane.memfd_offset = memfd, memfd_offset
+        self._lane.pages = state.shape[0]
+        self._lane.state, self._lane.checksum = &state[0], &checksum[0]
+        self._lane.counts, self._lane.marks, self._lane.reach = &counts[0], &marks[0], &reach[0]
+        self._lane.unprotected = -2
+        for index in range(RECENT):
+            self._lane.recent[index] = -2 * NEAR
+        # What the pointers point to.
+        self._kept = (state, checksum, counts, marks, reach, store, order)
+        self._lane.store, self._lane.order = <void *>store, <void *>order
+        self._on_attention = on_attention
+        self._hub = hub
+        hub.enter(self)
+
+    @property
+    def in_flight(self):
+        """Reads that are not answered yet."""
+        return self._lane.in_flight
+
+    def turn(self, bint on):
+        """Answer events from now on, or leave all to the interpreter."""
+        self._lane.on = on
+
+    def use(self, int descriptor, int64_t origin, double late_seconds):
+        """Read the volume, which begins at `origin` of a file, by itself; a negative `descriptor`: no more."""
+        if self._lane.file >= 0:
+            self._hub.retire(self._lane.file)
+            self._lane.file = -1
+        if descriptor >= 0:
+            self._lane.file = os.dup(descriptor)
+            self._lane.origin, self._lane.late_ns = origin, <int64_t>(late_seconds * 1e9)
+            self._hub.look_every(self._lane.late_ns // 4)
+
+    @property
+    def offered(self):
+        """Pages that are to be given back and have not been yet."""
+        return self._lane.victim_end - self._lane.victim
+
+    def evict(self, int count, int taste):
+        """Choose victims: clean ones are given back while nothing else is to be done, the others are returned.
+
+        So many as `taste` says of those that are given back are offered to the RAM tier before. A choice may be
+        of fewer victims than asked for; with those that were left are those of `chosen`.
+        """
+        self._lane.taste = taste
+        self._hub._choose(&self._lane, count)
+        return self.chosen()
+
+    @property
+    def has_chosen(self):
+        """Whether there is something in `chosen`."""
+        return self._lane.others_count > 0
+
+    def chosen(self):
+        """Take the victims, rising, that are not just to be given back."""
+        cdef lane_t *lane = &self._lane
+        cdef int index
+        qsort(lane.others, lane.others_count, sizeof(int64_t), &rising)
+        pages = [lane.others[index] for index in range(lane.others_count)]
+        lane.others_count = 0
+        return pages
+
+    def give_back(self, int64_t pages):
+        """Give back so many of the pages that are to be, or all, now."""
+        cdef lane_t *lane = &self._lane
+        cdef int64_t least = taken(lane) - pages
+        while lane.victim != lane.victim_end and taken(lane) > least:
+            self._hub._release(lane)
+
+    def begin_writes(self, list pages, uintptr_t buffer):
+        """Protect dirty pages, in rising order, and read them into a buffer; zero ones are given back.
+
+        Returns `(runs, zeros, busy)`: `(first, count, place in the buffer, in pages)` of what is to be written,
+        how many were zero, and those that cannot be protected now.
+
+        :raise OSError: the client's memory cannot be read.
+        """
+        cdef lane_t *lane = &self._lane
+        cdef int64_t wanted[RUN]
+        cdef int64_t run[RUN][3]
+        cdef int total = 0, runs = 0, zeros = 0, failed = 0, at = 0, count, index
+        cdef int64_t page
+        cdef int64_t left[RUN]
+        cdef int left_count = 0
+        if len(pages) > RUN:
+            raise ValueError(f"{len(pages)} pages are more than a buffer holds")
+        for page in pages:
+            wanted[total] = page
+            total += 1
+        with nogil:
+            while at < total:
+                count = 1
+                while at + count < total and wanted[at + count] == wanted[at] + count:
+                    count += 1
+                if not protected(lane, wanted[at], count):
+                    for index in range(at, at + count):
+                        left[left_count] = wanted[index]
+                        left_count += 1
+                elif pread(
+                    lane.memfd, <uint8_t *>buffer + at * PAGE, count * PAGE, lane.memfd_offset + wanted[at] * PAGE
+                ) != count * PAGE:
+                    failed = errno or EIO
+                    break
+                else:
+                    zeros += self._sealed(wanted[at], count, at, <const uint8_t *>buffer, run, &runs)
+                at += count
+        if failed:  # nobody writes what was got ready before
+            for index in range(runs):
+                for page in range(run[index][0], run[index][0] + run[index][1]):
+                    move(lane, page, WRITING, DIRTY)
+                    (<Order>lane.order).page_added(page)
+            raise OSError(failed, "the client's memory cannot be read")
+        return (
+            [(run[index][0], run[index][1], run[index][2]) for index in range(runs)],
+            zeros,
+            [left[index] for index in range(left_count)],
+        )
+
+    cdef int _sealed(
+        self, int64_t first, int count, int at, const uint8_t *buffer, int64_t[3] *runs, int *run_count
+    ) noexcept nogil:
+        """Tell pages that are about to be written from zero ones, which are given back; returns how many."""
+        cdef lane_t *lane = &self._lane
+        cdef const uint8_t *content
+        cdef int64_t page
+        cdef int index, zeros = 0
+        cdef bint goes_on = False
+        for index in range(count):
+            page = first + index
+            content = buffer + (at + index) * PAGE
+            if is_zero(<const uint64_t *>content) and punched(lane, page, 1):
+                move(lane, page, DIRTY, ZERO)
+                zeros += 1
+                goes_on = False
+                continue
+            lane.checksum[page] = <uint32_t>(<Store>lane.store)._digest(content, PAGE)
+            move(lane, page, DIRTY, WRITING)
+            if goes_on:
+                runs[run_count[0] - 1][1] += 1
+            else:
+                runs[run_count[0]][0], runs[run_count[0]][1], runs[run_count[0]][2] = page, 1, at + index
+                run_count[0] += 1
+                goes_on = True
+        return zeros
+
+    def acknowledged(self, list runs, uintptr_t buffer, int taste):
+        """Have the pages of `begin_writes`' runs given back, but those that were written to meanwhile.
+
+        The first `taste` of them, as they were written, are offered to the RAM tier.
+        """
+        cdef lane_t *lane = &self._lane
+        cdef int64_t first, page
+        cdef int count, at, index
+        for first, count, at in runs:
+            for index in range(count):
+                page = first + index
+                if lane.state[page] == REWRITTEN:
+                    move(lane, page, REWRITTEN, DIRTY)
+                    (<Order>lane.order).page_returned(page)
+                elif lane.state[page] == WRITING:
+                    # First of all the table says that the volume has it: a pager that is started in the place of
+                    # this one could not tell a page that was given back here from one that the balloon took.
+                    move(lane, page, WRITING, CLEAN)
+                    if taste > 0:
+                        (<Store>lane.store).keep_page(<uint64_t>page, <const void *>(buffer + (at + index) * PAGE))
+                        taste -= 1
+                    self._hub._offer(lane, page, False)
+
+    def recall(self):
+        """Give back no more; what was to be given back stays."""
+        cdef lane_t *lane = &self._lane
+        while lane.victim != lane.victim_end:
+            (<Store>lane.store).forget_run(<uint64_t>lane.victims[lane.victim], 1)
+            (<Order>lane.order).page_added(lane.victims[lane.victim])
+            lane.victim += 1
+            self._hub._victims -= 1
+        while lane.others_count:
+            lane.others_count -= 1
+            (<Order>lane.order).page_added(lane.others[lane.others_count])
+
+    @property
+    def taste(self):
+        """How many of the next victims are offered to the RAM tier."""
+        return self._lane.taste
+
+    @taste.setter
+    def taste(self, int64_t pages):
+        self._lane.taste = pages
+
+    def left(self):
+        """Take the accesses that are for the interpreter, as `(page, flags, began)`, in seconds."""
+        cdef int index
+        accesses = [
+            (self._lane.left[index].page, self._lane.left[index].flags, self._lane.left[index].began / 1e9)
+            for index in range(self._lane.left_count)
+        ]
+        self._lane.left_count = 0
+        return accesses
+
+    def back(self):
+        """Take the reads that have to be repeated, as `(page, write, late, began)`."""
+        cdef int index
+        reads = [
+            (
+                self._lane.back[index].page, bool(self._lane.back[index].flags & 1),
+                bool(self._lane.back[index].flags >> 1), self._lane.back[index].began / 1e9,
+            )
+            for index in range(self._lane.back_count)
+        ]
+        self._lane.back_count = 0
+        return reads
+
+    def passed(self):
+        """Take the last pages that came in past the interpreter, the oldest first."""
+        cdef int64_t index, count = self._lane.passed_count
+        pages = [self._lane.passed[index % RECENT] for index in range(max(count - RECENT, 0), count)]
+        self._lane.passed_count = 0
+        return pages
+
+    def counted(self):
+        """Take what has happened since the last time.
+
+        That is `(faults, pages read, pages from the RAM tier, zero pages, pages given back, buckets of waits, seconds waited,
+        the longest of them, stalls)`.
+        """
+        cdef int index
+        cdef lane_t *lane = &self._lane
+        counted = (
+            lane.faults, lane.answered, lane.from_tier, lane.zeroed, lane.given_back,
+            [lane.buckets[index] for index in range(BUCKETS)],
+            lane.waited_ns / 1e9, lane.longest_ns / 1e9,
+            [(lane.stalls[index][0] / 1e9, lane.stalls[index][1] / 1e9) for index in range(lane.stall_count)],
+        )
+        lane.faults = lane.answered = lane.from_tier = lane.zeroed = lane.given_back = 0
+        lane.waited_ns = lane.longest_ns = lane.stall_count = 0
+        memset(lane.buckets, 0, sizeof(lane.buckets))
+        return counted
+
+    def join(self, int64_t page, bint write):
+        """Let an access wait for a read of the lane's that is in flight; False when there is none of its page."""
+        cdef access_t access
+        access.page, access.began = page, 0
+        access.flags = UFFD_PAGEFAULT_FLAG_WRITE if write else 0
+        return self._hub._joined(&self._lane, &access)
+
+    def withdraw(self):
+        """Give up the reads in flight; returns them as `(page, write, began)`."""
+        return self._hub.withdraw(&self._lane)
+
+    def close(self):
+        """Touch nothing of the client any more."""
+        if self._kept is not None:
+            self._hub.withdraw(&self._lane)
+            self.recall()
+            self._hub.leave(self)
+            self.use(-1, 0, 0)
+            self._kept = self._on_attention = None
+            self._lane.on = False

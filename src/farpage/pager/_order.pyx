@@ -1,0 +1,150 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""The order of replacement, compiled: what `farpage.pager.replacement.PythonReplacement` does, in C's memory."""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+cdef enum:
+    # Those of farpage.pager.replacement
+    NOWHERE = 0
+    INACTIVE = 1
+    ACTIVE = 2
+    TICKS = 4096
+    TICKS_KEPT = 65535
+
+    SMALLEST = 1024
+
+
+cdef inline uint64_t held(const Queue *queue) noexcept nogil:
+    return queue.tail - queue.head
+
+
+cdef bint append(Queue *queue, uint32_t page) noexcept nogil:
+    """False without memory for it."""
+    cdef uint64_t room = queue.mask + 1 if queue.pages != NULL else 0
+    cdef uint64_t length = held(queue), first
+    cdef uint32_t *larger
+    if length == room:
+        larger = <uint32_t *>malloc(max(room * 2, <uint64_t>SMALLEST) * sizeof(uint32_t))
+        if larger == NULL:
+            return False
+        if length:
+            first = room - (queue.head & queue.mask)
+            memcpy(larger, queue.pages + (queue.head & queue.mask), first * sizeof(uint32_t))
+            memcpy(larger + first, queue.pages, (room - first) * sizeof(uint32_t))
+        free(queue.pages)
+        queue.pages, queue.mask = larger, max(room * 2, <uint64_t>SMALLEST) - 1
+        queue.head, queue.tail = 0, length
+    queue.pages[queue.tail & queue.mask] = page
+    queue.tail += 1
+    return True
+
+
+cdef inline uint32_t taken(Queue *queue) noexcept nogil:
+    cdef uint32_t page = queue.pages[queue.head & queue.mask]
+    queue.head += 1
+    return page
+
+
+cdef class Order:
+    """Order of eviction of one client's pages; see `replacement.PythonReplacement`."""
+
+    def __init__(self, uint64_t pages):
+        # An array of nothing has no first element to point to.
+        self._where = bytearray(max(pages, 1))
+        self._left_at = memoryview(bytearray(2 * max(pages, 1))).cast("H")
+        self._evictions_a_tick = max(pages // TICKS, <uint64_t>1)
+
+    def __dealloc__(self):
+        free(self._inactive.pages)
+        free(self._active.pages)
+
+    def __len__(self):
+        return self.length()
+
+    def added(self, int64_t first, int64_t count=1):
+        cdef int64_t page
+        for page in range(first, first + count):
+            if self._where[page] == NOWHERE and not self.enter(page, INACTIVE):
+                raise MemoryError
+
+    def returned(self, int64_t first, int64_t count=1):
+        # Those of one run left and come back together, so the first one speaks for all.
+        cdef uint8_t where = self._where_to(first)
+        cdef int64_t page
+        for page in range(first, first + count):
+            if self._where[page] == NOWHERE and not self.enter(page, where):
+                raise MemoryError
+
+    def victims(self, int64_t count):
+        cdef int64_t page
+        taken_out = []
+        self.demote(count)
+        while len(taken_out) < count and (page := self.victim()) >= 0:
+            taken_out.append(page)
+        return taken_out
+
+    def evicted(self, int64_t first, int64_t count=1):
+        cdef int64_t page
+        cdef uint16_t now
+        self._evictions += count
+        now = self.tick()
+        for page in range(first, first + count):
+            self._left_at[page] = now
+
+    cdef uint64_t length(self) noexcept nogil:
+        return held(&self._inactive) + held(&self._active)
+
+    cdef uint16_t tick(self) noexcept nogil:
+        return <uint16_t>(self._evictions // self._evictions_a_tick % TICKS_KEPT + 1)
+
+    cdef uint8_t _where_to(self, int64_t page) noexcept nogil:
+        cdef uint16_t left_at = self._left_at[page]
+        cdef int64_t ticks
+        if not left_at:
+            return INACTIVE
+        ticks = <int64_t>self.tick() - left_at
+        if ticks < 0:
+            ticks += TICKS_KEPT
+        return ACTIVE if <uint64_t>ticks * self._evictions_a_tick < self.length() else INACTIVE
+
+    cdef bint enter(self, int64_t page, uint8_t where) noexcept nogil:
+        if not append(&self._active if where == ACTIVE else &self._inactive, <uint32_t>page):
+            return False
+        self._where[page] = where
+        return True
+
+    cdef void page_returned(self, int64_t page) noexcept nogil:
+        if self._where[page] == NOWHERE:
+            self.enter(page, self._where_to(page))
+
+    cdef void page_added(self, int64_t page) noexcept nogil:
+        if self._where[page] == NOWHERE:
+            self.enter(page, INACTIVE)
+
+    cdef void page_evicted(self, int64_t page) noexcept nogil:
+        self._evictions += 1
+        self._left_at[page] = self.tick()
+
+    cdef void demote(self, uint64_t count) noexcept nogil:
+        cdef uint64_t active = held(&self._active), inactive = held(&self._inactive), wanted = 0
+        cdef uint64_t share = (active + inactive) * 2 // 3
+        cdef uint32_t page
+        if active > share:
+            wanted = active - share
+        if count > inactive and count - inactive > wanted:
+            wanted = count - inactive
+        for _ in range(min(wanted, active)):
+            page = taken(&self._active)
+            if self.enter(page, INACTIVE):
+                continue
+            self._where[page] = NOWHERE
+
+    cdef int64_t victim(self) noexcept nogil:
+        cdef uint32_t page
+        if not held(&self._inactive):
+            return -1
+        page = taken(&self._inactive)
+        self._where[page] = NOWHERE
+        return page

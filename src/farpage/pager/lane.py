@@ -1,0 +1,236 @@
+"""One client's short way: page-ins that the compiled loop (`_lane.pyx`) does without the interpreter.
+
+It shares the page table with the rest of the pager, and both run in one thread, so one of them is at work at
+a time. What the loop does is what `Faults` would have done; here it is told what it must know for that, and
+what it has done is taken over before anybody decides by it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from farpage.errors import Unsupported
+from farpage.kernel.io_uring import Ring
+from farpage.log import get_logger
+from farpage.pager.compiled import COMPILED, libraries
+from farpage.pager.space import Space
+from farpage.pager.states import WRITING
+from farpage.pager.streams import Streams
+from farpage.pager.tier import MOST_HELD
+
+if TYPE_CHECKING:
+    from farpage.pager._lane import Hub, Lane
+
+log = get_logger()
+
+READS_IN_FLIGHT: Final = 128
+TASTED_TOGETHER: Final = 256
+"""The RAM tier is asked what it wants of so many victims at a time."""
+_NEVER: Final = 1 << 60
+
+
+MOST, READING, HIGH, DEFERRED, LOW, HELD = range(6)
+"""Places in the array of numbers that the loop goes by. Behind the last, which tells how many pages the RAM
+tier holds as they are, are those pages."""
+
+
+def open_hub(epoll: int) -> Hub | None:
+    """Make what waits for the events of an epoll descriptor; None where the short way cannot be had."""
+    if COMPILED is None or libraries() is None:
+        log.info("paging_without_compiled_loops", reason="they were not built, or are not wanted")
+        return None
+    try:
+        return COMPILED.hub(epoll, Ring(READS_IN_FLIGHT))
+    except Unsupported as error:
+        log.info("paging_without_compiled_loops", reason=error.cause)
+        return None
+
+
+class ShortWay:
+    """What one client's pager and its lane know of each other."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        space: Space,
+        streams: Streams,
+        *,
+        on_attention: Callable[[], None],
+        ask: Callable[[int, bool, float], None],
+        deferred: Callable[[], int],
+    ) -> None:
+        """`on_attention` is called when there is something in `left` or `back`, or to be seen to otherwise.
+
+        `ask(page, write, began_seconds)` asks the volume for a page that is READING already; `deferred` tells
+        how many accesses wait for room.
+        """
+        assert COMPILED is not None
+        store, order = space.tier.store, space.replacement
+        assert isinstance(store, COMPILED.store)
+        assert isinstance(order, COMPILED.order)
+        self._space = space
+        self._streams = streams
+        self._ask = ask
+        self._deferred = deferred
+        self._marks = array("q", [0] * (HELD + 1 + MOST_HELD))
+        table = space.table
+        self._lane: Lane = COMPILED.lane(
+            hub,
+            space.memory.fileno(),
+            space.memory.start_address,
+            *space.memory.memfd,
+            table.state,
+            table.checksum,
+            table.counts,
+            self._marks,
+            streams.reach,
+            store,
+            order,
+            on_attention,
+        )
+        self.refresh()
+        self._lane.turn(on=True)
+        self.follow_volume()
+
+    @property
+    def in_flight(self) -> int:
+        """Accesses that wait for its reads."""
+        return self._lane.in_flight
+
+    # What the loop is told
+
+    def refresh(self) -> None:
+        """Tell the loop how much room there is now, and who waits for some."""
+        space, marks = self._space, self._marks
+        limit = space.limit
+        marks[MOST] = limit.most
+        marks[READING] = limit.reading
+        calm = space.paging_out or limit.pages >= space.table.pages
+        marks[HIGH] = _NEVER if calm else limit.high + space.table.counts[WRITING]
+        marks[LOW] = limit.low
+        marks[DEFERRED] = self._deferred()
+        if self._lane.taste <= 0 and not space.page_outs_wait:
+            self._lane.taste = space.tier.wanted(TASTED_TOGETHER)
+        held = space.tier.held
+        marks[HELD] = len(held)
+        for at, page in enumerate(held, HELD + 1):
+            marks[at] = page
+
+    def turn(self, *, on: bool) -> None:
+        """Let the loop answer accesses, or leave all of them to the interpreter."""
+        self._lane.turn(on)
+
+    def follow_volume(self) -> None:
+        """Read what the volume allows, which is another one now."""
+        shortcut = self._space.volume.shortcut
+        if shortcut is not None:
+            shortcut.on_change = self._changed
+        self._changed(useless=True)
+
+    def _changed(self, useless: bool) -> None:
+        if self._space.closed:
+            return
+        shortcut = self._space.volume.shortcut
+        place = shortcut.place if shortcut is not None else None
+        if place is None:
+            self._lane.use(-1, 0, 0.0)
+        else:
+            self._lane.use(*place)
+        if useless:
+            for read in self._lane.withdraw():
+                self._ask(*read)
+            self._space.volume.push()
+
+    # Pages that are to be given back
+
+    @property
+    def offered(self) -> int:
+        """Clean pages that are about to be given back."""
+        return self._lane.offered
+
+    def evict(self, count: int, taste: int) -> list[int]:
+        """Choose victims; returns those, rising, that are not just to be given back.
+
+        Of the others, `taste` are offered to the RAM tier before.
+        """
+        return self._lane.evict(count, taste)
+
+    def begin_writes(
+        self, pages: list[int], buffer: int
+    ) -> tuple[list[tuple[int, int, int]], int, list[int]]:
+        """Protect dirty pages, in rising order, and read them into the buffer at an address.
+
+        Zero ones are given back. Returns `(first, count, place in the buffer, in pages)` for each run to be
+        written, how many pages were zero, and those that cannot be protected at the moment.
+
+        :raise OSError: the client's memory cannot be read.
+        """
+        return self._lane.begin_writes(pages, buffer)
+
+    def acknowledged(self, runs: list[tuple[int, int, int]], buffer: int, taste: int) -> None:
+        """Have pages given back whose write was acknowledged, but those that were written to meanwhile.
+
+        `runs` are those of `begin_writes`. The first `taste` pages are offered to the RAM tier.
+        """
+        self._lane.acknowledged(runs, buffer, taste)
+
+    def give_back(self, pages: int) -> None:
+        """Give back so many of the pages that are to be, or all, now: there is little room."""
+        self._lane.give_back(pages)
+
+    @property
+    def has_chosen(self) -> bool:
+        """Whether victims were chosen that are not just to be given back."""
+        return self._lane.has_chosen
+
+    def chosen(self) -> list[int]:
+        """Take those, rising."""
+        return self._lane.chosen()
+
+    def recall(self) -> None:
+        """Give back no more; the pages stay in memory."""
+        self._lane.recall()
+
+    # What it has done
+
+    def left(self) -> list[tuple[int, int, float]]:
+        """Take the accesses that it leaves to the interpreter, as `(page, flags, began_seconds)`."""
+        return self._lane.left()
+
+    def join(self, page: int, *, write: bool) -> bool:
+        """Let an access wait for a read that is in flight here; False when there is none of its page."""
+        return self._lane.join(page, write)
+
+    def ask_again(self) -> None:
+        """Ask the volume for what did not come, or not as it should."""
+        shortcut = self._space.volume.shortcut
+        for page, write, late, began_seconds in self._lane.back():
+            if late and shortcut is not None:
+                shortcut.failed()
+            self._ask(page, write, began_seconds)
+
+    def settle(self) -> None:
+        """Count what it has done, and tell who follows the accesses."""
+        space, counters = self._space, self._space.counters
+        faults, read, from_tier, zeroed, given_back, buckets, waited, longest, stalls = self._lane.counted()
+        counters.faults += faults
+        counters.clean_evict_pages += given_back
+        if not (read or from_tier or zeroed):
+            return
+        self._streams.passed(self._lane.passed())
+        counters.page_in_pages += read
+        counters.tier_hit_pages += from_tier
+        counters.zero_fill_pages += zeroed
+        counters.waits(buckets, waited, longest)
+        for began_seconds, ended_seconds in stalls:
+            counters.stalled(ended_seconds - began_seconds)
+            space.volume.failovers.note_stall(began_seconds, ended_seconds)
+        shortcut = space.volume.shortcut
+        if read and shortcut is not None:
+            shortcut.answered(read, waited / (read + from_tier + zeroed))
+
+    def close(self) -> None:
+        """Touch nothing of the client any more."""
+        self._lane.close()

@@ -1,0 +1,1062 @@
+"""The compiled loops on real memory, real events and real reads, one poll after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import fcntl
+import mmap
+import os
+import select
+import struct
+import termios
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from farpage.errors import Unsupported
+from farpage.kernel.io_uring import Ring
+from farpage.kernel.memory import (
+    PAGE_SIZE,
+    AlignedBuffer,
+    address_of,
+    create_memfd,
+    resident_bytes,
+    resident_ranges,
+)
+from farpage.kernel.userfaultfd import FLAG_WP, FLAG_WRITE, Mode, Userfaultfd
+from farpage.nbd import eventloop
+from farpage.pager.checksum import page_checksum
+from farpage.pager.compiled import COMPILED, libraries
+from farpage.pager.lane import DEFERRED, HELD, HIGH, LOW, MOST, READING, READS_IN_FLIGHT, open_hub
+from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, REWRITTEN, STATE_COUNT, WRITING, ZERO
+from farpage.pager.states import READING as READING_STATE
+from farpage.pager.streams import Streams
+from farpage.pager.table import PageTable
+from farpage.pager.tier import MOST_HELD
+from tests.support.paging import content_of
+
+if TYPE_CHECKING:
+    from farpage.pager._lane import Hub, Lane
+
+pytestmark = pytest.mark.skipif(COMPILED is None, reason="the compiled loops were not built")
+
+PAGES = 1024
+DEADLINE_SECONDS = 10.0
+NOT_LATE_SECONDS = 60.0
+OFTEN = 0.005
+"""So long a poll waits while a test waits for something that no event tells of."""
+STALL_SECONDS = 0.01
+
+_memcpy = ctypes.CDLL(None).memcpy
+_memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_memcpy.restype = ctypes.c_void_p
+
+
+class Access(threading.Thread):
+    """A copy from or to the client's memory, by a thread that holds no interpreter lock while it waits."""
+
+    def __init__(self, address: int, write: bytes | None) -> None:
+        super().__init__(daemon=True)
+        self._address = address
+        self._write = write
+        self._buffer = ctypes.create_string_buffer(write or bytes(PAGE_SIZE), len(write or bytes(PAGE_SIZE)))
+        self.start()
+
+    def run(self) -> None:
+        buffer = ctypes.addressof(self._buffer)
+        target, source = (buffer, self._address) if self._write is None else (self._address, buffer)
+        _memcpy(target, source, len(self._buffer))
+
+    def ended(self) -> bool:
+        return not self.is_alive()
+
+    @property
+    def content(self) -> bytes:
+        """What a read has found."""
+        assert self.ended()
+        return self._buffer.raw
+
+
+class Client:
+    """Memory of this process, registered as a client's is, with everything that a lane works on.
+
+    All of its pages are on the device at first, a file that has `content_of` each.
+    """
+
+    def __init__(self, polled: Polled, folder: Path, pages: int = PAGES) -> None:
+        assert COMPILED is not None
+        self.polled = polled
+        self.pages = pages
+        self.memfd = create_memfd("client", pages * PAGE_SIZE)
+        self.mapping = mmap.mmap(self.memfd, pages * PAGE_SIZE)
+        self.start = address_of(self.mapping)
+        self.uffd = Userfaultfd.create()
+        self.uffd.handshake()
+        self.uffd.register(self.start, pages * PAGE_SIZE, Mode.MISSING | Mode.WP | Mode.MINOR)
+        self.file = folder / f"volume{self.memfd}"
+        self.file.write_bytes(b"".join(content_of(page) for page in range(pages)))
+        self.table = PageTable(pages)
+        self.table.restate(np.full(pages, ON_DEVICE, np.uint8))
+        self.table.checksums[:] = [page_checksum(memoryview(content_of(page))) for page in range(pages)]
+        self.order = COMPILED.order(pages)
+        called = libraries()
+        assert called is not None
+        self.store = COMPILED.store(pages * PAGE_SIZE, *called)
+        self.streams = Streams(pages)
+        self.marks = array("q", [0] * (HELD + 1 + MOST_HELD))
+        self.marks[MOST], self.marks[READING], self.marks[HIGH] = pages, pages, 1 << 60
+        self.calls = 0
+        self.left: list[tuple[int, int, float]] = []
+        self.back: list[tuple[int, bool, bool, float]] = []
+        self.on_attention: Callable[[], object] = self.take
+        self.lane: Lane = COMPILED.lane(
+            polled.hub,
+            self.uffd.fileno(),
+            self.start,
+            self.memfd,
+            0,
+            self.table.state,
+            self.table.checksum,
+            self.table.counts,
+            self.marks,
+            self.streams.reach,
+            self.store,
+            self.order,
+            self._attention,
+        )
+        polled.watch(self.uffd.fileno())
+        self.use_file()
+        self.lane.turn(on=True)
+        self._accesses: list[Access] = []
+        self._buffer = AlignedBuffer(64 * PAGE_SIZE)
+
+    # What it does with its memory
+
+    def read(self, page: int) -> Access:
+        """Begin to read a page."""
+        return self._access(page, None)
+
+    def write(self, page: int, data: bytes) -> Access:
+        """Begin to write to the beginning of a page."""
+        return self._access(page, data)
+
+    def _access(self, page: int, data: bytes | None) -> Access:
+        access = Access(self.start + page * PAGE_SIZE, data)
+        self._accesses.append(access)
+        return access
+
+    def waits(self, accesses: int = 1) -> None:
+        """Wait until so many accesses wait that nobody has read the events of."""
+        end = time.monotonic() + DEADLINE_SECONDS
+        while self.uffd.state.pending_faults < accesses:
+            assert time.monotonic() < end, "no access waits"
+            os.sched_yield()
+
+    def has_read(self, page: int) -> bytes:
+        """Read a page and return what was found."""
+        access = self.read(page)
+        self.polled.until(access.ended)
+        return access.content
+
+    # What the test does as the pager
+
+    def use_file(self, late_seconds: float = NOT_LATE_SECONDS) -> None:
+        """Read the file; past the page cache, where its file system can do that."""
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY | os.O_DIRECT)
+        except OSError:
+            descriptor = os.open(self.file, os.O_RDONLY)
+        self.lane.use(descriptor, 0, late_seconds)
+        os.close(descriptor)
+
+    def resident(self, pages: list[int], state: int, content: Callable[[int], bytes] = content_of) -> None:
+        """Have pages in memory, with their place in the order; clean ones are protected."""
+        for page in pages:
+            self._buffer.view[:PAGE_SIZE] = content(page)
+            address = self.start + page * PAGE_SIZE
+            protect = state == CLEAN
+            assert (
+                self.uffd.copy(address, self._buffer.address, PAGE_SIZE, write_protect=protect) == PAGE_SIZE
+            )
+            self.table.put(page, state)
+            self.order.added(page)
+
+    def take(self) -> None:
+        """Take what is left to the interpreter."""
+        self.left += self.lane.left()
+        self.back += self.lane.back()
+
+    def _attention(self) -> None:
+        self.calls += 1
+        self.on_attention()
+
+    # What there is then
+
+    def states(self, *pages: int) -> list[int]:
+        return [self.table.state[page] for page in pages]
+
+    def held(self, page: int) -> bytes | None:
+        """Return what the memfd holds of a page; None for a hole."""
+        if not list(resident_ranges(self.memfd, page * PAGE_SIZE, PAGE_SIZE)):
+            return None
+        return os.pread(self.memfd, PAGE_SIZE, page * PAGE_SIZE)
+
+    def protected(self, page: int) -> bool:
+        """Tell whether a write to a page would be an event (pagemap, bit 57)."""
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek((self.start // PAGE_SIZE + page) * 8)
+            return bool(int.from_bytes(pagemap.read(8), "little") >> 57 & 1)
+
+    def accesses_left(self) -> list[tuple[int, int]]:
+        """Return the accesses that were left to the interpreter."""
+        return [(page, flags & (FLAG_WRITE | FLAG_WP)) for page, flags, _ in self.left]
+
+    def close(self) -> None:
+        """Let all go on that wait, and give the memory back."""
+        self.lane.close()
+        with suppress(OSError):  # a part of it may be so already
+            self.uffd.unregister(self.start, self.pages * PAGE_SIZE)
+        self.polled.unwatch(self.uffd.fileno())
+        self.uffd.close()
+        for access in self._accesses:
+            access.join(DEADLINE_SECONDS)
+            assert access.ended(), "an access still waits"
+        self.mapping.close()
+        os.close(self.memfd)
+        self._buffer.close()
+        assert list(self.table.counts) == np.bincount(self.table.states, minlength=STATE_COUNT).tolist()
+
+
+class Polled:
+    """A hub, its clients, and a test in the place of the event loop."""
+
+    def __init__(self, folder: Path) -> None:
+        assert COMPILED is not None
+        self.epoll = select.epoll()
+        self.hub: Hub = COMPILED.hub(self.epoll.fileno(), Ring(READS_IN_FLIGHT))
+        self.watch(self.hub.fileno())
+        self.told: list[tuple[int, int]] = []
+        """Events that the hub has left to the loop."""
+        self.may_look = False
+        self._folder = folder
+        self.clients: list[Client] = []
+
+    def client(self, pages: int = PAGES) -> Client:
+        """Return a new one."""
+        self.clients.append(Client(self, self._folder, pages))
+        return self.clients[-1]
+
+    def watch(self, descriptor: int) -> None:
+        """Wait for what a descriptor tells."""
+        self.epoll.register(descriptor, select.EPOLLIN)
+
+    def unwatch(self, descriptor: int) -> None:
+        """Take back `watch`."""
+        self.epoll.unregister(descriptor)
+
+    def poll(self, seconds: float = 0.0) -> None:
+        """Do one turn of the loop."""
+        for descriptor, events in self.hub.poll(seconds, self.may_look):
+            if descriptor == self.hub.fileno():
+                self.hub.attend()
+            else:
+                self.told.append((descriptor, events))
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Turn until something has come about."""
+        end = time.monotonic() + DEADLINE_SECONDS
+        while not condition():
+            assert time.monotonic() < end, "it never came about"
+            self.poll(OFTEN)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for client in self.clients:
+            client.close()
+        self.epoll.close()
+
+
+class OnLoop(Polled):
+    """The same over the data plane's event loop."""
+
+    def __init__(self, folder: Path) -> None:
+        self._loop = asyncio.get_running_loop()
+        hub = eventloop.wait_with(self._loop, open_hub)
+        assert hub is not None
+        self.hub = hub
+        self._folder = folder
+        self.clients = []
+        self.told = []
+
+    def watch(self, descriptor: int) -> None:
+        eventloop.add_reader(self._loop, descriptor, lambda: self.told.append((descriptor, 0)))
+
+    def unwatch(self, descriptor: int) -> None:
+        eventloop.remove_reader(self._loop, descriptor)
+
+    async def comes(self, condition: Callable[[], object]) -> None:
+        """Let the loop run until something has come about."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not condition():
+                await asyncio.sleep(OFTEN)
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+
+
+class PipeDevice:
+    """A device that answers when the test says so."""
+
+    def __init__(self, client: Client, late_seconds: float = NOT_LATE_SECONDS) -> None:
+        self._polled = client.polled
+        self._reader, self._writer = os.pipe()
+        client.lane.use(self._reader, 0, late_seconds)
+
+    def answer(self, content: bytes) -> None:
+        """Answer the oldest read with a page, and wait until that is taken."""
+        os.write(self._writer, content)
+        self._polled.until(lambda: not self._unread())
+        self._polled.poll()
+
+    def _unread(self) -> int:
+        (count,) = struct.unpack("i", fcntl.ioctl(self._reader, termios.FIONREAD, bytes(4)))
+        return int(count)
+
+    def close(self) -> None:
+        """End what waits: there is nothing to be read any more."""
+        os.close(self._writer)
+        os.close(self._reader)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _io_uring() -> None:
+    try:
+        Ring(1).close()
+    except Unsupported as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(name="polled")
+def _polled(tmp_path: Path) -> Iterator[Polled]:
+    polled = Polled(tmp_path)
+    yield polled
+    polled.close()
+
+
+@pytest.fixture(name="client")
+def _client(polled: Polled) -> Client:
+    return polled.client()
+
+
+@pytest.fixture(name="device")
+def _device(client: Client) -> Iterator[PipeDevice]:
+    device = PipeDevice(client)
+    yield device
+    device.close()
+
+
+# Page-ins
+
+
+@pytest.mark.parametrize("may_look", [False, True])
+def test_a_page_on_the_device_comes_in_clean_and_protected(
+    client: Client, polled: Polled, may_look: bool
+) -> None:
+    polled.may_look = may_look
+    assert client.has_read(300) == content_of(300)
+    assert client.states(300) == [CLEAN]
+    assert (client.table.counts[CLEAN], client.table.counts[ON_DEVICE]) == (1, PAGES - 1)
+    assert client.protected(300)
+    assert client.lane.in_flight == 0
+    assert (client.left, client.back, polled.told) == ([], [], [])
+    assert client.order.victims(2) == [300]
+
+
+def test_what_has_come_in_is_counted_once(client: Client) -> None:
+    for page in (100, 300, 500):
+        client.has_read(page)
+    faults, read, from_tier, zeroed, given_back, buckets, waited, longest, _ = client.lane.counted()
+    assert (faults, read, from_tier, zeroed, given_back, sum(buckets)) == (3, 3, 0, 0, 0, 3)
+    assert 0 < longest < waited
+    assert client.lane.passed() == [100, 300, 500]
+    assert client.lane.counted()[:5] == (0, 0, 0, 0, 0)
+    assert client.lane.passed() == []
+
+
+def test_a_write_brings_a_page_in_dirty_and_unprotected(client: Client, polled: Polled) -> None:
+    access = client.write(300, b"new")
+    polled.until(access.ended)
+    assert client.states(300) == [DIRTY]
+    assert not client.protected(300)
+    assert client.held(300) == b"new" + content_of(300)[3:]
+
+
+def test_a_volume_is_read_from_where_it_begins(client: Client) -> None:
+    with open(client.file, "rb+") as file:
+        content = file.read()
+        file.seek(0)
+        file.write(bytes(7 * PAGE_SIZE) + content)
+    descriptor = os.open(client.file, os.O_RDONLY)
+    client.lane.use(descriptor, 7 * PAGE_SIZE, NOT_LATE_SECONDS)
+    os.close(descriptor)
+    assert client.has_read(PAGES - 1) == content_of(PAGES - 1)
+    assert client.has_read(0) == content_of(0)
+
+
+def test_a_page_is_never_copied_whose_content_is_not_what_was_paged_out(
+    client: Client, polled: Polled
+) -> None:
+    client.table.checksum[300] ^= 1
+    access = client.read(300)
+    polled.until(lambda: client.back)
+    assert [read[:3] for read in client.back] == [(300, False, False)]
+    assert client.states(300) == [READING_STATE]
+    assert client.held(300) is None
+    assert not access.ended()
+    assert len(client.order) == client.lane.in_flight == client.lane.counted()[1] == 0
+
+
+def test_a_read_that_fails_is_handed_back(client: Client, polled: Polled) -> None:
+    os.truncate(client.file, 300 * PAGE_SIZE)
+    client.write(300, b"new")
+    polled.until(lambda: client.back)
+    assert [read[:3] for read in client.back] == [(300, True, False)]
+    assert client.states(300) == [READING_STATE]
+    assert client.held(300) is None
+
+
+def test_a_read_that_is_late_is_handed_back_and_its_answer_dropped(client: Client, polled: Polled) -> None:
+    device = PipeDevice(client, late_seconds=0.01)
+    began = time.monotonic()
+    access = client.read(300)
+    polled.until(lambda: client.back)
+    ((page, write, late, read_began),) = client.back
+    assert (page, write, late) == (300, False, True)
+    assert began <= read_began <= time.monotonic() - 0.01
+    assert client.lane.in_flight == 0
+    assert not client.lane.join(300, False)
+    device.answer(content_of(300))
+    assert client.states(300) == [READING_STATE]
+    assert client.held(300) is None
+    assert not access.ended()
+    assert len(client.back) == 1
+    device.close()
+
+
+def test_reads_that_are_withdrawn_are_returned_and_their_answers_dropped(
+    client: Client, polled: Polled, device: PipeDevice
+) -> None:
+    client.read(300)
+    client.write(500, b"new")
+    polled.until(lambda: client.lane.in_flight == 2)
+    withdrawn = client.lane.withdraw()
+    assert sorted(read[:2] for read in withdrawn) == [(300, False), (500, True)]
+    assert client.lane.in_flight == 0
+    device.answer(content_of(300))
+    assert client.states(300, 500) == [READING_STATE] * 2
+    assert client.held(300) is None
+    assert client.lane.withdraw() == []
+    assert client.back == []
+
+
+def test_the_answer_to_a_read_that_was_given_up_is_dropped(
+    client: Client, polled: Polled, device: PipeDevice
+) -> None:
+    client.read(300)
+    polled.until(lambda: client.lane.in_flight)
+    client.table.put(300, ON_DEVICE)
+    device.answer(content_of(300))
+    assert client.states(300) == [ON_DEVICE]
+    assert client.held(300) is None
+    assert (client.lane.in_flight, client.back) == (0, [])
+
+
+def test_two_accesses_to_a_page_that_is_being_read_go_on_together(
+    client: Client, polled: Polled, device: PipeDevice
+) -> None:
+    reader = client.read(300)
+    polled.until(lambda: client.lane.in_flight)
+    writer = client.write(300, b"new")
+    client.waits()
+    polled.until(lambda: not client.uffd.state.pending_faults)
+    assert client.lane.in_flight == 1
+    device.answer(content_of(300))
+    polled.until(lambda: reader.ended() and writer.ended())
+    assert client.states(300) == [DIRTY]
+    assert client.held(300) == b"new" + content_of(300)[3:]
+    assert client.left == []
+
+
+def test_an_access_joins_the_read_of_its_page(client: Client, polled: Polled, device: PipeDevice) -> None:
+    access = client.read(300)
+    polled.until(lambda: client.lane.in_flight)
+    assert not client.lane.join(301, True)
+    assert client.lane.join(300, True)
+    device.answer(content_of(300))
+    polled.until(access.ended)
+    assert client.states(300) == [DIRTY]
+    assert not client.lane.join(300, True)
+
+
+def test_an_access_that_waits_long_is_a_stall(client: Client, polled: Polled, device: PipeDevice) -> None:
+    access = client.read(300)
+    polled.until(lambda: client.lane.in_flight)
+    answered = time.monotonic() + STALL_SECONDS
+    polled.until(lambda: time.monotonic() > answered)
+    device.answer(content_of(300))
+    polled.until(access.ended)
+    *_, longest, stalls = client.lane.counted()
+    ((began, ended),) = stalls
+    assert ended - began == pytest.approx(longest)
+    assert longest >= STALL_SECONDS
+    assert client.lane.counted()[-1] == []
+
+
+# A page in the RAM tier
+
+
+def test_a_page_in_the_ram_tier_comes_in_without_a_read(client: Client, polled: Polled) -> None:
+    client.lane.use(-1, 0, 0.0)
+    client.store.keep(300, memoryview(content_of(300)))
+    assert client.has_read(300) == content_of(300)
+    assert client.states(300) == [CLEAN]
+    assert client.protected(300)
+    assert (300 in client.store, client.store.given) == (False, 1)
+    assert client.lane.counted()[:3] == (1, 0, 1)
+    assert client.order.victims(1) == [300]
+
+
+def test_a_page_that_the_ram_tier_has_in_another_version_is_read(client: Client) -> None:
+    client.store.keep(300, memoryview(content_of(300, 2)))
+    assert client.has_read(300) == content_of(300)
+    assert 300 not in client.store
+    assert client.lane.counted()[:3] == (1, 1, 0)
+
+
+# What is left to the interpreter
+
+
+@pytest.mark.parametrize("mark", [MOST, READING], ids=["most", "reading"])
+def test_an_access_is_left_when_there_is_no_room(client: Client, polled: Polled, mark: int) -> None:
+    client.marks[mark] = 0
+    client.write(300, b"new")
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(300, FLAG_WRITE)]
+    assert client.states(300) == [ON_DEVICE]
+    assert client.lane.counted()[0] == 1
+
+
+def test_what_the_ram_tier_takes_is_no_room_for_pages(client: Client, polled: Polled) -> None:
+    client.marks[MOST] = 1
+    client.store.keep(500, memoryview(content_of(500)))
+    client.read(300)
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(300, 0)]
+
+
+def test_an_access_is_left_when_nothing_may_be_read(client: Client, polled: Polled) -> None:
+    client.lane.use(-1, 0, 0.0)
+    client.read(300)
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(300, 0)]
+    assert client.states(300) == [ON_DEVICE]
+
+
+@pytest.mark.parametrize("near", [236, 301, 364])
+def test_an_access_near_a_recent_one_is_left(client: Client, polled: Polled, near: int) -> None:
+    client.has_read(300)
+    client.read(near)
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(near, 0)]
+    assert client.states(near) == [ON_DEVICE]
+
+
+def test_an_access_within_a_streams_reach_is_left(client: Client, polled: Polled) -> None:
+    for page in (400, 390, 380):
+        client.streams.fault(page, 0)
+    assert client.has_read(705) == content_of(705)
+    client.read(370)
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(370, 0)]
+
+
+def test_an_access_to_a_page_that_the_ram_tier_holds_as_it_is_is_left(client: Client, polled: Polled) -> None:
+    client.marks[HELD : HELD + 3] = array("q", [2, 700, 300])
+    client.read(300)
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(300, 0)]
+
+
+def test_an_access_to_a_missing_page_that_should_be_in_memory_is_left(client: Client, polled: Polled) -> None:
+    client.table.put(300, DIRTY)
+    client.read(300)
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(300, 0)]
+    assert client.states(300) == [DIRTY]
+
+
+def test_a_first_touch_finds_zeros_and_makes_the_page_dirty(client: Client) -> None:
+    client.table.put(300, ZERO)
+    assert client.has_read(300) == bytes(PAGE_SIZE)
+    assert client.states(300) == [DIRTY]
+    assert not client.protected(300)
+    assert client.lane.counted()[:5] == (1, 0, 0, 1, 0)
+    assert client.order.victims(2) == [300]
+
+
+def test_a_first_touch_that_follows_another_is_left(client: Client, polled: Polled) -> None:
+    for page in (300, 301):
+        client.table.put(page, ZERO)
+    client.has_read(300)
+    client.read(301)
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(301, 0)]
+
+
+def test_above_the_high_mark_clean_victims_leave_without_the_interpreter(
+    client: Client, polled: Polled
+) -> None:
+    client.resident([100, 200, 400], CLEAN)
+    client.marks[HIGH], client.marks[LOW] = 3, 2
+    client.has_read(500)
+    polled.until(lambda: not client.lane.offered)
+    assert client.states(100, 200, 400, 500) == [ON_DEVICE, ON_DEVICE, CLEAN, CLEAN]
+
+
+def test_dirty_victims_are_chosen_for_the_interpreter(client: Client) -> None:
+    client.resident([400, 100, 200], DIRTY)
+    client.marks[HIGH], client.marks[LOW] = 3, 1
+    client.has_read(500)
+    assert client.lane.has_chosen
+    assert client.lane.chosen() == [100, 200, 400]
+    assert not client.lane.has_chosen
+
+
+def test_pages_that_are_to_be_given_back_are_so_at_once_on_demand(client: Client) -> None:
+    client.resident([100, 200, 300], CLEAN)
+    client.lane.evict(3, 0)
+    client.lane.give_back(2)
+    assert client.lane.offered == 1
+    assert client.states(100, 200, 300) == [ON_DEVICE, ON_DEVICE, CLEAN]
+
+
+def test_no_more_events_are_read_before_those_that_were_left_are_taken(
+    client: Client, polled: Polled
+) -> None:
+    client.on_attention = lambda: None
+    client.marks[MOST] = 0
+    client.read(300)
+    polled.until(lambda: client.calls)
+    client.read(500)
+    client.waits()
+    polled.until(lambda: client.calls > 1)
+    assert [page for page, _, _ in client.lane.left()] == [300]
+    client.on_attention = client.take
+    polled.until(lambda: client.left)
+    assert [page for page, _, _ in client.left] == [500]
+
+
+def test_an_access_is_left_when_too_many_are_being_read(polled: Polled) -> None:
+    client = polled.client(pages=(READS_IN_FLIGHT + 1) * 65)
+    device = PipeDevice(client)
+    for page in range(0, client.pages - 65, 65):
+        client.read(page)
+    polled.until(lambda: client.lane.in_flight == READS_IN_FLIGHT)
+    client.read(client.pages - 65)
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(client.pages - 65, 0)]
+    assert client.table.counts[READING_STATE] == READS_IN_FLIGHT
+    client.lane.close()
+    device.close()
+
+
+def test_the_interpreter_is_told_when_accesses_wait_for_room_and_a_page_has_come(
+    client: Client, polled: Polled
+) -> None:
+    client.has_read(300)
+    assert client.calls == 0
+    client.marks[DEFERRED] = 1
+    client.has_read(500)
+    assert client.calls == 1
+
+
+def test_the_interpreter_is_told_when_more_is_in_memory_than_can_leave_without_it(
+    client: Client, polled: Polled
+) -> None:
+    client.resident([100, 300], DIRTY)
+    client.order.victims(2)
+    client.marks[HIGH] = client.marks[LOW] = 1
+    assert client.calls == 0
+    polled.until(client.write(500, b"new").ended)
+    assert client.calls == 1
+
+
+# Writes
+
+
+def test_a_write_to_a_clean_page_is_let_through(client: Client, polled: Polled) -> None:
+    client.resident([300], CLEAN)
+    access = client.write(300, b"new")
+    polled.until(access.ended)
+    assert client.states(300) == [DIRTY]
+    assert not client.protected(300)
+    assert client.held(300) == b"new" + content_of(300)[3:]
+    assert (client.left, client.lane.counted()[:2]) == ([], (1, 0))
+
+
+@pytest.mark.parametrize("near", [299, 301])
+def test_a_write_beside_the_last_one_is_left(client: Client, polled: Polled, near: int) -> None:
+    client.resident([300, near], CLEAN)
+    polled.until(client.write(300, b"new").ended)
+    client.write(near, b"new")
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(near, FLAG_WRITE | FLAG_WP)]
+    assert client.states(near) == [CLEAN]
+
+
+def test_a_write_to_a_page_that_is_being_written_out_is_left(client: Client, polled: Polled) -> None:
+    client.resident([300], CLEAN)
+    client.table.put(300, WRITING)
+    client.write(300, b"new")
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(300, FLAG_WRITE | FLAG_WP)]
+    assert client.states(300) == [WRITING]
+
+
+# Pages that are given back
+
+
+def test_clean_victims_are_given_back_while_nothing_else_is_to_be_done(
+    client: Client, polled: Polled
+) -> None:
+    client.resident([100, 101, 102, 300], CLEAN)
+    client.resident([500, 400], DIRTY)
+    assert client.lane.evict(8, 0) == [400, 500]
+    assert client.lane.offered == 4
+    polled.until(lambda: not client.lane.offered)
+    assert client.states(100, 101, 102, 300) == [ON_DEVICE] * 4
+    assert resident_bytes(client.memfd) == 2 * PAGE_SIZE
+    assert client.lane.counted()[4] == 4
+    assert (len(client.order), len(client.store)) == (0, 0)
+    assert client.has_read(101) == content_of(101)
+
+
+def test_no_more_victims_are_chosen_than_asked_for(client: Client, polled: Polled) -> None:
+    client.resident([100, 300, 500], CLEAN)
+    assert client.lane.evict(2, 0) == []
+    assert client.lane.offered == 2
+    polled.until(lambda: not client.lane.offered)
+    assert client.states(100, 300, 500) == [ON_DEVICE, ON_DEVICE, CLEAN]
+
+
+def test_more_victims_are_given_back_than_are_remembered_at_a_time(client: Client, polled: Polled) -> None:
+    client.resident(list(range(700)), CLEAN)
+    while len(client.order):
+        assert client.lane.evict(300, 0) == []
+        polled.poll()
+    polled.until(lambda: not client.lane.offered)
+    assert client.table.counts[ON_DEVICE] == PAGES
+    assert resident_bytes(client.memfd) == 0
+
+
+def test_a_victim_that_is_written_to_stays(client: Client, polled: Polled) -> None:
+    client.resident([100, 101, 102], CLEAN)
+    assert client.lane.evict(3, 3) == []
+    client.write(101, b"new")
+    client.waits()
+    polled.until(lambda: not client.lane.offered)
+    assert client.states(100, 101, 102) == [ON_DEVICE, DIRTY, ON_DEVICE]
+    assert client.held(101) == b"new" + content_of(101)[3:]
+    assert client.order.victims(3) == [101]
+    assert [page in client.store for page in (100, 101, 102)] == [True, False, True]
+
+
+def test_an_access_with_no_room_takes_a_victims_place(client: Client, polled: Polled) -> None:
+    client.resident([100, 200, 300], CLEAN)
+    client.marks[MOST] = 3
+    assert client.lane.evict(2, 0) == []
+    access = client.read(500)
+    client.waits()
+    polled.until(access.ended)
+    assert access.content == content_of(500)
+    assert client.states(100, 500) == [ON_DEVICE, CLEAN]
+    assert client.left == []
+
+
+def test_a_page_that_comes_back_soon_is_the_last_to_leave_again(client: Client, polled: Polled) -> None:
+    client.resident([100, 300], CLEAN)
+    client.lane.evict(1, 0)
+    polled.until(lambda: not client.lane.offered)
+    client.has_read(100)
+    client.has_read(500)
+    client.lane.evict(2, 0)
+    polled.until(lambda: not client.lane.offered)
+    assert client.states(100, 300, 500) == [CLEAN, ON_DEVICE, ON_DEVICE]
+    client.lane.evict(1, 0)
+    polled.until(lambda: not client.lane.offered)
+    assert client.states(100) == [ON_DEVICE]
+
+
+def test_victims_that_are_called_back_stay(client: Client, polled: Polled) -> None:
+    client.resident([100, 300], CLEAN)
+    client.lane.evict(2, 2)
+    client.lane.recall()
+    assert client.lane.offered == 0
+    polled.poll(OFTEN)
+    assert client.states(100, 300) == [CLEAN, CLEAN]
+    assert sorted(client.order.victims(3)) == [100, 300]
+    assert len(client.store) == 0
+
+
+def test_as_many_victims_as_are_asked_for_go_to_the_ram_tier(client: Client, polled: Polled) -> None:
+    client.resident([100, 101, 300], CLEAN)
+    assert client.lane.evict(3, 2) == []
+    polled.until(lambda: not client.lane.offered)
+    assert [page in client.store for page in (100, 101, 300)] == [True, True, False]
+    client.lane.use(-1, 0, 0.0)
+    assert client.has_read(101) == content_of(101)
+
+
+def test_the_interpreter_is_told_of_room_when_accesses_wait_for_it(client: Client, polled: Polled) -> None:
+    client.resident([100], CLEAN)
+    client.marks[DEFERRED] = 1
+    client.lane.evict(1, 0)
+    polled.until(lambda: client.calls)
+    assert client.states(100) == [ON_DEVICE]
+
+
+# Page-outs
+
+
+def test_dirty_pages_are_protected_and_read_and_zero_ones_given_back(client: Client) -> None:
+    client.resident([100, 101, 103, 104, 300], DIRTY, lambda page: content_of(page, 2))
+    client.resident([102, 301], DIRTY, lambda _page: bytes(PAGE_SIZE))
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        pages = [100, 101, 102, 103, 104, 300, 301]
+        runs, zeros, busy = client.lane.begin_writes(pages, buffer.address)
+        assert (runs, zeros, busy) == ([(100, 2, 0), (103, 2, 3), (300, 1, 5)], 2, [])
+        for first, count, place in runs:
+            for index in range(count):
+                page, at = first + index, (place + index) * PAGE_SIZE
+                assert buffer.view[at : at + PAGE_SIZE] == content_of(page, 2)
+                assert client.table.checksum[page] == page_checksum(memoryview(content_of(page, 2)))
+                assert client.states(page) == [WRITING]
+                assert client.protected(page)
+    assert client.states(102, 301) == [ZERO, ZERO]
+    assert (client.held(102), client.held(301)) == (None, None)
+
+
+def test_pages_that_cannot_be_protected_now_are_busy(client: Client) -> None:
+    client.resident([100, 101, 300], DIRTY)
+    client.uffd.unregister(client.start + 100 * PAGE_SIZE, 2 * PAGE_SIZE)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        runs, zeros, busy = client.lane.begin_writes([100, 101, 300], buffer.address)
+    assert (runs, zeros, busy) == ([(300, 1, 2)], 0, [100, 101])
+    assert client.states(100, 101, 300) == [DIRTY, DIRTY, WRITING]
+
+
+def test_more_pages_than_a_buffer_holds_are_not_written(client: Client) -> None:
+    with pytest.raises(ValueError, match="65 pages"):
+        client.lane.begin_writes(list(range(65)), 0)
+
+
+def test_written_pages_are_given_back_but_those_that_were_written_to_meanwhile(
+    client: Client, polled: Polled
+) -> None:
+    client.resident([100, 101, 102, 300], DIRTY)
+    client.order.victims(4)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        runs, _, _ = client.lane.begin_writes([100, 101, 102, 300], buffer.address)
+        client.table.put(101, REWRITTEN)
+        client.lane.acknowledged(runs, buffer.address, 1)
+    assert client.states(101) == [DIRTY]
+    assert client.order.victims(1) == [101]
+    polled.until(lambda: not client.lane.offered)
+    assert client.states(100, 102, 300) == [ON_DEVICE] * 3
+    assert (client.held(100), client.held(101)) == (None, content_of(101))
+    assert [page in client.store for page in (100, 101, 102, 300)] == [True, False, False, False]
+    assert client.lane.counted()[4] == 3
+    assert client.has_read(300) == content_of(300)
+
+
+def test_more_written_pages_are_given_back_than_are_remembered_at_a_time(
+    client: Client, polled: Polled
+) -> None:
+    client.resident(list(range(700)), DIRTY)
+    client.order.victims(700)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        for first in range(0, 700, 50):
+            pages = list(range(first, first + 50))
+            runs, _, _ = client.lane.begin_writes(pages, buffer.address)
+            client.lane.acknowledged(runs, buffer.address, 0)
+    polled.until(lambda: not client.lane.offered)
+    assert client.table.counts[ON_DEVICE] == PAGES
+    assert resident_bytes(client.memfd) == 0
+    assert client.lane.counted()[4] == 700
+    assert len(client.store) == 0
+
+
+# The hub
+
+
+def test_a_lane_that_is_closed_with_reads_in_flight_touches_nothing_any_more(
+    client: Client, polled: Polled, device: PipeDevice
+) -> None:
+    other = polled.client()
+    client.read(300)
+    client.waits()
+    polled.poll()
+    assert client.lane.in_flight == 1
+    client.resident([700, 800], CLEAN)
+    client.lane.evict(2, 0)
+    before = bytes(client.table.state)
+    client.lane.close()
+    device.answer(content_of(300))
+    assert other.has_read(300) == content_of(300)
+    assert bytes(client.table.state) == before
+    assert client.held(300) is None
+    assert client.order.victims(3) == [700, 800]
+    client.lane.close()
+
+
+def test_events_of_a_lane_that_is_turned_off_are_left_to_the_loop(client: Client, polled: Polled) -> None:
+    client.lane.turn(on=False)
+    access = client.read(300)
+    polled.until(lambda: polled.told)
+    assert polled.told[0] == (client.uffd.fileno(), select.EPOLLIN)
+    assert client.uffd.state.pending_faults == 1
+    client.lane.turn(on=True)
+    polled.until(access.ended)
+    assert access.content == content_of(300)
+
+
+@pytest.mark.parametrize("may_look", [False, True])
+@pytest.mark.parametrize("seconds", [0.0, 0.02])
+def test_a_poll_ends_in_time(polled: Polled, seconds: float, may_look: bool) -> None:
+    began = time.monotonic()
+    assert polled.hub.poll(seconds, may_look) == []
+    assert seconds <= time.monotonic() - began < DEADLINE_SECONDS
+
+
+def test_a_poll_ends_in_time_while_a_read_is_in_flight(
+    client: Client, polled: Polled, device: PipeDevice
+) -> None:
+    client.read(300)
+    polled.until(lambda: client.lane.in_flight)
+    began = time.monotonic()
+    assert polled.hub.poll(0.02, False) == []
+    assert 0.02 <= time.monotonic() - began < DEADLINE_SECONDS
+
+
+def test_a_poll_tells_of_other_descriptors(client: Client, polled: Polled) -> None:
+    other = os.eventfd(1, os.EFD_NONBLOCK)
+    polled.watch(other)
+    access = client.read(300)
+    client.waits()
+    assert polled.hub.poll(-1.0, False) == [(other, select.EPOLLIN)]
+    assert client.states(300) != [ON_DEVICE]
+    os.close(other)
+    polled.until(access.ended)
+
+
+def test_every_lane_that_needs_the_interpreter_is_attended_to(polled: Polled) -> None:
+    first, second, third = (polled.client() for _ in range(3))
+    for client in (first, third):
+        client.marks[MOST] = 0
+        client.read(300)
+        client.waits()
+    polled.until(lambda: first.left and third.left)
+    assert (first.calls, second.calls, third.calls) == (1, 0, 1)
+
+
+def test_a_lane_that_another_ones_callback_closes_is_not_attended_to(polled: Polled) -> None:
+    first, second, third = (polled.client() for _ in range(3))
+    for client in (first, second, third):
+        client.marks[MOST] = 0
+        client.read(300)
+        client.waits()
+    first.on_attention = second.lane.close
+    assert polled.hub.poll(0, False) == [(polled.hub.fileno(), select.EPOLLIN)]
+    polled.hub.attend()
+    assert (first.calls, second.calls, third.calls) == (1, 0, 1)
+    assert third.accesses_left() == [(300, 0)]
+
+
+def test_a_callback_that_fails_keeps_no_other_lane_from_being_attended_to(polled: Polled) -> None:
+    first, second = polled.client(), polled.client()
+    for client in (first, second):
+        client.marks[MOST] = 0
+        client.read(300)
+        client.waits()
+
+    def fail() -> None:
+        raise RuntimeError("failed")
+
+    first.on_attention = fail
+    polled.hub.poll(0, False)
+    with pytest.raises(RuntimeError, match="failed"):
+        polled.hub.attend()
+    first.on_attention = first.take
+    polled.until(lambda: second.left)
+
+
+def test_an_event_loop_that_waits_with_a_hub_goes_on_as_ever(tmp_path: Path) -> None:
+    async def main() -> None:
+        polled = OnLoop(tmp_path)
+        client = polled.client()
+        access = client.read(300)
+        await polled.comes(access.ended)
+        assert access.content == content_of(300)
+        client.marks[MOST] = 0
+        client.write(500, b"new")
+        await polled.comes(lambda: client.left)
+        assert client.accesses_left() == [(500, FLAG_WRITE)]
+        other, readable = os.eventfd(1, os.EFD_NONBLOCK), asyncio.Event()
+        asyncio.get_running_loop().add_reader(other, readable.set)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await readable.wait()
+        asyncio.get_running_loop().remove_reader(other)
+        os.close(other)
+        assert polled.told == []
+        client.lane.turn(on=False)
+        client.read(700)
+        await polled.comes(lambda: polled.told)
+        polled.close()
+
+    with asyncio.Runner(loop_factory=eventloop.DataPlaneLoop) as runner:
+        runner.run(main())
+
+
+def test_a_descriptor_has_one_lane(client: Client, polled: Polled) -> None:
+    assert COMPILED is not None
+    with pytest.raises(ValueError, match="has a lane"):
+        type(client.lane)(
+            polled.hub,
+            client.uffd.fileno(),
+            client.start,
+            client.memfd,
+            0,
+            client.table.state,
+            client.table.checksum,
+            client.table.counts,
+            client.marks,
+            client.streams.reach,
+            client.store,
+            client.order,
+            lambda: None,
+        )
+
+
+def test_a_queue_that_is_too_short_is_refused(polled: Polled) -> None:
+    assert COMPILED is not None
+    with pytest.raises(ValueError, match="too short"):
+        COMPILED.hub(polled.epoll.fileno(), Ring(16))
