@@ -82,6 +82,7 @@ def run_vios(
     data: Sequence[str],
     devices: Sequence[str],
     lease_seconds: float,
+    workers: int,
 ) -> None:
     """Run a VIOS until it is told to stop.
 
@@ -103,6 +104,7 @@ def run_vios(
         data=[str(parse_address(text, field="--data")) for text in data or [f"unix:{folder / 'data.sock'}"]],
         devices=devices,
         lease_seconds=lease_seconds,
+        workers=workers,
     )
     with asyncio.Runner(loop_factory=DataPlaneLoop) as runner:
         runner.run(run(settings))

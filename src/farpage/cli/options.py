@@ -107,6 +107,18 @@ Workers: TypeAlias = Annotated[
     int | None, typer.Option("--workers", min=1, max=256, help="Data workers; by default one per core.")
 ]
 
+DataProcesses: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        min=1,
+        max=64,
+        help="Processes that serve volumes, each volume by one of them; with 1 the VIOS itself. More than 1 "
+        "need dir: and block: devices.",
+    ),
+]
+
 PathTimeout: TypeAlias = Annotated[
     float, duration_option("--path-timeout", "A command that waits longer makes its path suspect.")
 ]

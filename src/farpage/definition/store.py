@@ -112,6 +112,10 @@ class EpochStore:
         """Return the highest epoch seen, 0 for none, and its owner; from memory."""
         return self._highest.get(volume_id, (0, ""))
 
+    def all(self) -> dict[str, tuple[int, str]]:
+        """Return the highest epochs of all volumes with their owners."""
+        return self._highest.copy()
+
     def raise_to(self, volume_id: str, epoch: int, owner: str = "") -> None:
         """Record durably that `epoch` was seen with its owner, unless a higher one, or this one, was.
 

@@ -208,6 +208,18 @@ def is_gone(pidfd: int) -> bool:
     return bool(poll.poll(0))
 
 
+def pid_of(pidfd: int) -> int | None:
+    """Return the number that a pidfd's process has for this one (proc(5), fdinfo).
+
+    None when it has ended, when this process does not see it, and for a descriptor of another kind.
+    """
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "Pid":
+            return int(value) if int(value) > 0 else None
+    return None
+
+
 def take_descriptor(pidfd: int, number: int) -> int:
     """Duplicate a descriptor of another process into this one, close-on-exec (pidfd_getfd(2), Linux 5.6).
 

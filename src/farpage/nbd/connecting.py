@@ -14,6 +14,7 @@ from typing import Final
 
 from farpage.address import Address, UnixAddress
 from farpage.blockio import BlockLimits, Lent
+from farpage.kernel.process import pid_of
 from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
 from farpage.nbd.buffers import UNIX_SEND_BYTES
@@ -29,6 +30,8 @@ _REPLY_MAX_BYTES: Final = 2 * p.STRING_MAX_BYTES + 64
 _REPLIES_MAX: Final = 1 << 16
 """Replies to one option: a list of exports has one for each."""
 _RECEIVE_BYTES: Final = 4096
+_DESCRIPTORS: Final = 2
+"""With one answer: the serving process, and the storage."""
 _UCRED: Final = struct.Struct("=iII")
 
 
@@ -45,6 +48,15 @@ class Negotiated:
     """The server's id for base:allocation; None if block status cannot be asked for."""
     lent: Lent | None = None
     """The export's storage, where the server has lent it."""
+    process: ServingProcess | None = None
+    """Who carries out the commands, where that may be another process than the one that listens."""
+
+
+@dataclass(frozen=True)
+class ServingProcess:
+    """The process that a server has told of; `pid` is None where it cannot be watched from here."""
+
+    pid: int | None
 
 
 class _OptionRefused(Exception):
@@ -78,7 +90,8 @@ async def connect(
     """
 
     async with _handshake(address, export, handshake_timeout_seconds) as handshake:
-        handshake.borrows = borrow and isinstance(address, UnixAddress)
+        handshake.local = isinstance(address, UnixAddress)
+        handshake.borrows = borrow and handshake.local
         negotiated = await handshake.enter(export, structured=structured_replies, block_status=block_status)
         return handshake.detach(), negotiated
 
@@ -175,6 +188,16 @@ async def _try_to_connect(family: int, place: object) -> socket.socket:
     return sock
 
 
+@dataclass
+class _Entered:
+    """What a server has said in its answer to NBD_OPT_GO."""
+
+    size: options.ExportSize | None = None
+    limits: BlockLimits | None = None
+    origin: options.DescriptorOrigin | None = None
+    process: options.ProcessTold | None = None
+
+
 class _Handshake:
     """The dialogue on one socket. Reads nothing longer than a bound and believes nothing unchecked."""
 
@@ -184,8 +207,10 @@ class _Handshake:
         self._buffer = bytearray()
         self._fixed = False
         self._no_zeroes = False
+        self.local = False
+        """The server is on this host: descriptors may come, and which process serves is asked for."""
         self.borrows = False
-        """Descriptors are asked for, and taken."""
+        """The storage is asked for."""
         self._descriptors: list[int] = []
 
     def detach(self) -> socket.socket:
@@ -238,9 +263,9 @@ class _Handshake:
                 context_id = await self._context(export)
         else:
             structured = False
-        size, limits, origin = await self._go(export) if self._fixed else (None, None, None)
-        if size is None:  # neither GO nor anything else that could explain itself
-            size = await self._export_name(export)
+        entered = await self._go(export) if self._fixed else _Entered()
+        # Without a size the server knows neither GO nor anything else that could explain itself.
+        size, limits = entered.size or await self._export_name(export), entered.limits
         if self._buffer:
             raise ProtocolViolation("bytes after the handshake that answer nothing")
         limits = limits or BlockLimits()
@@ -251,8 +276,21 @@ class _Handshake:
             limits=BlockLimits(limits.minimum, limits.preferred, maximum - maximum % limits.minimum),
             structured_replies=structured,
             context_id=context_id,
-            lent=self._borrowed(origin),
+            process=self._serving(entered.process),
+            lent=self._borrowed(entered.origin),
         )
+
+    def _serving(self, process: options.ProcessTold | None) -> ServingProcess | None:
+        """Return who serves; its pidfd comes before every other descriptor."""
+        if process is None:
+            return None
+        if not process.told or not self._descriptors:
+            return ServingProcess(None)
+        pidfd = self._descriptors.pop(0)
+        try:
+            return ServingProcess(pid_of(pidfd))
+        finally:
+            os.close(pidfd)
 
     def _borrowed(self, origin: options.DescriptorOrigin | None) -> Lent | None:
         if origin is None or not self._descriptors:
@@ -274,32 +312,33 @@ class _Handshake:
         agreed = await self._supported(p.NBD_OPT_SET_META_CONTEXT, query, take, any_error=True)
         return found[0] if agreed and found else None
 
-    async def _go(
-        self, export: str
-    ) -> tuple[options.ExportSize | None, BlockLimits | None, options.DescriptorOrigin | None]:
-        size: options.ExportSize | None = None
-        limits: BlockLimits | None = None
-        origin: options.DescriptorOrigin | None = None
+    async def _go(self, export: str) -> _Entered:
+        entered = _Entered()
 
         def take(reply_type: int, data: bytes) -> None:
-            nonlocal size, limits, origin
             if reply_type != p.NBD_REP_INFO:
                 raise ProtocolViolation(f"reply {reply_type} to NBD_OPT_GO")
             information = options.parse_info(data)
             if isinstance(information, options.ExportSize):
-                size = information
+                entered.size = information
             elif isinstance(information, BlockLimits):
-                limits = information
+                entered.limits = information
             elif isinstance(information, options.DescriptorOrigin):
-                origin = information
+                entered.origin = information
+            elif isinstance(information, options.ProcessTold):
+                entered.process = information
 
-        wanted = (p.NBD_INFO_BLOCK_SIZE, *((p.NBD_INFO_DESCRIPTOR,) if self.borrows else ()))
-        request = options.InfoRequest(export, wanted)
+        wanted = [p.NBD_INFO_BLOCK_SIZE]
+        if self.local:
+            wanted.append(p.NBD_INFO_PROCESS)
+        if self.borrows:
+            wanted.append(p.NBD_INFO_DESCRIPTOR)
+        request = options.InfoRequest(export, tuple(wanted))
         if not await self._supported(p.NBD_OPT_GO, options.encode_info_request(request), take):
-            return None, None, None
-        if size is None:
+            return _Entered()
+        if entered.size is None:
             raise ProtocolViolation("it acknowledged NBD_OPT_GO without NBD_INFO_EXPORT")
-        return size, limits, origin
+        return entered
 
     async def _export_name(self, export: str) -> options.ExportSize:
         await self._send(options.encode_option(p.NBD_OPT_EXPORT_NAME, options.encode_string(export)))
@@ -354,7 +393,7 @@ class _Handshake:
         while len(self._buffer) < length:
             data = await (
                 self._receive_descriptors()
-                if self.borrows
+                if self.local
                 else self._loop.sock_recv(self._socket, _RECEIVE_BYTES)
             )
             if not data:
@@ -370,7 +409,9 @@ class _Handshake:
         assert sock is not None
         while True:
             try:
-                data, descriptors, _, _ = socket.recv_fds(sock, _RECEIVE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+                data, descriptors, _, _ = socket.recv_fds(
+                    sock, _RECEIVE_BYTES, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 readable = loop.create_future()
                 loop.add_reader(sock, _set_once, readable)

@@ -80,6 +80,21 @@ class Enter:
         """Whether the client would read the storage itself."""
         return p.NBD_INFO_DESCRIPTOR in self.information
 
+    @property
+    def wants_process(self) -> bool:
+        """Whether the client would watch the process that serves it."""
+        return p.NBD_INFO_PROCESS in self.information
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What another process needs to know to answer an `Enter` in this one's place and go on from there."""
+
+    structured_replies: bool
+    context_export: str | None
+    no_zeroes: bool
+    leftover: bytes
+
 
 Step: TypeAlias = Reply | HangUp | ListNames | Describe | Enter
 
@@ -111,6 +126,22 @@ class Negotiation:
         self._options = 0
         self._option = 0
         self._length = 0
+
+    @classmethod
+    def resumed(cls, agreed: Agreed) -> Negotiation:
+        """Return one that has come to an `Enter` elsewhere, with what was agreed there."""
+        negotiation = cls()
+        negotiation.structured_replies = agreed.structured_replies
+        negotiation.context_export = agreed.context_export
+        negotiation._no_zeroes = agreed.no_zeroes
+        negotiation._buffer += agreed.leftover
+        negotiation._state = _State.OPTION_HEADER
+        return negotiation
+
+    @property
+    def agreed(self) -> Agreed:
+        """What was agreed so far, with the bytes that have come after the last option."""
+        return Agreed(self.structured_replies, self.context_export, self._no_zeroes, self.leftover)
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the client; at most one option's worth of them is ever kept."""
@@ -173,12 +204,20 @@ class Negotiation:
         context_id = codec.CONTEXT_ID if step.option == p.NBD_OPT_SET_META_CONTEXT else 0
         return options.encode_meta_context(step.option, context_id, p.BASE_ALLOCATION) + acknowledgement
 
-    def entered(self, step: Enter, info: ExportInfo, lent: Lent | None = None) -> bytes:
-        """Return the answer to `Enter` that begins the transmission phase; what is lent goes with it."""
+    def entered(
+        self, step: Enter, info: ExportInfo, lent: Lent | None = None, *, told: bool | None = None
+    ) -> bytes:
+        """Return the answer to `Enter` that begins the transmission phase.
+
+        What is lent goes with it, and before that the serving process' pidfd if it is `told`; False for one
+        that cannot be, None where the process that listens serves.
+        """
         self._state = _State.ENDED
         self.block_status = self.context_export == step.name
         if step.option == p.NBD_OPT_GO:
             described = self._information(step.option, info)
+            if told is not None and step.wants_process:
+                described += options.encode_info_process(step.option, told=told)
             if lent is not None:
                 described += options.encode_info_descriptor(step.option, lent.origin_bytes)
             return described + options.encode_option_reply(step.option, p.NBD_REP_ACK)

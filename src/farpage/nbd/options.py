@@ -29,6 +29,7 @@ _U16: Final = struct.Struct(">H")
 _INFO_EXPORT: Final = struct.Struct(">HQH")
 _INFO_BLOCK_SIZE: Final = struct.Struct(">HIII")
 _INFO_DESCRIPTOR: Final = struct.Struct(">HQ")
+_INFO_PROCESS: Final = struct.Struct(">HB")
 _U32: Final = struct.Struct(">I")
 
 
@@ -210,6 +211,18 @@ def encode_info_descriptor(option: int, origin_bytes: int) -> bytes:
     return encode_option_reply(option, p.NBD_REP_INFO, data)
 
 
+def encode_info_process(option: int, *, told: bool) -> bytes:
+    """Return the NBD_INFO_PROCESS, with which a pidfd is sent along if the process is `told`."""
+    return encode_option_reply(option, p.NBD_REP_INFO, _INFO_PROCESS.pack(p.NBD_INFO_PROCESS, told))
+
+
+@dataclass(frozen=True)
+class ProcessTold:
+    """Content of NBD_INFO_PROCESS: whether the serving process' pidfd was sent along."""
+
+    told: bool
+
+
 @dataclass(frozen=True)
 class DescriptorOrigin:
     """Content of NBD_INFO_DESCRIPTOR: where in the file whose descriptor was sent along the export begins."""
@@ -226,7 +239,7 @@ class ExportSize:
     """NBD_FLAG_* transmission flags."""
 
 
-def parse_info(data: bytes) -> ExportSize | BlockLimits | DescriptorOrigin | None:
+def parse_info(data: bytes) -> ExportSize | BlockLimits | DescriptorOrigin | ProcessTold | None:
     """Return what an NBD_REP_INFO says; None for information that this client has no use for.
 
     :raise ProtocolViolation: for a wrong length, a size beyond 2^63 - 1 or impossible block sizes.
@@ -254,6 +267,10 @@ def parse_info(data: bytes) -> ExportSize | BlockLimits | DescriptorOrigin | Non
         if len(data) != _INFO_DESCRIPTOR.size:
             raise ProtocolViolation("NBD_INFO_DESCRIPTOR has a wrong length")
         return DescriptorOrigin(_INFO_DESCRIPTOR.unpack(data)[1])
+    if information == p.NBD_INFO_PROCESS:
+        if len(data) != _INFO_PROCESS.size:
+            raise ProtocolViolation("NBD_INFO_PROCESS has a wrong length")
+        return ProcessTold(bool(_INFO_PROCESS.unpack(data)[1]))
     return None
 
 

@@ -69,6 +69,12 @@ NBD_INFO_DESCRIPTOR: Final = 0xFA01
 The answer says at which byte the export begins in a file (64 bits), whose descriptor comes with it
 (SCM_RIGHTS, unix(7)): read-only, and for reads with O_DIRECT.
 """
+NBD_INFO_PROCESS: Final = 0xFA02
+"""Farpage's own too, asked for in the same way: a server of several processes says which one carries out this
+connection's commands. SO_PEERCRED names the one that listens, which may end before the other.
+
+The answer says whether a pidfd of that process comes with it (8 bits, 1 or 0), before any other descriptor.
+"""
 
 BASE_ALLOCATION: Final = "base:allocation"
 """The one metadata context that the specification itself defines."""

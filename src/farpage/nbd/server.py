@@ -6,30 +6,28 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import socket
-import stat
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol
 
 from farpage.address import Address, TcpAddress, UnixAddress
 from farpage.blockio import Lent
 from farpage.errors import ExitStatus, FarpageError
 from farpage.nbd import negotiation as n
 from farpage.nbd import protocol as p
-from farpage.nbd.buffers import UNIX_SEND_BYTES, AlignedPool
+from farpage.nbd.buffers import AlignedPool
 from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import Export, ExportInfo, ExportProvider, Peer
+from farpage.nbd.listening import BACKLOG, listen, prepare
 from farpage.nbd.transmission import Transmission
 
 HANDSHAKE_TIMEOUT_SECONDS: Final = 10.0
 CONNECTIONS_MAX: Final = 4096
-_BACKLOG: Final = 128
 _ACCEPT_PAUSE_SECONDS: Final = 0.1
 _RECEIVE_BYTES: Final = 4096
-_UCRED: Final = struct.Struct("=iII")
 _OUT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = logging.getLogger(__name__)
@@ -47,6 +45,19 @@ class ListenFailed(FarpageError):
     reason: str
 
 
+class HandOver(Protocol):
+    """Hands clients over to another process, which serves them with `Server.adopt`."""
+
+    async def __call__(self, sock: socket.socket, step: n.Enter, agreed: n.Agreed, peer: Peer) -> bool:
+        """Hand a client over that asks for an export; False for one that is to be served here.
+
+        On return of True it has got its answer there, and the socket is the other process' own.
+
+        :raise ExportRefused: it does not get the export; the client is still here and may ask on.
+        :raise OSError: it is not known what has become of the client.
+        """
+
+
 class ServerConnection:
     """One client, from accept until its socket is closed and its commands are finished."""
 
@@ -60,6 +71,7 @@ class ServerConnection:
         self._hung_up = False
         self._fenced = False
         self._lent: Lent | None = None
+        self._pidfd = -1
         self._closed = asyncio.Event()
 
     @property
@@ -89,9 +101,37 @@ class ServerConnection:
         self.disconnect()
 
     async def _serve(self) -> None:
+        """Shake hands and serve; never raises."""
+        await self._serve_from(self._negotiate())
+
+    async def adopt(self, step: n.Enter, agreed: n.Agreed) -> None:
+        """Answer a client that has come to `step` in another process, and begin the transmission.
+
+        :raise ExportRefused: it does not get the export, and nothing was sent; the socket is closed here.
+        """
+        refused: list[ExportRefused] = []
+        await self._serve_from(self._resume(step, agreed, refused.append))
+        if refused:
+            raise refused[0]
+
+    async def _resume(
+        self, step: n.Enter, agreed: n.Agreed, refused: Callable[[ExportRefused], None]
+    ) -> n.Negotiation | None:
+        negotiation = n.Negotiation.resumed(agreed)
+        try:
+            answer = await self._enter(negotiation, step)
+        except ExportRefused as refusal:
+            refused(refusal)
+            return None
+        deadline = asyncio.get_running_loop().time() + self._server.handshake_timeout_seconds
+        await self._send(answer.data, deadline)
+        self._let_go_of_lent()
+        return negotiation
+
+    async def _serve_from(self, handshake: Coroutine[Any, Any, n.Negotiation | None]) -> None:
         """Run the handshake and begin the transmission; never raises."""
         try:
-            negotiation = await self._negotiate()
+            negotiation = await handshake
             if negotiation is not None and not self._hung_up:
                 self._begin_transmission(negotiation)
                 return
@@ -146,6 +186,8 @@ class ServerConnection:
                 negotiation.feed(data)
                 continue
             answer = await self._answer(negotiation, step)
+            if answer is None:
+                return None
             await self._send(answer.data, deadline)
             self._let_go_of_lent()
             if isinstance(answer, n.HangUp):
@@ -157,11 +199,11 @@ class ServerConnection:
         return None
 
     async def _send(self, data: bytes, deadline: float) -> None:
-        """Send, with the first byte the descriptor that is lent, if any."""
-        if self._lent is not None:
+        """Send, with the first byte the descriptors that the answer tells of, if any."""
+        if along := [d for d in (self._pidfd, self._lent.descriptor if self._lent else -1) if d >= 0]:
             # The socket is empty: the client has waited for the answers to all that it has sent.
             with contextlib.suppress(BlockingIOError):
-                data = data[socket.send_fds(self._socket, [data], [self._lent.descriptor]) :]
+                data = data[socket.send_fds(self._socket, [data], along) :]
         async with asyncio.timeout_at(deadline):
             await asyncio.get_running_loop().sock_sendall(self._socket, data)
 
@@ -178,8 +220,20 @@ class ServerConnection:
         lent, self._lent = self._lent, None
         if lent is not None:
             lent.close()
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
 
-    async def _answer(self, negotiation: n.Negotiation, step: n.Step) -> n.Reply | n.HangUp:
+    def _told(self) -> bool | None:
+        """Open this process' pidfd for a client of another one; None where this one listens itself."""
+        if not self._server.adopts:
+            return None
+        with contextlib.suppress(OSError):
+            self._pidfd = os.pidfd_open(os.getpid())
+        return self._pidfd >= 0
+
+    async def _answer(self, negotiation: n.Negotiation, step: n.Step) -> n.Reply | n.HangUp | None:
+        """Return what to send; None when the client was handed over."""
         provider = self._server.provider
         match step:
             case n.Reply() | n.HangUp():
@@ -192,13 +246,22 @@ class ServerConnection:
             if isinstance(step, n.Describe):
                 info = await provider.describe(step.name, self.peer)
                 return n.Reply(negotiation.described(step, info))
-            # No await between this and the assignment: `Server.fence` must never miss an open export.
-            export = self.export = await provider.open(step.name, self.peer)
-            lent = await self._lend(step, export)
-            return n.Reply(negotiation.entered(step, ExportInfo.of(export.io, export.description), lent))
+            hand_over = self._server.hand_over
+            if hand_over and await hand_over(self._socket, step, negotiation.agreed, self.peer):
+                return None
+            return await self._enter(negotiation, step)
         except ExportRefused as refusal:
             log.info("client %s: export %r refused: %s", self.peer.address, step.name, refusal.message)
             return negotiation.refused(step, refusal)
+
+    async def _enter(self, negotiation: n.Negotiation, step: n.Enter) -> n.Reply:
+        # No await between this and the assignment: `Server.fence` must never miss an open export.
+        export = self.export = await self._server.provider.open(step.name, self.peer)
+        lent, told = await self._lend(step, export), None
+        if step.wants_process and self._socket.family == socket.AF_UNIX:
+            told = self._told()
+        info = ExportInfo.of(export.io, export.description)
+        return n.Reply(negotiation.entered(step, info, lent, told=told))
 
 
 class Server:
@@ -210,12 +273,19 @@ class Server:
         *,
         handshake_timeout_seconds: float = HANDSHAKE_TIMEOUT_SECONDS,
         connections_max: int = CONNECTIONS_MAX,
+        adopts: bool = False,
     ) -> None:
-        """Prepare; `start` begins to listen. More clients than `connections_max` are turned away."""
+        """Prepare; `start` begins to listen. More clients than `connections_max` are turned away.
+
+        A server that `adopts` clients of another process tells them which process serves them.
+        """
         self.provider = provider
         self.handshake_timeout_seconds = handshake_timeout_seconds
         self.pool = AlignedPool()
         self.closing = False
+        self.adopts = adopts
+        self.hand_over: HandOver | None = None
+        """Asked before an export is opened here."""
         self._connections_max = connections_max
         self._listeners: dict[socket.socket, Address] = {}
         self._connections: set[ServerConnection] = set()
@@ -242,7 +312,7 @@ class Server:
         try:
             for address in addresses:
                 try:
-                    listener = _listen(address)
+                    listener = listen(address)
                 except OSError as error:
                     reason = error.strerror or str(error)
                     raise ListenFailed(str(address), reason) from error
@@ -256,6 +326,28 @@ class Server:
             raise
         for listener in self._listeners:
             loop.add_reader(listener, self._accept, listener)
+
+    async def adopt(self, sock: socket.socket, step: n.Enter, agreed: n.Agreed) -> None:
+        """Serve a client that another process has accepted; takes the socket over.
+
+        On return it has got the export, or is gone.
+
+        :raise ExportRefused: it does not get the export; nothing was sent, and the socket is closed here.
+        """
+        try:
+            if self.closing or len(self._connections) >= self._connections_max:
+                problem = "is shutting down" if self.closing else "has too many connections"
+                raise ExportRefused(p.NBD_REP_ERR_SHUTDOWN, f"the server {problem}")
+            peer = prepare(sock)
+        except OSError:
+            sock.close()
+            return
+        except ExportRefused:
+            sock.close()
+            raise
+        connection = ServerConnection(self, sock, peer)
+        self._connections.add(connection)
+        await connection.adopt(step, agreed)
 
     async def close(self) -> None:
         """Stop listening, disconnect everybody, and return when no command is in flight any more."""
@@ -282,7 +374,7 @@ class Server:
 
     def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        for _ in range(_BACKLOG):
+        for _ in range(BACKLOG):
             try:
                 sock, _ = listener.accept()
             except (BlockingIOError, ConnectionAbortedError, InterruptedError):
@@ -299,7 +391,7 @@ class Server:
                 sock.close()
                 continue
             try:
-                peer = _prepare(sock)
+                peer = prepare(sock)
             except OSError:
                 sock.close()
                 continue
@@ -322,65 +414,3 @@ class Server:
                 with contextlib.suppress(OSError):
                     Path(address.path).unlink()
         self._listeners.clear()
-
-
-def _listen(address: Address) -> socket.socket:
-    if isinstance(address, UnixAddress):
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        place: str | tuple[str, int] = address.path
-    else:
-        family, _, _, _, (host, port, *_) = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place = (str(host), int(port))
-    try:
-        if isinstance(address, UnixAddress):
-            _remove_stale(address.path)
-        listener.bind(place)
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket's file if nobody listens on it.
-
-    :raise OSError: if somebody does.
-    """
-    try:
-        if not stat.S_ISSOCK(Path(path).stat().st_mode):
-            return  # bind reports it
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            Path(path).unlink(missing_ok=True)
-            return
-        except BlockingIOError:  # a full backlog: somebody is there
-            pass
-    raise OSError(errno.EADDRINUSE, "another server listens there")
-
-
-def _prepare(sock: socket.socket) -> Peer:
-    """Make an accepted socket fit for use and say who is there.
-
-    :raise OSError: if the client is gone already.
-    """
-    sock.setblocking(False)
-    if sock.family == socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BYTES)
-        pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        name = sock.getpeername()
-        return Peer(f"unix:{name if isinstance(name, str) else ''}", pid=pid, uid=uid)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    host, port, *_ = sock.getpeername()
-    return Peer(str(TcpAddress(host, port)))

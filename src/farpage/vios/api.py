@@ -41,6 +41,7 @@ def make_app(service: ViosService) -> FastAPI:
     @app.get("/v1/health")
     async def health() -> Health:
         """Say how things are."""
+        await service.look()
         return service.health()
 
     @app.post("/v1/stop", status_code=202)
@@ -144,7 +145,8 @@ def make_app(service: ViosService) -> FastAPI:
         # Loaded with the first scrape. In a thread: a device that hangs must not hold up other requests.
         from farpage.vios.metrics import CONTENT_TYPE, render
 
-        text = await asyncio.to_thread(render, service.volumes, service.exports, service.definitions)
+        await service.refresh()
+        text = await asyncio.to_thread(render, service.volumes, service.state())
         return Response(text, media_type=CONTENT_TYPE)
 
     return app

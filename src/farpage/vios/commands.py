@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
-from farpage.blockio import BlockIO, Feature, Lent
+from farpage.blockio import BlockIO, Feature, FileBacked, Lent, SharedFile
 from farpage.definition.model import PagingCommand
 from farpage.nbd import protocol as p
 from farpage.vios.refusing import RefusingCommands
@@ -112,6 +112,12 @@ class ConvertedVolume(RefusingCommands):
             if conversion.command in configured:
                 for method in conversion.device:
                     setattr(self, method, getattr(volume, method))
+
+    def share_file(self) -> SharedFile | None:
+        """Return another descriptor of the file; None where device or configuration forbid it."""
+        if not self._may_lend or not isinstance(self._volume, FileBacked):
+            return None
+        return self._volume.share_file()
 
     async def lend(self) -> Lent | None:
         """Open the storage for a client to read by itself; None where device or configuration forbid it."""

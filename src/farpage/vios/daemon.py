@@ -7,10 +7,11 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from farpage.address import Address, parse_address
 from farpage.api.tls import check_addresses
@@ -32,14 +33,16 @@ from farpage.vios.volumes import Volumes
 
 if TYPE_CHECKING:
     from farpage.api.serve import ControlServer
+    from farpage.vios.processes.routing import Routing
 
 log = get_logger()
 
 DATABASE_NAME = "vios.db"
 LOCK_NAME = "vios.lock"
 
-DRAIN_SECONDS = 10.0
-"""So long commands in flight may take when the daemon stops; a device that hangs must not keep it."""
+LOCK_SECONDS = 1.0
+"""So long the end of a VIOS is waited for that was killed: its data processes end a moment after it."""
+_LOCK_RETRY_SECONDS = 0.01
 
 
 async def run(settings: ViosSettings) -> None:
@@ -65,8 +68,8 @@ async def run(settings: ViosSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        stack.enter_context(_state_locked(settings.state_dir))
-        service = await _start(settings, data, stop, stack)
+        lock = stack.enter_context(_state_locked(settings.state_dir))
+        service = await _start(settings, data, stop, stack, lock)
         prepare_for_paging()
         # Made in a thread, while clients are served: they would wait for what it takes long to load.
         server = await asyncio.to_thread(_control_server, service, control, settings.tls)
@@ -81,6 +84,7 @@ async def run(settings: ViosSettings) -> None:
             definition_revision=service.definitions.current().revision,
         )
         await stop.wait()
+        await service.look()
         log.info("stopping", open_exports=service.exports.open_exports)
     log.info("stopped")
 
@@ -93,13 +97,21 @@ def _control_server(service: ViosService, control: Sequence[Address], tls: Path 
 
 
 async def _start(
-    settings: ViosSettings, data: tuple[Address, ...], stop: asyncio.Event, stack: AsyncExitStack
+    settings: ViosSettings, data: tuple[Address, ...], stop: asyncio.Event, stack: AsyncExitStack, lock: int
 ) -> ViosService:
     """Open the database and the devices, and begin to serve NBD; `stack` undoes it in reverse."""
+    routing = None
+    if settings.workers > 1:
+        # First of all: they load while this process does.
+        from farpage.vios.processes.routing import Routing
+
+        routing = Routing(settings.name, settings.workers, lock)
+        stack.push_async_callback(routing.end)
     database = Database(settings.state_dir / DATABASE_NAME)
     stack.callback(database.close)
     definitions = DefinitionStore(database)
-    volumes = Volumes(settings.name, definitions, EpochStore(database))
+    epochs = EpochStore(database)
+    volumes = Volumes(settings.name, definitions, epochs)
     handovers = Handovers(settings.state_dir)
     copies = Copies(settings.name, volumes, definitions, settings.state_dir)
 
@@ -108,38 +120,50 @@ async def _start(
         copies.forget(volume_id)
 
     volumes.on_deleted = deleted
-    service = ViosService(
+    shared = _Shared(
         name=settings.name,
         loop=asyncio.get_running_loop(),
         volumes=volumes,
-        exports=VolumeExports(volumes, Leases(settings.lease_seconds), copies),
         definitions=definitions,
         remembered=RememberedDevices(database),
         handovers=handovers,
         told_to_stop=stop,
     )
-    await stack.enter_async_context(_draining(service))
+    if routing is None:
+        leases = Leases(settings.lease_seconds)
+        service = ViosService(**shared, exports=VolumeExports(volumes, leases, copies))
+    else:
+        service = _front(shared, routing, epochs, copies, settings.lease_seconds)
+    await stack.enter_async_context(service.draining())
     await _open_devices(settings, service)
+    await service.begin()
     service.begin_claims(claims(definitions.current()))
     service.exports.follow_definition()
     await service.exports.server.start(data)
     return service
 
 
-@contextlib.asynccontextmanager
-async def _draining(service: ViosService) -> AsyncIterator[None]:
-    """At the end disconnect everybody, finish what is in flight and close the devices."""
-    try:
-        yield
-    finally:
-        try:
-            async with asyncio.timeout(DRAIN_SECONDS):
-                await service.close()
-                await service.exports.close()
-                for device in service.volumes.devices:
-                    await device.close()
-        except TimeoutError:
-            log.error("not_drained", problem="commands are still in flight at a device; they are given up")
+class _Shared(TypedDict):
+    """What a VIOS consists of, whoever serves its volumes."""
+
+    name: str
+    loop: asyncio.AbstractEventLoop
+    volumes: Volumes
+    definitions: DefinitionStore
+    remembered: RememberedDevices
+    handovers: Handovers
+    told_to_stop: asyncio.Event
+
+
+def _front(
+    shared: _Shared, routing: Routing, epochs: EpochStore, copies: Copies, lease_seconds: float
+) -> ViosService:
+    from farpage.vios.processes.front import FrontExports, FrontService
+    from farpage.vios.processes.leasetable import LeaseTable
+
+    leases = LeaseTable(lease_seconds)
+    exports = FrontExports(shared["volumes"], leases, copies, routing)
+    return FrontService(**shared, exports=exports, routing=routing, epochs=epochs, leases=leases)
 
 
 async def _open_devices(settings: ViosSettings, service: ViosService) -> None:
@@ -163,8 +187,11 @@ async def _open_devices(settings: ViosSettings, service: ViosService) -> None:
 
 
 @contextlib.contextmanager
-def _state_locked(folder: Path) -> Iterator[None]:
-    """Keep a second VIOS out of the folder; the lock goes with the process, however that ends."""
+def _state_locked(folder: Path) -> Iterator[int]:
+    """Keep a second VIOS out of the folder; the lock goes with the process, however that ends.
+
+    Data processes hold it too: no other VIOS serves their volumes before each of them has ended.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -173,10 +200,15 @@ def _state_locked(folder: Path) -> Iterator[None]:
             "state_dir", f"{folder}: {error.strerror}", "name a folder that you can write to"
         ) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StateInUse(str(folder)) from error
-        yield
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise StateInUse(str(folder)) from error
+                time.sleep(_LOCK_RETRY_SECONDS)
+        yield descriptor
     finally:
         os.close(descriptor)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from farpage.blockio import BlockIO
 from farpage.definition.model import Move
@@ -23,8 +24,9 @@ from farpage.vios.copying.errors import NotCopied, NotGranted
 from farpage.vios.copying.fill import FillVolume
 from farpage.vios.copying.volume import COPYING_FEATURES, CopyingVolume, page_limits
 from farpage.vios.errors import LeaseOver
+from farpage.vios.figures import Figures
 from farpage.vios.grants import authorize
-from farpage.vios.leases import LeaseExport, Leases, parse_lease_name
+from farpage.vios.leases import GivesLeases, LeaseExport, Leases, parse_lease_name
 from farpage.vios.names import ExportName, parse_export_name, refusal_text
 from farpage.vios.volumes import Located, Volumes, if_it_answers
 
@@ -45,11 +47,21 @@ class VolumeExport(Export):
 class VolumeExports:
     """The NBD server's `ExportProvider`, and the volumes' `Holders`."""
 
-    def __init__(self, volumes: Volumes, leases: Leases | None = None, copies: Copies | None = None) -> None:
-        """Without `copies` nothing is copied to volumes of this VIOS."""
+    def __init__(
+        self,
+        volumes: Volumes,
+        leases: GivesLeases | None = None,
+        copies: Copies | None = None,
+        *,
+        adopts: bool = False,
+    ) -> None:
+        """Without `copies` nothing is copied to volumes of this VIOS.
+
+        One that `adopts` clients serves those that another process has accepted.
+        """
         self._volumes = volumes
         self.copies = copies
-        self.leases = leases or Leases()
+        self.leases: GivesLeases = leases or Leases()
         self._holds: set[VolumeExport] = set()
         self._closing: dict[asyncio.Task[None], str] = {}
         self.counters: dict[str, Counters] = {}
@@ -58,7 +70,7 @@ class VolumeExports:
         """Opens that were refused."""
         self.fenced = 0
         """Connections that a newer owner has cut off."""
-        self.server = Server(self)
+        self.server = Server(self, adopts=adopts)
         volumes.holders = self
         if copies is not None:
             copies.cut_off = self._cut_off
@@ -81,7 +93,7 @@ class VolumeExports:
             export = await self._open(name, wanted)
         except FarpageError as error:
             self.refused += 1
-            raise _refusal(name, error) from error
+            raise refusal(name, error) from error
         # From here to the return nothing is waited for: a fence must not miss it.
         export.on_closed = lambda: self._closed(export)
         self._holds.add(export)
@@ -210,7 +222,7 @@ class VolumeExports:
         lease = self.leases.begin(identifier)
         if lease is None:
             self.refused += 1
-            raise ExportRefused.forbidden(f"lease {identifier} is somebody else's")
+            raise ExportRefused.forbidden(f"lease {identifier} is somebody else's, or there are too many")
         return Export(
             name=name,
             io=lease,
@@ -236,7 +248,7 @@ class VolumeExports:
             if claim is not None:
                 self._volumes.refuse(located, claim)
         except FarpageError as error:
-            raise _refusal(name, error) from error
+            raise refusal(name, error) from error
         device, features = located.device, located.device.features
         if copied:
             features = features & COPYING_FEATURES if claim else FillVolume.features
@@ -308,6 +320,16 @@ class VolumeExports:
             self._closing[task] = ""
             task.add_done_callback(self._closing.pop)
 
+    def figures(self) -> Figures:
+        """Return what is counted. Safe to call from any thread."""
+        return Figures(
+            counters={volume: replace(counters) for volume, counters in self.counters.copy().items()},
+            connections=dict(Counter(hold.volume_id for hold in tuple(self._holds))),
+            refused=self.refused,
+            fenced=self.fenced,
+            copies=[copying.figures() for copying in self.copies.all] if self.copies else [],
+        )
+
     async def settle(self, volume_id: str) -> int:
         """Wait for the holds that are about to end, and count the others."""
         ending = [task for task, volume in self._closing.items() if volume == volume_id]
@@ -318,6 +340,10 @@ class VolumeExports:
     def connections(self, volume_id: str) -> int:
         """Count the connections that have a volume open. Safe to call from any thread."""
         return sum(hold.volume_id == volume_id for hold in tuple(self._holds))
+
+    def has_open(self, volume: str) -> bool:
+        """Tell whether anybody has a volume of that name open, on whichever device."""
+        return any(hold.wanted is not None and hold.wanted.volume == volume for hold in self._holds)
 
     @property
     def open_exports(self) -> int:
@@ -363,7 +389,7 @@ def _description(located: Located, wanted: ExportName) -> str:
     return f"{wanted.volume} on device {located.device.name}, {view}"
 
 
-def _refusal(name: str, error: FarpageError) -> ExportRefused:
+def refusal(name: str, error: FarpageError) -> ExportRefused:
     """Turn an error into the reply that NBD has for it."""
     match error:
         case VolumeMissing():

@@ -47,6 +47,7 @@ class Handovers:
     """The stored ones. Safe to use from any thread."""
 
     def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
         self._folder = state_dir / FOLDER_NAME
         self._storing = threading.Lock()
 

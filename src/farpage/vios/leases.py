@@ -16,6 +16,7 @@ import re
 import struct
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from farpage.blockio import BlockLimits, Done, Feature, ReadDone
 from farpage.vios.refusing import RefusingCommands
@@ -42,7 +43,7 @@ def parse_lease_name(text: str) -> str | None:
 class Lease:
     """One lease; begun by its first renewal. `over` may be asked from any thread."""
 
-    __slots__ = ("_clock", "_ends_at", "_given_at", "_lease_seconds", "_nonce", "_used")
+    __slots__ = ("_clock", "_ends_at", "_given_at", "_lease_seconds", "_nonce", "_used", "on_renewed")
 
     def __init__(self, lease_seconds: float, clock: Callable[[], float]) -> None:
         self._lease_seconds = lease_seconds
@@ -51,6 +52,8 @@ class Lease:
         self._nonce = 0
         self._used = True
         self._given_at = 0.0
+        self.on_renewed: Callable[[float], None] = lambda ends_at: None
+        """Told when it ends from now on, by its clock."""
 
     def over(self) -> bool:
         """Tell whether it has run out, or was never begun."""
@@ -71,6 +74,7 @@ class Lease:
             return False
         self._used = True
         self._ends_at = self._given_at + self._lease_seconds
+        self.on_renewed(self._ends_at)
         return True
 
 
@@ -88,8 +92,12 @@ class Leases:
         """Enter a new lease; None when there is one of that name."""
         if identifier in self._leases:
             return None
-        lease = self._leases[identifier] = Lease(self.lease_seconds, self._clock)
+        lease = self._leases[identifier] = self._made(identifier)
         return LeaseExport(lease)
+
+    def _made(self, identifier: str) -> Lease:
+        del identifier
+        return Lease(self.lease_seconds, self._clock)
 
     def end(self, identifier: str) -> None:
         """Forget a lease whose connection has ended; what is open under it may write until it is over."""
@@ -104,6 +112,34 @@ class Leases:
     def alive(self) -> int:
         """Count those that are not over. Safe to call from any thread."""
         return sum(not lease.over() for lease in tuple(self._leases.values()))
+
+
+class GivesLeases(Protocol):
+    """The leases of a VIOS, as its exports see them."""
+
+    @property
+    def lease_seconds(self) -> float:
+        """So long a lease lasts after its renewal was offered."""
+
+    @property
+    def alive(self) -> int:
+        """Count those that are not over. Safe to call from any thread."""
+
+    def begin(self, identifier: str) -> LeaseExport | None:
+        """Enter a new lease; None when it cannot be had."""
+
+    def end(self, identifier: str) -> None:
+        """Forget a lease whose connection has ended."""
+
+    def find(self, identifier: str) -> Ending | None:
+        """Look up a lease that is not over."""
+
+
+class Ending(Protocol):
+    """What ends, at a time that may yet be put off."""
+
+    def over(self) -> bool:
+        """Tell whether it has ended, from any thread."""
 
 
 class LeaseExport(RefusingCommands):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from farpage.definition.model import PAGE_BYTES
-from farpage.definition.store import DefinitionStore
 from farpage.device.errors import DeviceUnusable
-from farpage.vios.copying.copies import Copying
-from farpage.vios.exports import VolumeExports
+from farpage.vios.figures import Figures, ViosState
 from farpage.vios.volumes import Volumes
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -28,13 +25,31 @@ _COUNTERS = {
 }
 
 
-@dataclass(frozen=True)
+_COPY_GAUGES = {
+    "present_bytes": "Bytes that the new device has",
+    "total_bytes": "Size of the volume",
+    "relay_connected": "1 while there is a way to the old device",
+    "waiting_commands": "Client's commands that wait for that way",
+}
+
+_COPY_COUNTERS = {
+    "relayed_reads": "Reads answered by the old device",
+    "kept_pages": "Relayed pages that were kept",
+    "filled_pages": "Pages that were copied",
+}
+
+
+@dataclass(frozen=True, eq=False)
 class ViosCollector(Collector):
     """Collects the state of one VIOS; safe to use from any thread."""
 
     volumes: Volumes
-    exports: VolumeExports
-    definitions: DefinitionStore
+    state: ViosState
+
+    @property
+    def figures(self) -> Figures:
+        """What is counted, over all processes."""
+        return self.state.figures
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric families."""
@@ -44,25 +59,35 @@ class ViosCollector(Collector):
         yield GaugeMetricFamily(
             "farpage_vios_definition_revision",
             "Revision of the definition that is stored",
-            value=self.definitions.current().revision,
+            value=self.state.definition_revision,
         )
         yield GaugeMetricFamily(
             "farpage_vios_open_exports",
             "Connections that have a volume open",
-            value=self.exports.open_exports,
+            value=self.figures.open_exports,
         )
         yield GaugeMetricFamily(
             "farpage_vios_leases",
             "Leases that are kept, one by each data worker of a hypervisor",
-            value=self.exports.leases.alive,
+            value=self.state.leases,
+        )
+        yield GaugeMetricFamily(
+            "farpage_vios_data_processes",
+            "Data processes that serve volumes; 0 where the VIOS serves them by itself",
+            value=self.state.processes,
         )
         yield CounterMetricFamily(
-            "farpage_vios_opens_refused", "Opens that were refused", value=self.exports.refused
+            "farpage_vios_data_process_restarts",
+            "Data processes that were started in the place of one that had ended",
+            value=self.state.restarts,
+        )
+        yield CounterMetricFamily(
+            "farpage_vios_opens_refused", "Opens that were refused", value=self.figures.refused
         )
         yield CounterMetricFamily(
             "farpage_vios_connections_fenced",
             "Connections cut off by a newer owner",
-            value=self.exports.fenced,
+            value=self.figures.fenced,
         )
 
     def _devices(self) -> Iterator[Metric]:
@@ -89,7 +114,7 @@ class ViosCollector(Collector):
         yield from (size, provisioned, used, usable, reconnects)
 
     def _commands(self) -> Iterator[Metric]:
-        counted = sorted(self.exports.counters.copy().items())
+        counted = sorted(self.figures.counters.items())
         for attribute, help_text in _COUNTERS.items():
             family = CounterMetricFamily(f"farpage_volume_{attribute}", help_text, labels=["volume"])
             for volume, counters in counted:
@@ -102,33 +127,16 @@ class ViosCollector(Collector):
 
     def _copies(self) -> Iterator[Metric]:
         """Yield what there is to say of the volumes that are copied to devices of this VIOS."""
-        copies = self.exports.copies
-        copied = [] if copies is None else [(found.move.volume, found) for found in copies.all]
-        gauges: dict[str, tuple[str, Callable[[Copying], float]]] = {
-            "present_bytes": ("Bytes that the new device has", lambda c: c.copy.presence.count * PAGE_BYTES),
-            "total_bytes": ("Size of the volume", lambda c: c.copy.presence.pages * PAGE_BYTES),
-            "relay_connected": ("1 while there is a way to the old device", lambda c: c.relay_connected),
-            "waiting_commands": ("Client's commands that wait for that way", lambda c: c.waiting_commands),
-        }
-        counters: dict[str, tuple[str, Callable[[Copying], float]]] = {
-            "relayed_reads": ("Reads answered by the old device", lambda c: c.copy.counters.relayed_reads),
-            "kept_pages": ("Relayed pages that were kept", lambda c: c.copy.counters.kept_pages),
-            "filled_pages": ("Pages that were copied", lambda c: c.copy.counters.filled_pages),
-        }
-        for name, (help_text, value) in gauges.items():
-            gauge = GaugeMetricFamily(f"farpage_copying_{name}", help_text, labels=["volume"])
-            for volume, copying in copied:
-                gauge.add_metric([volume], value(copying))
-            yield gauge
-        for name, (help_text, value) in counters.items():
-            counter = CounterMetricFamily(f"farpage_copying_{name}", help_text, labels=["volume"])
-            for volume, copying in copied:
-                counter.add_metric([volume], value(copying))
-            yield counter
+        for kind, described in ((GaugeMetricFamily, _COPY_GAUGES), (CounterMetricFamily, _COPY_COUNTERS)):
+            for attribute, help_text in described.items():
+                family = kind(f"farpage_copying_{attribute}", help_text, labels=["volume"])
+                for copy in self.figures.copies:
+                    family.add_metric([copy.volume], getattr(copy, attribute))
+                yield family
 
 
-def render(volumes: Volumes, exports: VolumeExports, definitions: DefinitionStore) -> bytes:
+def render(volumes: Volumes, state: ViosState) -> bytes:
     """Return the text of one scrape; safe to call from any thread."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(ViosCollector(volumes, exports, definitions))
+    registry.register(ViosCollector(volumes, state))
     return generate_latest(registry)

@@ -47,6 +47,8 @@ class Health(Document):
     """So long after a hypervisor's worker was last heard of are its writes carried out."""
     leases: int
     """Workers that keep a lease here now."""
+    data_processes: tuple[int, ...] = ()
+    """The processes that serve volumes; none where the VIOS does so by itself."""
 
 
 class DeviceInfo(Document):

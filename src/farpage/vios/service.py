@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from farpage.handover import most_bytes
 from farpage.log import get_logger
 from farpage.vios.copying.copies import Copies
 from farpage.vios.exports import VolumeExports
+from farpage.vios.figures import ViosState
 from farpage.vios.handovers import HandoverMissing, Handovers
 from farpage.vios.model import (
     CopyOrders,
@@ -43,6 +45,9 @@ from farpage.vios.volumes import Located, Volumes, if_it_answers
 log = get_logger()
 
 Result = TypeVar("Result")
+
+DRAIN_SECONDS = 10.0
+"""So long commands in flight may take when the process stops; a device that hangs must not keep it."""
 
 FIRST_TRY_SECONDS = 2.0
 """So long each device may hold up the VIOS's start."""
@@ -71,6 +76,26 @@ class ViosService:
     async def _on_data(self, work: Coroutine[Any, Any, Result]) -> Result:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
 
+    async def begin(self) -> None:
+        """Have others serve the volumes, where there are others."""
+
+    async def look(self) -> None:
+        """Bring what `health` tells up to date, where other processes serve."""
+
+    async def refresh(self) -> None:
+        """Bring what `state` tells up to date, where other processes serve."""
+
+    @property
+    def data_processes(self) -> tuple[int, ...]:
+        """The processes that serve volumes in this one's place."""
+        return ()
+
+    def state(self) -> ViosState:
+        """Say what metrics tell beside the devices. Safe to call from any thread."""
+        return ViosState(
+            self.exports.figures(), self.exports.leases.alive, self.definitions.current().revision
+        )
+
     def health(self) -> Health:
         """Say how things are; needs no answer from the data plane or a device."""
         return Health(
@@ -84,6 +109,7 @@ class ViosService:
             open_exports=self.exports.open_exports,
             lease_seconds=self.exports.leases.lease_seconds,
             leases=self.exports.leases.alive,
+            data_processes=self.data_processes,
         )
 
     def stop(self) -> Health:
@@ -247,7 +273,10 @@ class ViosService:
 
     async def delete_volume(self, name: str, epoch: int | None, device: str = "") -> None:
         """Delete a volume; see `Volumes.delete`."""
-        await self._on_data(self.volumes.delete(name, epoch, device))
+        await self._on_data(self._delete_volume(name, epoch, device))
+
+    async def _delete_volume(self, name: str, epoch: int | None, device: str) -> None:
+        await self.volumes.delete(name, epoch, device)
 
     # Handovers
 
@@ -260,8 +289,7 @@ class ViosService:
         return await self._on_data(self._handover_room(name, device, Claim(epoch, owner)))
 
     async def _handover_room(self, name: str, device: str, claim: Claim) -> int:
-        located = await self.volumes.find(name, device)
-        self.volumes.refuse(located, claim)
+        located = await self.owned(name, device, claim)
         return most_bytes(located.stat.size_bytes // PAGE_BYTES)
 
     async def put_handover(
@@ -278,11 +306,7 @@ class ViosService:
         return await self._on_data(self._put_handover(name, device, Claim(epoch, owner), encoded))
 
     async def _put_handover(self, name: str, device: str, claim: Claim, encoded: bytearray) -> HandoverInfo:
-        located, volume = await self.volumes.open(name, claim, device_id=device)
-        try:
-            await _flushed(volume, located.device)
-        finally:
-            await volume.close()
+        located = await self.flushed(name, device, claim)
         summary = await located.device.run(self.handovers.store, name, located.stat.id, encoded)
         log.info("handover_stored", volume=name, device=located.device.name, digest=summary.digest)
         return HandoverInfo(
@@ -318,9 +342,26 @@ class ViosService:
         await self._on_data(self._delete_handover(name, device, Claim(epoch, owner)))
 
     async def _delete_handover(self, name: str, device: str, claim: Claim) -> None:
+        located = await self.owned(name, device, claim)
+        await located.device.run(self.handovers.remove, located.stat.id)
+
+    async def owned(self, name: str, device: str, claim: Claim) -> Located:
+        """Find a volume for its owner.
+
+        :raise VolumeFenced: somebody else owns it, or the epoch is not the newest.
+        """
         located = await self.volumes.find(name, device)
         self.volumes.refuse(located, claim)
-        await located.device.run(self.handovers.remove, located.stat.id)
+        return located
+
+    async def flushed(self, name: str, device: str, claim: Claim) -> Located:
+        """Find a volume for its owner, and flush what was written to it."""
+        located, volume = await self.volumes.open(name, claim, device_id=device)
+        try:
+            await _flushed(volume, located.device)
+        finally:
+            await volume.close()
+        return located
 
     # Moves
 
@@ -330,14 +371,20 @@ class ViosService:
         :raise InvalidInput: the address of its relay cannot be read.
         :raise IntermediaryDisplaced: another one has taken over.
         """
-        return await self._on_data(self._copies.report(name, device, report))
+        return await self._on_data(self._intermediary(name, device, report))
+
+    async def _intermediary(self, name: str, device: str, report: IntermediaryReport) -> CopyOrders:
+        return await self._copies.report(name, device, report)
 
     async def copy_status(self, name: str, device: str) -> CopyStatus:
         """Say how far the copying of a volume is.
 
         :raise NotCopied: it is not copied to that device here.
         """
-        return await self._on_data(self._copies.status(name, device))
+        return await self._on_data(self._copy_status(name, device))
+
+    async def _copy_status(self, name: str, device: str) -> CopyStatus:
+        return await self._copies.status(name, device)
 
     @property
     def _copies(self) -> Copies:
@@ -358,22 +405,30 @@ class ViosService:
         """
         before = self.definitions.current()
         if self.exports.copies is not None and before.moves:
-            await self._on_data(self.exports.copies.refuse_early_end(definition))
+            await self._on_data(self._refuse_early_end(definition))
         stored = await asyncio.to_thread(self.definitions.compare_and_swap, expected_revision, definition)
         if before.revision != stored.revision:
             log.info("definition_stored", revision=stored.revision, changes=diff(before, stored))
             self.loop.call_soon_threadsafe(self.exports.follow_definition)
+        await self._told()
         if taken := _taken(claims(before), claims(stored)):
             self.loop.call_soon_threadsafe(self.begin_claims, taken)
         return stored
 
+    async def _refuse_early_end(self, definition: Definition) -> None:
+        await self._copies.refuse_early_end(definition)
+
+    async def _told(self) -> None:
+        """Tell other processes the definition, which is not acknowledged before they go by it."""
+
     def begin_claims(self, wanted: dict[str, tuple[int, str]]) -> None:
         """Give volumes to the owners in the definition, in the background; in the data plane's loop."""
-        task = self.loop.create_task(self._claim_all(wanted))
+        task = self.loop.create_task(self.claim_all(wanted))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _claim_all(self, wanted: dict[str, tuple[int, str]]) -> None:
+    async def claim_all(self, wanted: dict[str, tuple[int, str]]) -> None:
+        """Give volumes to the owners in the definition; what fails is logged. In the data plane's loop."""
         replicas = [
             (volume, Claim(*claim), device.id)
             for volume, claim in wanted.items()
@@ -388,6 +443,23 @@ class ViosService:
                 log.warning("definition_is_older", volume=volume, epoch=claim.epoch, current=error.current)
             except FarpageError as error:
                 log.error("claim_failed", volume=volume, epoch=claim.epoch, problem=str(error))
+
+    @contextlib.asynccontextmanager
+    async def draining(self) -> AsyncIterator[None]:
+        """At the end disconnect everybody, finish what is in flight and close the devices."""
+        try:
+            yield
+        finally:
+            try:
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    await self.close()
+                    await self.exports.close()
+                    for device in self.volumes.devices:
+                        await device.close()
+            except TimeoutError:
+                log.error(
+                    "not_drained", problem="commands are still in flight at a device; they are given up"
+                )
 
     async def close(self) -> None:
         """Stop what is done in the background."""

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from farpage.definition.model import Name
 from farpage.vios.leases import DEFAULT_LEASE_SECONDS
 
+WORKERS_MAX = 64
+
 
 class ViosSettings(BaseModel):
     """Settings of `farpage vios run`; addresses as `farpage.address` spells them."""
@@ -28,3 +30,5 @@ class ViosSettings(BaseModel):
     """Specifications of devices to serve, besides those that were added through the API."""
     lease_seconds: float = Field(default=DEFAULT_LEASE_SECONDS, ge=0.1, le=3600)
     """So long after a hypervisor's worker was last heard of are its writes carried out."""
+    workers: int = Field(default=1, ge=1, le=WORKERS_MAX)
+    """Processes that serve volumes; with 1 the VIOS does so by itself."""

@@ -12,7 +12,6 @@ from farpage.blockio import BlockIO
 from farpage.definition.errors import StoreFailed
 from farpage.definition.model import Definition, PagingCommand, ReplicaState
 from farpage.definition.rules import claims
-from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.device.base import PagingDevice, VolumeStat, never
 from farpage.device.claim import Claim, Claims
 from farpage.device.errors import (
@@ -35,6 +34,32 @@ Answer = TypeVar("Answer")
 
 ANSWER_SECONDS = 2.0
 """A device that takes longer to tell about itself is left out of lists."""
+
+
+class Definitions(Protocol):
+    """Where the definition is."""
+
+    def current(self) -> Definition:
+        """Return the one that is stored now. Safe to call from any thread."""
+
+
+class Epochs(Protocol):
+    """Where the highest epoch seen of each volume is, by its identifier; fit for any thread."""
+
+    def highest(self, volume_id: str) -> tuple[int, str]:
+        """Return the highest epoch seen, 0 for none, and its owner; from memory."""
+
+    def raise_to(self, volume_id: str, epoch: int, owner: str = "") -> None:
+        """Record durably that `epoch` was seen.
+
+        :raise StoreFailed: it cannot be stored.
+        """
+
+    def forget(self, volume_id: str) -> None:
+        """Drop the record of a volume that was deleted.
+
+        :raise StoreFailed: it cannot be stored.
+        """
 
 
 class Holders(Protocol):
@@ -72,7 +97,7 @@ class Located:
 class Volumes:
     """Finds, makes, opens and deletes volumes, and lets only the newest owner write."""
 
-    def __init__(self, vios: str, definitions: DefinitionStore, epochs: EpochStore) -> None:
+    def __init__(self, vios: str, definitions: Definitions, epochs: Epochs) -> None:
         self._vios = vios
         self._definitions = definitions
         self._epochs = epochs

@@ -13,6 +13,7 @@ from farpage.cli.options import (
     Bandwidth,
     DaemonControl,
     DaemonTls,
+    DataProcesses,
     Indirect,
     Lease,
     MoveInBackground,
@@ -46,6 +47,7 @@ def run(
         typer.Option("--device", metavar="SPEC", help="Device to serve, as 'device add' takes it."),
     ] = None,
     lease: Lease = 5.0,
+    workers: DataProcesses = 1,
 ) -> None:
     """Run a VIOS in the foreground until SIGTERM or Ctrl-C."""
     from farpage.cli.daemons import run_vios
@@ -58,6 +60,7 @@ def run(
         data=data or [],
         devices=devices or [],
         lease_seconds=lease,
+        workers=workers,
     )
 
 

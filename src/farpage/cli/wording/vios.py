@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from farpage.embedded.control import ViosDetails
     from farpage.embedded.model import ViosStarted
     from farpage.hypervisor.model import ViosStatus, ViosStopped
+    from farpage.vios.model import Health
 
 
 def overview(vioses: Sequence[ViosStatus]) -> Table:
@@ -52,6 +53,11 @@ def started(answer: ViosStarted) -> Iterator[str]:
     yield f"VIOS {answer.vios} {'runs already' if answer.was_running else 'has started'}, pid {answer.pid}"
 
 
+def _data_processes(health: Health) -> Iterator[tuple[str, str]]:
+    if health.data_processes:
+        yield "data processes", ", ".join(map(str, health.data_processes))
+
+
 def details(found: ViosDetails) -> Iterator[RenderableType]:
     """Return the daemon, its devices and its volumes."""
     health = found.health
@@ -60,6 +66,7 @@ def details(found: ViosDetails) -> Iterator[RenderableType]:
             ("vios", health.vios),
             ("version", health.version),
             ("pid", str(health.pid)),
+            *_data_processes(health),
             ("up", format_duration(health.uptime_seconds)),
             ("definition revision", str(health.definition_revision)),
             ("data", ", ".join(health.data)),

@@ -17,7 +17,6 @@ from typing import Protocol
 from farpage.address import parse_address
 from farpage.blockio import BlockIO
 from farpage.definition.model import PAGE_BYTES, Definition, Move, MoveState, ReplicaState
-from farpage.definition.store import DefinitionStore
 from farpage.device.base import EPOCH_MAX
 from farpage.device.claim import Claim
 from farpage.device.errors import VolumeFenced, VolumeTaken
@@ -34,9 +33,10 @@ from farpage.vios.copying.presencefile import (
 )
 from farpage.vios.copying.relay import Dial, Relay, dial_nbd
 from farpage.vios.copying.volume import CopyingVolume
+from farpage.vios.figures import CopyFigures
 from farpage.vios.model import CopyOrders, CopyState, CopyStatus, IntermediaryReport
 from farpage.vios.names import ExportName
-from farpage.vios.volumes import Located, Volumes
+from farpage.vios.volumes import Definitions, Located, Volumes
 from farpage.volume.refusal import Refusal, RefusalKind
 
 log = get_logger()
@@ -105,6 +105,20 @@ class Copying:
                 kind = VolumeTaken if taken else VolumeFenced
                 raise kind(self.move.volume, claim.epoch, refusal.epoch)
 
+    def figures(self) -> CopyFigures:
+        """Return what there is to say of it. Safe to call from any thread."""
+        copy = self.copy
+        return CopyFigures(
+            volume=self.move.volume,
+            present_bytes=copy.presence.count * PAGE_BYTES,
+            total_bytes=copy.presence.pages * PAGE_BYTES,
+            relay_connected=self.relay_connected,
+            waiting_commands=self.waiting_commands,
+            relayed_reads=copy.counters.relayed_reads,
+            kept_pages=copy.counters.kept_pages,
+            filled_pages=copy.counters.filled_pages,
+        )
+
     @property
     def relay_connected(self) -> bool:
         """Whether the owner has a way to the old device."""
@@ -123,14 +137,18 @@ class Copies:
         self,
         vios: str,
         volumes: Volumes,
-        definitions: DefinitionStore,
+        definitions: Definitions,
         state_dir: Path,
         *,
         dial: Dial = dial_nbd,
         open_store: OpenStore = PresenceFile,
         run: Callable[..., Awaitable[object]] = asyncio.to_thread,
+        tidies: bool = True,
     ) -> None:
-        """`run` calls what blocks on the state folder."""
+        """`run` calls what blocks on the state folder.
+
+        One that `tidies` removes what moves that are over have left there; of several processes one does.
+        """
         self._vios = vios
         self._volumes = volumes
         self._definitions = definitions
@@ -138,6 +156,7 @@ class Copies:
         self._dial = dial
         self._open_store = open_store
         self._run = run
+        self._tidies = tidies
         self._copies: dict[str, Copying] = {}
         """By the token of the move."""
         self._intermediaries: dict[str, Intermediary] = {}
@@ -195,14 +214,23 @@ class Copies:
         if _state(self._definitions.current(), volume, device) is ReplicaState.COPYING:
             raise ReplicaIncomplete(volume, device)
 
-    async def refuse_early_end(self, definition: Definition) -> None:
-        """Refuse a definition in which a replica has everything that lacks pages here.
+    def early_ends(self, definition: Definition) -> list[Move]:
+        """Return the moves to here that would end with a definition."""
+        return [
+            move
+            for move in self._definitions.current().moves.values()
+            if move.target_vios == self._vios
+            and move.state is not MoveState.RETIRING
+            and _state(definition, move.volume, move.target) is ReplicaState.IN_SYNC
+        ]
+
+    async def refuse_early_end(self, definition: Definition, volume: str | None = None) -> None:
+        """Refuse a definition in which a replica has everything that lacks pages here; only that of `volume`.
 
         :raise CopyIncomplete: naming the volume.
         """
-        for move in self._definitions.current().moves.values():
-            ends = _state(definition, move.volume, move.target) is ReplicaState.IN_SYNC
-            if ends and move.target_vios == self._vios and move.state is not MoveState.RETIRING:
+        for move in self.early_ends(definition):
+            if volume in (None, move.volume):
                 copy = (await self.of(move)).copy
                 if copy.stored_pages < copy.presence.pages:
                     raise CopyIncomplete(move.volume, copy.stored_pages, copy.presence.pages)
@@ -221,6 +249,8 @@ class Copies:
                 self._end(copying, finished=state is ReplicaState.IN_SYNC)
         for principal in set(self._intermediaries) - set(moves):
             del self._intermediaries[principal]
+        if not self._tidies:
+            return
         kept = {principal for principal, move in moves.items() if move.state is not MoveState.RETIRING}
         kept |= set(self._copies)
         self._begin(self._tidy(frozenset(kept)))
