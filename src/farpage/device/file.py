@@ -16,8 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from farpage.blockio import BlockLimits, Done, Extent, ExtentsDone, Feature, Lent, ReadDone
-from farpage.device.base import BLOCK_BYTES
+from farpage.blockio import BlockLimits, Done, Extent, ExtentsDone, Feature, Lent, ReadDone, SharedFile
+from farpage.device.base import BLOCK_BYTES, never
 from farpage.device.engine import Engine
 from farpage.device.reads import RingReader
 from farpage.device.spans import SpanGate
@@ -237,6 +237,20 @@ class FileVolume:
             done(error, None if error else found)
 
         self._submit(finished, self._file.extents, offset, length, found)
+
+    def share_file(self) -> SharedFile | None:
+        """Return another descriptor of the file, for others to read and write with in threads of theirs."""
+        if not self._nowait and not self._direct:
+            return None
+        file = self._file
+        writable = not self.read_only and not self._direct
+        return SharedFile(
+            os.dup(self._descriptor),
+            self._origin,
+            direct=self._direct,
+            refusal=file.refusal if writable else None,
+            over=None if file.over is never else file.over,
+        )
 
     async def lend(self) -> Lent | None:
         """Open the storage once more, for somebody to read; None without direct I/O.

@@ -64,7 +64,7 @@ class Commands:
         on_idle: Callable[[], None],
     ) -> None:
         """Prepare. `on_idle` is called whenever the last command in flight has finished."""
-        self._fenced = False
+        self.fenced = False
         self.in_flight = 0
         self.in_flight_bytes = 0
         """Lengths of the READs and WRITEs in flight."""
@@ -88,17 +88,17 @@ class Commands:
 
     def fence(self) -> None:
         """From now on answer every command with ESHUTDOWN before it reaches the BlockIO."""
-        self._fenced = True
+        self.fenced = True
         self.inline_max_bytes = self._longest_inline()
 
     def _longest_inline(self) -> int:
-        if self._fenced:
+        if self.fenced:
             return 0
         return min(SPARSE_READ_MIN_BYTES - 1 if self._sparse else INLINE_MAX_BYTES, self.limits.maximum)
 
     def check(self, request: Request) -> int:
         """Return the NBD error that a request earns before it is tried, or 0 ("Error values")."""
-        if self._fenced:
+        if self.fenced:
             return p.NBD_ESHUTDOWN
         command, length = request.command, request.length
         changes = command in _CHANGING
@@ -135,7 +135,7 @@ class Commands:
 
     def write(self, request: Request, data: memoryview, on_finished: Callable[[], None]) -> None:
         """Start a WRITE that `check` passed; `data` must stay until `on_finished` is called."""
-        if self._fenced:  # meanwhile
+        if self.fenced:  # meanwhile
             on_finished()
             self.refuse(request, p.NBD_ESHUTDOWN)
             return

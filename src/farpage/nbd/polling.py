@@ -20,7 +20,9 @@ class Polling:
     doubles with each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = POLL_SECONDS) -> None:
+        """`seconds` is how long its thread looks."""
+        self.seconds: Final = seconds
         self.worthwhile = False
         """Whether the next wait should be polled."""
         self._score = 0
@@ -41,7 +43,7 @@ class Polling:
 
     def slept(self, seconds: float) -> None:
         """Take note of a wait that was not polled, or not in time."""
-        if seconds >= POLL_SECONDS:
+        if seconds >= self.seconds:
             self._score = max(self._score - 2, -_MOST_SCORE)
         elif self._score < _MOST_SCORE:
             self._score += 1

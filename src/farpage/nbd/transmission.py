@@ -18,14 +18,19 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from farpage.blockio import FileBacked
 from farpage.nbd import codec, eventloop
 from farpage.nbd import protocol as p
 from farpage.nbd.buffers import AlignedPool
 from farpage.nbd.commands import Commands, Request
+from farpage.nbd.directpath import READ_MAX_BYTES
 from farpage.nbd.export import Export
+from farpage.nbd.lane import Lane, open_lane
 from farpage.nbd.outgoing import AREA_BYTES, Outgoing
 
-RECEIVE_BYTES: Final = 256 << 10
+LANE_WRITE_MAX_BYTES: Final = 256 << 10
+"""Longer WRITEs are for the event loop."""
+RECEIVE_BYTES: Final = LANE_WRITE_MAX_BYTES + 4096
 COMMANDS_IN_FLIGHT_MAX: Final = 2048
 PAYLOAD_IN_FLIGHT_MAX_BYTES: Final = 64 << 20
 """Reading stops when commands in flight move this much; one more maximum-sized command may be over it."""
@@ -51,6 +56,10 @@ _PLAIN_READ: Final = p.NBD_REQUEST_MAGIC << 32 | p.NBD_CMD_READ
 """First word of a READ without flags."""
 _pack_data = codec.DATA_CHUNK.pack_into
 _pack_simple = codec.SIMPLE_REPLY.pack_into
+
+_LEAST_STAY_REQUESTS: Final = 64
+_LONGEST_STAY_REQUESTS: Final = 1 << 16
+"""A connection that came back from its lane stays in the loop until so many requests in a row were for it."""
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +136,15 @@ class Transmission:
         self._discarded: Callable[[], None] | None = None
         self._output = Outgoing(sock)
 
+        self._lane: Lane | None = None
+        self._may_have_lane = isinstance(export.io, FileBacked)
+        self._entering = False
+        """Whether the connection goes over to its lane as soon as nothing is in flight."""
+        self._stay_requests = 0
+        self._suited_requests = 0
+        """Requests in a row that the lane would have served."""
+        self._entered_at = 0
+
     # Life
 
     def start(self, leftover: bytes = b"") -> None:
@@ -136,6 +154,7 @@ class Transmission:
         self._resume_reading()
         if leftover:
             self._parse()
+        self._consider_lane()
 
     @property
     def in_flight(self) -> int:
@@ -145,12 +164,14 @@ class Transmission:
     def fence(self) -> None:
         """Answer every further command with ESHUTDOWN."""
         self._commands.fence()
+        if self._lane is not None and self._lane.entered:
+            self._lane.stop()
         if self._commands.in_flight:
             self._export.on_given_up()
 
     async def wait_idle(self) -> None:
         """Return when no command is in flight."""
-        if self._commands.in_flight:
+        if self._commands.in_flight or self._in_lane:
             waiter: asyncio.Future[None] = self._loop.create_future()
             self._idle_waiters.append(waiter)
             await waiter
@@ -158,8 +179,9 @@ class Transmission:
     def disconnect(self) -> None:
         """Send what can be sent at once and close the socket; commands in flight go on in the BlockIO."""
         if self._phase is not _Phase.CLOSED:
-            with contextlib.suppress(OSError):
-                self._output.push()
+            if not self._in_lane:
+                with contextlib.suppress(OSError):
+                    self._output.push()
             self._close()
 
     def _drain(self) -> None:
@@ -176,6 +198,16 @@ class Transmission:
             return
         self._phase = _Phase.CLOSED
         self._scheduled = True
+        if self._lane is not None and self._lane.entered:
+            # The descriptor must not become another's while the lane uses it.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._lane.stop()
+            return
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the socket, which nobody uses any more."""
         self._stop_reading()
         if self._linger is not None:
             self._linger.cancel()
@@ -188,22 +220,104 @@ class Transmission:
             self._pool.give(self._sink_buffer)
             self._sink_buffer = None
         self._socket.close()
+        if self._lane is not None:
+            self._lane.close()
+            self._lane = None
         if self._commands.in_flight:
             self._export.on_given_up()
         else:
             self._loop.call_soon(self._on_ended)
 
     def _on_idle(self) -> None:
+        self._wake_waiters()
+        if self._phase is _Phase.CLOSED:
+            self._loop.call_soon(self._on_ended)
+
+    def _wake_waiters(self) -> None:
         for waiter in self._idle_waiters:
             if not waiter.done():
                 waiter.set_result(None)
         self._idle_waiters.clear()
-        if self._phase is _Phase.CLOSED:
-            self._loop.call_soon(self._on_ended)
 
     def _violated(self, reason: str) -> None:
         log.warning("export %r: hanging up on a client: %s", self._export.name, reason)
         self.disconnect()
+
+    # In a thread of its own (lane.py)
+
+    @property
+    def _in_lane(self) -> bool:
+        return self._lane is not None and self._lane.entered
+
+    def _consider_lane(self) -> None:
+        """Have the connection go over to a lane, if there is one for it and it suits what is asked for."""
+        if not self._may_have_lane or self._entering or self._suited_requests < self._stay_requests:
+            return
+        if self._phase is _Phase.OPEN and not self._commands.fenced and self._reading:
+            self._entering = self._scheduled = True
+            self._stop_reading()
+            self._loop.call_soon(self._enter_lane)
+
+    def _suits_lane(self, request: Request) -> bool:
+        """Tell whether the lane would have served a command that was not answered at once."""
+        if self._lane is not None and self._lane.direct:
+            return request.command == p.NBD_CMD_READ and request.length <= READ_MAX_BYTES
+        return request.command == p.NBD_CMD_WRITE and request.length <= LANE_WRITE_MAX_BYTES
+
+    def _enter_lane(self) -> None:
+        if not self._entering or self._phase is not _Phase.OPEN or self._commands.in_flight or self._output:
+            return  # what is in flight comes back to `_push`
+        self._entering = False
+        if self._commands.fenced or self._sink is not None or self._discard_bytes or not self._has_lane():
+            self._suited_requests = 0
+            self._resume()
+            return
+        assert self._lane is not None
+        fast = self._lane.fast
+        fast.input_start, fast.input_end = self._input_start, self._input_end
+        fast.output_start = fast.output_end = 0
+        fast.read_max_bytes = self._commands.inline_max_bytes
+        self._entered_at = fast.served
+        self._lane.enter()
+
+    def _has_lane(self) -> bool:
+        """Make the lane when there is none yet; False when there is none to be had."""
+        if self._lane is not None:
+            return True
+        self._lane = open_lane(
+            self._export.io,
+            self._socket.fileno(),
+            (self._input, self._output.area),
+            self._export.counters,
+            self._back_from_lane,
+            structured_replies=self._structured,
+            misaligned=self._commands.misaligned,
+            write_max_bytes=min(LANE_WRITE_MAX_BYTES, self._commands.limits.maximum),
+        )
+        if self._lane is None:
+            self._stay_requests = max(2 * self._stay_requests, _LONGEST_STAY_REQUESTS)
+        return self._lane is not None
+
+    def _back_from_lane(self) -> None:
+        """Go on in the event loop."""
+        assert self._lane is not None
+        fast = self._lane.fast
+        if self._phase is _Phase.CLOSED or self._lane.failed:
+            self._phase = _Phase.CLOSED
+            self._wake_waiters()
+            self._let_go()
+            return
+        self._input_start, self._input_end = fast.input_start, fast.input_end
+        self._output.start, self._output.end = fast.output_start, fast.output_end
+        # Whoever comes back soon has little of it: going over and back costs two wake-ups.
+        soon = fast.served - self._entered_at < _LEAST_STAY_REQUESTS
+        longer = min(2 * self._stay_requests, _LONGEST_STAY_REQUESTS) if soon else 0
+        self._stay_requests = max(longer, _LEAST_STAY_REQUESTS)
+        self._suited_requests = 0
+        self._resume_reading()
+        self._resume()
+        if not self._commands.in_flight:
+            self._wake_waiters()
 
     # Receiving
 
@@ -231,6 +345,7 @@ class Transmission:
                 self._close()
                 return
             if first == _REQUEST_BYTES and self._answer_one():
+                self._consider_lane()
                 return
             if not first:
                 self._drain()
@@ -253,6 +368,7 @@ class Transmission:
             self._gathering = False
         if self._output.end or self._scheduled:
             self._push()
+        self._consider_lane()
 
     def _answer_one(self) -> bool:
         """Answer the one request that has come, if it is a READ of what is at hand and nothing is before it.
@@ -278,6 +394,7 @@ class Transmission:
             _pack_data(output.area, 0, p.NBD_STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset)
         else:
             _pack_simple(output.area, 0, p.NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
+        self._suited_requests += 1
         counters = self._export.counters
         counters.reads += 1
         counters.read_bytes += length
@@ -401,6 +518,7 @@ class Transmission:
                 going = self._begin(Request(word >> 16 & 0xFFFF, word & 0xFFFF, cookie, offset, length))
             position = self._input_start
         self._input_start, self._cost_left = position, cost_left
+        self._suited_requests += reads
         self._export.counters.reads += reads
         self._export.counters.read_bytes += read_bytes
         return going or self._sink is not None or self._discard_bytes > 0
@@ -420,6 +538,8 @@ class Transmission:
             self._drain()
             return False
         error = self._commands.check(request)
+        suits = not error and not request.flags and self._suits_lane(request)
+        self._suited_requests = self._suited_requests + 1 if suits else 0
         if request.command == p.NBD_CMD_WRITE:
             if not self._begin_write(request, error):
                 return False
@@ -530,6 +650,9 @@ class Transmission:
             return False
         if self._phase is _Phase.DRAINING and not self._commands.in_flight:
             self._close()
+        elif self._entering:
+            if not self._commands.in_flight:
+                self._loop.call_soon(self._enter_lane)
         elif not self._reading and not self._resume_scheduled and not self._saturated():
             self._resume_scheduled = self._scheduled = True
             self._loop.call_soon(self._resume)

@@ -44,6 +44,12 @@ async def test_a_sweep_touches_every_page_once_and_finds_what_was_written(touche
         assert (swept.waited.count, swept.present.count, swept.wrong_pages) == (0, PAGES, 0)
 
 
+async def test_populating_in_random_order_touches_every_page_once(toucher: Toucher) -> None:
+    populated = await toucher.run(Phase(Pattern.POPULATE, write_percent=100, scattered=True), 1)
+    assert (populated.waited.count, populated.present.count) == (PAGES, 0)
+    assert (await toucher.run(SWEEP, 1)).wrong_pages == 0
+
+
 async def test_random_writes_leave_every_page_with_its_own_last_version(toucher: Toucher) -> None:
     await toucher.run(POPULATE, 1)
     mixed = await toucher.run(Phase(Pattern.RANDOM, write_percent=50, threads=4), 0.05)

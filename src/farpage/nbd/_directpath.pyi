@@ -1,0 +1,1 @@
+from farpage.nbd.directpath import DirectPath as DirectPath

@@ -1,0 +1,1 @@
+from farpage.nbd.fastpath import FastPath as FastPath

@@ -1,0 +1,193 @@
+"""A thread that serves one connection, for as long as all that it is asked for is in the page cache.
+
+An event loop may not write to a file: even a write to the page cache waits, when too much of it is not on the
+device yet or when a journal is full, and with it would all others. To hand each write to a thread and have it
+back takes several times as long as to write. So the connection itself is handed over, and comes back with
+the first request that is not for `FastPath`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Final
+
+from farpage.blockio import BlockIO, FileBacked, SharedFile
+from farpage.errors import Unsupported
+from farpage.kernel.io_uring import Ring
+from farpage.log import get_logger
+from farpage.nbd.directpath import READS_MAX
+from farpage.nbd.export import Counters
+from farpage.nbd.fastpath import Outcome, Settings
+from farpage.nbd.polling import Polling
+
+try:
+    from farpage.nbd._directpath import DirectPath
+    from farpage.nbd._fastpath import FastPath
+except ImportError:  # there was no compiler
+    from farpage.nbd.directpath import DirectPath
+    from farpage.nbd.fastpath import FastPath
+
+FAST_PATHS = FastPath, DirectPath
+LANES_MAX: Final = 64
+"""Further connections are served by the event loop alone."""
+
+DEVICE_POLL_SECONDS: Final = 300e-6
+"""The next event is looked for so long while reads are in flight: a thread that is woken for each begins the
+next ones too late for the device to be busy all the time."""
+
+log = get_logger()
+
+
+def open_lane(
+    io: BlockIO,
+    socket: int,
+    buffers: tuple[bytearray, bytearray],
+    counters: Counters,
+    on_back: Callable[[], None],
+    *,
+    structured_replies: bool,
+    misaligned: int,
+    write_max_bytes: int,
+) -> Lane | None:
+    """Make a lane for the connection at `socket`, with its receive buffer and outgoing area, if it can be."""
+    if not isinstance(io, FileBacked) or Lane.made >= LANES_MAX:
+        return None
+    fast_path, direct_path = FAST_PATHS
+    settings = Settings(structured_replies, io.size_bytes, misaligned, write_max_bytes)
+    with contextlib.ExitStack() as undo:
+        try:
+            storage = io.share_file()
+            if storage is None:
+                return None
+            undo.callback(storage.close)
+            if io.read_only:
+                storage.refusal = None
+            fast = (
+                direct_path(socket, buffers, storage, counters, settings, Ring(READS_MAX))
+                if storage.direct
+                else fast_path(socket, buffers, storage, counters, settings)
+            )
+            lane = Lane(fast, socket, storage, on_back)
+        except (Unsupported, OSError, RuntimeError) as error:  # no io_uring, descriptor, memory or thread
+            log.info("no_lane", problem=str(error))
+            return None
+        undo.pop_all()
+        return lane
+
+
+class Lane:
+    """The thread of one connection; made and used by the event loop.
+
+    The loop leaves the connection alone from `enter` until `on_back` is called, in the loop.
+    """
+
+    made = 0
+    """Lanes that are not closed; of all connections of this process."""
+
+    def __init__(self, fast: FastPath, socket: int, storage: SharedFile, on_back: Callable[[], None]) -> None:
+        """Take over `fast` and `storage`; the socket stays its owner's."""
+        self.fast = fast
+        """The connection's; its bounds are set before `enter` and hold after `on_back`."""
+        self.direct: Final = storage.direct
+        """Whether it serves what is read with O_DIRECT, and nothing else."""
+        self.entered = False
+        """Whether the connection is in the thread's hands."""
+        self.failed = False
+        """Whether the connection came back in a state that nobody knows."""
+        self._loop = asyncio.get_running_loop()
+        self._socket = socket
+        self._storage = storage
+        self._on_back = on_back
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._orders: SimpleQueue[bool] = SimpleQueue()
+        self._polling = Polling()
+        self._device_polling = Polling(DEVICE_POLL_SECONDS)
+        threading.Thread(target=self._run, name="nbd-lane", daemon=True).start()
+        Lane.made += 1
+
+    def enter(self) -> None:
+        """Hand the connection over."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        self.fast.stopped = False
+        self.entered = True
+        self._orders.put(True)
+
+    def stop(self) -> None:
+        """Have it back as soon as what is being carried out has ended."""
+        self.fast.stopped = True
+        os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """End the thread, which has nothing in its hands, and let go of the file."""
+        Lane.made -= 1
+        self._orders.put(False)
+        os.close(self._wake)
+        self.fast.close()
+        self._storage.close()
+
+    def _run(self) -> None:
+        while self._orders.get():
+            try:
+                self._serve()
+            except Exception:
+                log.exception("lane_failed")
+                self.failed = True
+            # The loop is gone when the process ends.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._back)
+
+    def _back(self) -> None:
+        self.entered = False
+        self._on_back()
+
+    def _serve(self) -> None:
+        """Serve the connection until it is for the loop again."""
+        fast = self.fast
+        socket, wake = (self._socket, select.POLLIN), (self._wake, select.POLLIN)
+        device = ((fast.device_descriptor, select.POLLIN),) if fast.device_descriptor >= 0 else ()
+        sleeping: dict[int, select.poll] = {
+            Outcome.WAIT_READ: _poll(socket, wake, *device),
+            Outcome.WAIT_WRITE: _poll((self._socket, select.POLLOUT), wake),
+            Outcome.WAIT_DEVICE: _poll(*device),
+        }
+        outcome = fast.turn()
+        while outcome != Outcome.OVER:
+            polling = self._device_polling if fast.in_flight else self._polling
+            # Threads that look for events instead of sleeping keep each other from serving theirs.
+            if outcome == Outcome.WAIT_READ and polling.worthwhile and Lane.made == 1:
+                found = self._look(polling)
+                if found is not None:
+                    outcome = found
+                    continue
+            began = perf_counter()
+            sleeping[outcome].poll()
+            polling.slept(perf_counter() - began)
+            outcome = fast.turn()
+
+    def _look(self, polling: Polling) -> int | None:
+        """Have a turn as soon as something comes, for a moment; None when nothing did."""
+        fast = self.fast
+        served, in_flight = fast.served, fast.in_flight
+        end = perf_counter() + polling.seconds
+        while perf_counter() < end:
+            outcome = fast.turn()
+            if outcome != Outcome.WAIT_READ or fast.served != served or fast.in_flight != in_flight:
+                polling.found()
+                return outcome
+        polling.missed()
+        return None
+
+
+def _poll(*watched: tuple[int, int]) -> select.poll:
+    poll = select.poll()
+    for descriptor, events in watched:
+        poll.register(descriptor, events)
+    return poll

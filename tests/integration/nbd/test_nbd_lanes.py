@@ -1,0 +1,269 @@
+"""Connections in a thread of their own, with the fast paths as machine code and as their twins."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from farpage.address import Address, TcpAddress, UnixAddress
+from farpage.blockio import BlockIO, wait_done
+from farpage.device.directory import DirectoryDevice
+from farpage.device.open import open_device
+from farpage.nbd import codec, directpath, fastpath, lane
+from farpage.nbd import protocol as p
+from farpage.nbd.client import Connection
+from farpage.nbd.server import Server
+from tests.support.commands import condition, read_bytes, write_bytes
+from tests.support.nbd import Exports, RawClient, short_folder
+
+VOLUME_BYTES = 8 << 20
+COMPILED = lane.FAST_PATHS
+TWINS = (fastpath.FastPath, directpath.DirectPath)
+
+
+@pytest.fixture(
+    name="paths",
+    autouse=True,
+    params=[
+        pytest.param(
+            COMPILED, id="compiled", marks=pytest.mark.skipif(COMPILED == TWINS, reason="not compiled")
+        ),
+        pytest.param(TWINS, id="twin"),
+    ],
+)
+def _paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane, "FAST_PATHS", request.param)
+
+
+@pytest.fixture(name="mode", params=["buffered", "direct"])
+def _mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@dataclass
+class Served:
+    server: Server
+    device: DirectoryDevice
+    volume: BlockIO
+    provider: Exports
+    addresses: tuple[Address, ...]
+    over: list[bool] = field(default_factory=list)
+
+    def in_lane(self) -> bool:
+        """Whether every connection is in its lane."""
+        transmissions = [connection._transmission for connection in self.server.connections]
+        return bool(transmissions) and all(t is not None and t._in_lane for t in transmissions)
+
+
+@asynccontextmanager
+async def served(folder: Path, mode: str, over: Callable[[], bool] | None = None) -> AsyncIterator[Served]:
+    device = await open_device(f"dir:{folder / 'device'}?size=32M&cache={mode}")
+    assert isinstance(device, DirectoryDevice)
+    if mode == "direct" and device.access != "direct":
+        pytest.skip("no direct I/O on this file system")
+    device.create_volume("v", VOLUME_BYTES)
+    volume = await device.open_volume("v", 1) if over is None else await device.open_volume("v", 1, over)
+    provider = Exports({"v": volume})
+    server = Server(provider)
+    with short_folder() as sockets:
+        await server.start([UnixAddress(str(sockets / "s")), TcpAddress("127.0.0.1", 0)])
+        try:
+            yield Served(server, device, volume, provider, server.addresses)
+        finally:
+            await server.close()
+            await volume.close()
+            await device.close()
+
+
+@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+@pytest.mark.parametrize("transport", [0, 1], ids=["unix", "tcp"])
+async def test_random_commands_leave_what_a_plain_buffer_would_hold(
+    tmp_path: Path, mode: str, transport: int, structured: bool
+) -> None:
+    async with served(tmp_path, mode) as at:
+        connection = await Connection.open(at.addresses[transport], "v", structured_replies=structured)
+        chance, content = random.Random(transport), bytearray(VOLUME_BYTES)
+        for _ in range(40):
+            slots = chance.sample(range(16), 12)
+            pending = []
+            for slot in slots:
+                length = chance.choice([1, 512, 4096, 4096, 16384, 300_000])
+                offset = slot * 500_000 + chance.choice([0, 4096, 77])
+                if chance.random() < 0.5:
+                    data = chance.randbytes(length)
+                    content[offset : offset + length] = data
+                    pending.append(write_bytes(connection, offset, data))
+                else:
+                    pending.append(_reads(connection, offset, content[offset : offset + length]))
+            if chance.random() < 0.1:
+                pending.append(wait_done(connection.flush))
+            assert set(await asyncio.gather(*pending)) == {0}
+        await connection.close()
+        assert await read_bytes(at.volume, 0, VOLUME_BYTES) == content
+
+
+async def _reads(connection: Connection, offset: int, expected: bytes | bytearray) -> int:
+    assert await read_bytes(connection, offset, len(expected)) == expected
+    return 0
+
+
+async def test_a_connection_is_in_its_lane_again_after_enough_that_suits_it(
+    tmp_path: Path, mode: str
+) -> None:
+    async with served(tmp_path, mode) as at:
+        connection = await Connection.open(at.addresses[0], "v")
+        assert await write_bytes(connection, 0, bytes(8192)) == 0
+        await condition(lambda: at.in_lane() == (mode == "buffered"))  # a direct write is for the loop
+        assert await wait_done(connection.flush) == 0
+        assert not at.in_lane()
+        for number in range(70):
+            assert await read_bytes(connection, number * 4096, 4096) == bytes(4096)
+        await condition(at.in_lane)
+        counters = at.provider.counters["v"]
+        before = counters.reads
+        assert await read_bytes(connection, 4096, 4096) == bytes(4096)
+        assert counters.reads == before + 1
+        await connection.close()
+    await condition(lambda: not any(thread.name == "nbd-lane" for thread in threading.enumerate()))
+
+
+async def test_writes_of_a_lease_that_is_over_are_refused(tmp_path: Path) -> None:
+    over = [False]
+    async with served(tmp_path, "buffered", lambda: over[0]) as at:
+        connection = await Connection.open(at.addresses[0], "v")
+        assert await write_bytes(connection, 0, b"x" * 4096) == 0
+        await condition(at.in_lane)
+        over[0] = True
+        assert await write_bytes(connection, 0, b"y" * 4096) == errno.ESHUTDOWN
+        assert await read_bytes(connection, 0, 4096) == b"x" * 4096
+        await connection.close()
+
+
+async def test_writes_of_an_older_owner_are_refused(tmp_path: Path) -> None:
+    async with served(tmp_path, "buffered") as at:
+        connection = await Connection.open(at.addresses[0], "v")
+        assert await write_bytes(connection, 0, b"x" * 4096) == 0
+        await condition(at.in_lane)
+        newer = at.device.volume("v").claim._replace(epoch=7)
+        at.device.claim("v", newer)
+        assert await write_bytes(connection, 0, b"y" * 4096) == errno.ESHUTDOWN
+        assert await read_bytes(at.volume, 0, 4096) == b"x" * 4096
+        await connection.close()
+
+
+async def test_fencing_waits_for_a_write_that_hangs_and_lets_none_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, asked = threading.Event(), threading.Event()
+    hold = [False]
+
+    def over() -> bool:
+        if hold[0] and threading.current_thread().name == "nbd-lane":
+            asked.set()
+            held.wait(10)
+        return False
+
+    async with served(tmp_path, "buffered", over) as at:
+        connection = await Connection.open(at.addresses[0], "v")
+        assert await write_bytes(connection, 0, b"x" * 4096) == 0
+        await condition(at.in_lane)
+        hold[0] = True
+        errors: list[int] = []
+        for number in range(8):
+            connection.write(number * 4096, memoryview(b"y" * 4096), errors.append)
+        connection.push()
+        await condition(asked.is_set)
+        fencing = asyncio.create_task(at.server.fence(lambda export: True))
+        await asyncio.sleep(0.05)
+        assert not fencing.done()
+        held.set()
+        await fencing
+        assert at.server.connections == ()
+        await condition(lambda: len(errors) == 8)
+        written = await read_bytes(at.volume, 0, 8 * 4096)
+        for number in range(8):
+            if errors[number] == errno.ESHUTDOWN:
+                place = written[number * 4096 : (number + 1) * 4096]
+                assert place == (b"x" if number == 0 else b"\0") * 4096
+        assert errno.ESHUTDOWN in errors
+
+
+async def test_disconnecting_lets_go_of_the_export_and_of_the_thread(tmp_path: Path, mode: str) -> None:
+    async with served(tmp_path, mode) as at:
+        connection = await Connection.open(at.addresses[0], "v")
+        for number in range(70):
+            await read_bytes(connection, number * 4096, 4096)
+        await condition(at.in_lane)
+        (server_side,) = at.server.connections
+        server_side.disconnect()
+        await server_side.wait_closed()
+        assert at.provider.closed == ["v"]
+    await condition(lambda: not any(thread.name == "nbd-lane" for thread in threading.enumerate()))
+
+
+async def test_wrong_bytes_end_the_connection_and_nothing_else(tmp_path: Path, mode: str) -> None:
+    async with served(tmp_path, mode) as at:
+        other = await Connection.open(at.addresses[0], "v")
+        chance = random.Random(3)
+        for _ in range(20):
+            address = at.addresses[0]
+            assert isinstance(address, UnixAddress)
+            client = await RawClient.connect(address.path)
+            await client.go("v")
+            good = codec.encode_request(p.NBD_CMD_READ, 0, 5, 0, 4096)
+            client.send(good * chance.randrange(4) + chance.randbytes(chance.randrange(28, 200)))
+            client.writer.write_eof()
+            while await client.reader.read(1 << 16):
+                pass
+            await client.close()
+        assert await read_bytes(other, 0, 4096) == bytes(4096)
+        await other.close()
+
+
+async def test_a_request_that_comes_byte_by_byte_is_carried_out_once(tmp_path: Path) -> None:
+    async with served(tmp_path, "buffered") as at:
+        address = at.addresses[0]
+        assert isinstance(address, UnixAddress)
+        client = await RawClient.connect(address.path)
+        await client.go("v")
+        message = codec.encode_request(p.NBD_CMD_WRITE, 0, 9, 4096, 64) + b"z" * 64
+        for at_byte in range(len(message)):
+            client.send(message[at_byte : at_byte + 1])
+            await asyncio.sleep(0.001)
+        assert (await client.simple_reply())[:2] == (0, 9)
+        assert await read_bytes(at.volume, 4096, 64) == b"z" * 64
+        assert at.provider.counters["v"].writes == 1
+        await client.close()
+
+
+async def test_replies_that_nobody_reads_hold_up_no_other_connection(tmp_path: Path, mode: str) -> None:
+    async with served(tmp_path, mode) as at:
+        address = at.addresses[0]
+        assert isinstance(address, UnixAddress)
+        client = await RawClient.connect(address.path)
+        await client.go("v")
+        count = 4000
+        for number in range(count):
+            client.send(codec.encode_request(p.NBD_CMD_READ, 0, number, number % 1000 * 4096, 4096))
+        other = await Connection.open(address, "v")
+        began = time.monotonic()
+        for number in range(50):
+            assert await read_bytes(other, number * 4096, 4096) == bytes(4096)
+        assert time.monotonic() - began < 5
+        await other.close()
+        cookies = set()
+        for _ in range(count):
+            error, cookie, _ = await client.simple_reply(4096)
+            assert error == 0
+            cookies.add(cookie)
+        assert cookies == set(range(count))
+        await client.close()
