@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ from bench._toucher import MemoryKind, Phase, PhaseReport, Toucher, WrongPages
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.hypervisor.model import ClientAttach
+from farpage.pager.compiled import WITHOUT_VARIABLE
 from farpage.pager.limit import DEFAULT_TIER_PERCENT
 
 CLIENT: Final = "touched"
@@ -186,6 +188,26 @@ class Farpage(Pager):
         """Return what the client's worker counts."""
         assert self._set is not None
         return (await self._set.hypervisor.client(CLIENT)).counters.read_ahead_wasted_pages
+
+
+class FarpageInPython(Farpage):
+    """The same without compiled loops."""
+
+    name = "in Python"
+
+    @asynccontextmanager
+    async def ready(self, work: Work) -> AsyncIterator[None]:
+        """Start the set without them."""
+        before = os.environ.get(WITHOUT_VARIABLE)
+        os.environ[WITHOUT_VARIABLE] = "1"
+        try:
+            async with super().ready(work):
+                yield
+        finally:
+            if before is None:
+                del os.environ[WITHOUT_VARIABLE]
+            else:
+                os.environ[WITHOUT_VARIABLE] = before
 
 
 async def measure(pager: Pager, work: Work, seed: int) -> list[Measured]:

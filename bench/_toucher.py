@@ -48,8 +48,9 @@ class Pattern(enum.StrEnum):
 class Phase:
     """One thing to measure; `write_percent` of the touches store, the others load.
 
-    `compressible` populates with pages that LZ4 makes half as large. A phase that is `warmed` runs twice and
-    is measured the second time: what is in memory at its beginning is its own then.
+    `compressible` populates with pages that LZ4 makes half as large, `scattered` does so in random order. A
+    phase that is `warmed` runs twice and is measured the second time: what is in memory at its beginning is
+    its own then.
     """
 
     pattern: Pattern
@@ -57,11 +58,14 @@ class Phase:
     threads: int = 1
     compressible: bool = False
     warmed: bool = False
+    scattered: bool = False
 
     @property
     def name(self) -> str:
         """What it is called in tables."""
         if self.pattern is Pattern.POPULATE:
+            if self.scattered:
+                return "populate in random order"
             return "populate, compressible" if self.compressible else "populate"
         return (
             f"{self.pattern} {self.write_percent}% writes" if self.write_percent else f"{self.pattern} reads"
@@ -201,6 +205,8 @@ class Toucher:
         :raise ToucherFailed: it ended meanwhile.
         """
         command = "populate compressible" if phase.compressible else "populate"
+        if phase.scattered:
+            command = "populate scattered"
         if phase.pattern is not Pattern.POPULATE:
             limit = SWEEP_SECONDS if phase.pattern is Pattern.SEQUENTIAL else seconds
             command = f"run {phase.pattern} {phase.write_percent} {phase.threads} {limit}"

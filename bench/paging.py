@@ -29,7 +29,7 @@ from typing import Any
 from bench import _hostswap
 from bench._command import carry_out, check_rounds, tell
 from bench._machine import describe_disk, describe_machine, describe_placement
-from bench._pagers import Farpage, HostSwap, Pager, Work, Zram, measure
+from bench._pagers import Farpage, FarpageInPython, HostSwap, Pager, Work, Zram, measure
 from bench._paging_report import PagingResult, Rounds, ratios, results
 from bench._published import add_options
 from bench._rounds import turns
@@ -55,6 +55,7 @@ COMPRESSIBLE_PHASES = (
     Phase(Pattern.POPULATE, write_percent=100, compressible=True),
     *(Phase(Pattern.ZIPF, 20, threads, compressible=True, warmed=True) for threads in (1, 4)),
 )
+SCATTERED_PHASES = (Phase(Pattern.POPULATE, write_percent=100, scattered=True),)
 CLUSTERS = (3, 0)
 SWAP_SHARE = 1.25
 """Size of the swap file as a share of the memory; the kernel keeps slots of pages that are back in memory."""
@@ -70,6 +71,8 @@ class Settings:
     seconds: float
     folder: Path
     ram_tier_percent: int = DEFAULT_TIER_PERCENT
+    twin: bool = False
+    """Whether farpage without compiled loops takes part."""
     only: frozenset[Pattern] = frozenset()
     """What is measured, after the memory is populated; empty for everything."""
 
@@ -112,6 +115,7 @@ async def run(settings: Settings) -> PagingResult:
         farpage = Farpage()
         swaps: list[Pager] = []
         compressing: list[Pager] = []
+        own: list[Pager] = [farpage, FarpageInPython()] if settings.twin else [farpage]
         without_swap = ""
         try:
             swaps, compressing = _host_swap(undo, work)
@@ -119,8 +123,9 @@ async def run(settings: Settings) -> PagingResult:
             without_swap = str(problem)
             tell(without_swap)
         parts = [
-            (_chosen(PHASES, settings.only), [farpage, *swaps]),
-            (_chosen(COMPRESSIBLE_PHASES, settings.only), [farpage, *swaps, *compressing]),
+            (_chosen(PHASES, settings.only), [*own, *swaps]),
+            (_chosen(SCATTERED_PHASES, settings.only), [*own, *swaps]),
+            (_chosen(COMPRESSIBLE_PHASES, settings.only), [*own, *swaps, *compressing]),
         ]
         found = [
             (phases, await _rounds(replace(work, phases=phases), contenders, settings.rounds))
@@ -147,7 +152,7 @@ def _chosen(phases: tuple[Phase, ...], only: frozenset[Pattern]) -> tuple[Phase,
     """Return the phases of some patterns behind the one that populates the memory; none without any."""
     populate, *others = phases
     chosen = [phase for phase in others if not only or phase.pattern in only]
-    return (populate, *chosen) if chosen or Pattern.POPULATE in only else ()
+    return (populate, *chosen) if chosen or not only or Pattern.POPULATE in only else ()
 
 
 async def _rounds(work: Work, contenders: list[Pager], count: int) -> Rounds:
@@ -198,6 +203,9 @@ def main() -> int:
         choices=[pattern.value for pattern in Pattern],
         help="measure just this pattern; may be given again",
     )
+    parser.add_argument(
+        "--twin", action="store_true", help="have farpage without its compiled loops take part as well"
+    )
     parser.add_argument("--rounds", default=5, type=int, help="times that everybody has a turn (%(default)s)")
     parser.add_argument("--seconds", default=2.0, type=float, help="length of a random phase (%(default)s)")
     parser.add_argument(
@@ -217,6 +225,7 @@ def main() -> int:
                 ram_tier_percent=parse_percent(
                     options.ram_tier, field="--ram-tier", most=LARGEST_TIER_PERCENT
                 ),
+                twin=options.twin,
                 only=frozenset(map(Pattern, options.only)),
             )
         )

@@ -55,6 +55,7 @@
 #define WRONG_SHOWN_MAX 5
 
 #define STRIDE 7
+#define PRIME 2654435761u
 #define EXPONENT 0.99
 
 enum pattern { POPULATE, SEQUENTIAL, STRIDED, RANDOM, ZIPF };
@@ -84,7 +85,7 @@ static size_t pages;
 static uint32_t *versions; /* of every page; a page belongs to one thread in a phase, so nothing races */
 static uint32_t *merged;
 static uint64_t seed;
-static bool compressible;
+static bool compressible, scattered;
 static struct { size_t ranks; double zeta, power, eta; } zipf;
 static FILE *trace;
 static volatile uint64_t sink;
@@ -211,7 +212,7 @@ static size_t zipf_index(uint64_t random)
     size_t rank = 0;
     if (uz >= 1)
         rank = uz < 1 + pow(0.5, EXPONENT) ? 1 : (size_t)((double)zipf.ranks * pow(zipf.eta * u - zipf.eta + 1, zipf.power));
-    return rank % zipf.ranks * 2654435761u % zipf.ranks;
+    return rank % zipf.ranks * PRIME % zipf.ranks;
 }
 
 static void *work(void *argument)
@@ -226,6 +227,8 @@ static void *work(void *argument)
         uint64_t random = next_random(worker);
         bool write = phase.pattern == POPULATE || random % 100 < phase.write_percent;
         size_t page = first + step;
+        if (phase.pattern == POPULATE && scattered && step < pages)
+            page = step * PRIME % pages; /* every page once */
         if (phase.pattern == RANDOM)
             page = (random >> 16) % share * phase.threads + worker->number;
         else if (phase.pattern == ZIPF)
@@ -350,8 +353,9 @@ static void obey(const char *line)
     phase.pattern = POPULATE;
     phase.threads = 1;
     phase.write_percent = 100;
-    if (!strcmp(line, "populate\n") || !strcmp(line, "populate compressible\n")) {
-        compressible = strlen(line) > strlen("populate\n");
+    if (!strncmp(line, "populate", strlen("populate"))) {
+        compressible = !strcmp(line, "populate compressible\n");
+        scattered = !strcmp(line, "populate scattered\n");
         run_phase(3600);
         return;
     }
