@@ -21,8 +21,8 @@ HANG_SECONDS = 60.0
 """Nothing that the schedule does may keep an access, or the set from being whole, for so long."""
 WATCH_SECONDS = 0.25
 LOOK_SECONDS = 0.1
-MORE_DESCRIPTORS = 16
-"""Connections come and go; more of them than this above the beginning are a leak."""
+MORE_DESCRIPTORS = 32
+"""Connections come and go, with seven each where a thread of its own serves one; more than this is a leak."""
 
 
 @dataclass(frozen=True)
