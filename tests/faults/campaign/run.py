@@ -21,8 +21,10 @@ HANG_SECONDS = 60.0
 """Nothing that the schedule does may keep an access, or the set from being whole, for so long."""
 WATCH_SECONDS = 0.25
 LOOK_SECONDS = 0.1
-MORE_DESCRIPTORS = 32
-"""Connections come and go, with seven each where a thread of its own serves one; more than this is a leak."""
+MORE_DESCRIPTORS = 16
+"""Connections come and go; more of them than this above the beginning are a leak."""
+THREAD_DESCRIPTORS = 4
+"""What a connection has more where a thread of its own serves it; they come and go with its socket."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Campaign:
     def _compare_descriptors(self) -> None:
         for name, now in self.place.descriptors().items():
             before = self._descriptors.get(name, now)
-            if now.total() > before.total() + MORE_DESCRIPTORS:
+            sockets = max(now["socket"] - before["socket"], 0)
+            if now.total() > before.total() + MORE_DESCRIPTORS + sockets * THREAD_DESCRIPTORS:
                 more = ", ".join(f"{count} {what}" for what, count in (now - before).most_common(8))
                 self.outcome.leaks.append(
                     f"{name} has {now.total()} descriptors, at the beginning {before.total()}; more: {more}"
