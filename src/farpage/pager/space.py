@@ -71,7 +71,7 @@ class Space:
         self.changed()
 
     def settle(self) -> None:
-        """Take over what the short way has done; before anybody decides by the order of replacement."""
+        """Count what the short way has done; before anybody looks at the counters."""
         if self.short is not None:
             self.short.settle()
 
