@@ -16,6 +16,8 @@ import pytest_asyncio
 
 from farpage.api.remote import RemoteError
 from farpage.attach.process import userfaultfds
+from farpage.attach.retake import retake
+from farpage.definition.model import PAGE_BYTES
 from farpage.embedded.set import EmbeddedSet
 from farpage.errors import FarpageError
 from farpage.hypervisor.attaching import intent
@@ -23,11 +25,12 @@ from farpage.hypervisor.model import ClientAttach
 from farpage.kernel.inject import call_in_process
 from farpage.kernel.libc import syscall_numbers
 from farpage.kernel.userfaultfd import CREATE_FLAGS
-from farpage.pager.attachmentrecord import clients_folder, record_path, save_record
+from farpage.pager.attachmentrecord import clients_folder, read_record, record_path, save_record
+from tests.support.commands import condition
 from tests.support.hammer import hammering
 from tests.support.losses import alarms, heal, kill_all, kill_control, until_client_is_gone, vioses_stopped
 from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set, until_client
-from tests.support.processes import descriptors_of, until_no_worker, worker_pid
+from tests.support.processes import descriptors_of, kill_and_wait, until_no_worker, worker_pid
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -37,7 +40,8 @@ PAGES = 2048
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared_set() -> AsyncIterator[EmbeddedSet]:
-    async with running_set(workers=1) as started:
+    # With direct reads a worker could bring pages back whose VIOS are stopped.
+    async with running_set(workers=1, direct_reads=False) as started:
         yield started
 
 
@@ -135,6 +139,50 @@ async def test_a_detachment_that_its_worker_has_finished_alone_is_completed(
         assert userfaultfds(hammer.pid)
         await embedded.start_hypervisor()
         assert (await embedded.hypervisor.client("vm")).attachment == "none"
+        assert descriptors_of(hammer.pid) == before
+        assert (await hammer.quit()).wrong == 0
+
+
+async def lose_worker_that_has_detached(embedded: EmbeddedSet) -> None:
+    """End the client's worker as if that were right after it has detached the memory."""
+    worker = await worker_pid(embedded, "vm")
+    os.kill(worker, signal.SIGSTOP)
+    record = read_record(clients_folder(embedded.layout.hypervisor_dir / "run"), "vm")
+    assert record is not None
+    assert record.memory is not None
+    memory = retake(record.memory)
+    assert memory is not None
+    memory.unregister()
+    memory.close_descriptors()
+    await kill_and_wait(worker)
+
+
+async def test_a_process_that_its_worker_had_detached_is_not_paged_by_the_next_one(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    async with hammering(hammer_program, PAGES) as hammer:
+        before = descriptors_of(hammer.pid)
+        whole = PAGES * PAGE_BYTES
+        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=whole))
+        await lose_worker_that_has_detached(embedded)
+        await until_client(embedded.hypervisor, "vm", lambda info: info.attachment == "none", "let go of")
+        await condition(lambda: descriptors_of(hammer.pid) == before, DEADLINE_SECONDS)
+        assert (await hammer.quit()).wrong == 0
+
+
+async def test_a_detachment_whose_worker_ended_before_it_could_say_so_succeeds(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    async with hammering(hammer_program, PAGES) as hammer:
+        before = descriptors_of(hammer.pid)
+        await embedded.hypervisor.attach(
+            "vm", ClientAttach(pid=hammer.pid, limit_bytes=PAGES * PAGE_BYTES)
+        )
+        os.kill(await worker_pid(embedded, "vm"), signal.SIGSTOP)
+        detaching = asyncio.get_running_loop().create_task(embedded.hypervisor.detach("vm"))
+        await asyncio.sleep(0.05)
+        await lose_worker_that_has_detached(embedded)
+        assert (await detaching).attachment == "none"
         assert descriptors_of(hammer.pid) == before
         assert (await hammer.quit()).wrong == 0
 

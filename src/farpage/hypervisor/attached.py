@@ -33,6 +33,9 @@ class Attached:
     paged: asyncio.Event = field(default_factory=asyncio.Event)
     """It has a worker: cleared while a lost one is replaced."""
 
+    finishing: asyncio.Task[None] | None = None
+    """Lets go of a process whose worker ended after it had detached it, and before it could say so."""
+
     @property
     def ephemeral(self) -> bool:
         """Created for this attachment and deleted after it."""

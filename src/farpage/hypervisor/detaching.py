@@ -12,6 +12,7 @@ from farpage.hypervisor.clients import CLOSE, Clients
 from farpage.hypervisor.errors import ClientNotAttached, DetachByOwner
 from farpage.kernel.process import is_gone
 from farpage.log import get_logger
+from farpage.pager.channel import PeerGone
 from farpage.pager.messages import Detach
 
 log = get_logger()
@@ -36,15 +37,29 @@ class Detaching:
                 raise ClientNotAttached(client)
             if attached.memory.kind is ClientKind.REGION:
                 raise DetachByOwner(client, attached.memory.pid)
-            await self._detach(client, attached, discard=False)
+            await self._detach(client, attached)
 
-    async def _detach(self, client: str, attached: Attached, *, discard: bool) -> None:
-        order = Detach(client=client, discard=discard)
-        await self._clients.command(client, attached, "detach", order)
+    async def _detach(self, client: str, attached: Attached) -> None:
+        try:
+            await self._clients.command(client, attached, "detach", Detach(client=client))
+        except PeerGone:
+            if attached.finishing is None:
+                raise
+            await attached.finishing
+            return
+        if self._clients.attached.get(client) is attached:
+            await self._finish(client, attached)
+
+    async def _finish(self, client: str, attached: Attached) -> None:
         self._clients.forget(client)
         # The record goes last: it tells which descriptor in the process is to be closed.
         await asyncio.to_thread(close_process, attached.memory)
         self._clients.run.remove(client)
+
+    async def finish(self, client: str, attached: Attached) -> None:
+        """Let go of a process that a worker had detached before it was lost."""
+        attached.finishing = asyncio.get_running_loop().create_task(self._finish(client, attached))
+        await attached.finishing
 
     async def region_closed(self, client: str, memory: ClientMemory) -> None:
         """Let go of a region that its process has closed, or that went with its process."""
@@ -92,13 +107,7 @@ class Detaching:
         for client, attached in list(self._clients.attached.items()):
             if attached.record.releasing:
                 continue  # the next control process asks the definition whose it is
-            order = Detach(client=client)
             try:
-                await self._clients.command(client, attached, "detach", order)
+                await self._detach(client, attached)
             except FarpageError as error:
                 log.error("client_not_detached", client=client, problem=str(error))
-                continue
-            if client in self._clients.attached:
-                self._clients.forget(client)
-                await asyncio.to_thread(close_process, attached.memory)
-                self._clients.run.remove(client)

@@ -119,6 +119,9 @@ class Recovery:
             if is_gone(attached.memory.pidfd):
                 await self._detaching.process_gone(client)
                 return
+            if not await asyncio.to_thread(_is_registered, attached.memory):
+                await self._detaching.finish(client, attached)
+                return
             try:
                 await self._give(client, attached)
             except FarpageError as error:
@@ -351,6 +354,14 @@ class Recovery:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _is_registered(memory: ClientMemory) -> bool:
+    """Tell whether there is anything to page: a process that is detached already must not be touched again."""
+    try:
+        return memory.kind is ClientKind.REGION or memory.is_registered()
+    except ProcessLookupError:
+        return True  # which is found out as with any other process that ends
 
 
 async def _end_stranger(process: ProcessIdentity) -> None:

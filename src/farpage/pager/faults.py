@@ -491,6 +491,7 @@ class Faults:
         if len(self._came) == 1:
             eventloop.later(self._loop, self._settle)
 
+    @ends_with_client
     def _settle(self) -> None:
         """Put what came in into the order of replacement, count who waited, and see to the limit.
 
@@ -503,8 +504,7 @@ class Faults:
             space.replacement.returned(first, count)
         for began, ended in waits:
             space.waited(began, ended)
-        if not space.closed:
-            self.on_pressure()
+        self.on_pressure()
 
     # Content that is not what was paged out
 
