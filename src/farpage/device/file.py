@@ -243,13 +243,14 @@ class FileVolume:
         if not self._nowait and not self._direct:
             return None
         file = self._file
-        writable = not self.read_only and not self._direct
+        writable = not self.read_only and (not self._direct or file.quick_refusal)
         return SharedFile(
             os.dup(self._descriptor),
             self._origin,
             direct=self._direct,
             refusal=file.refusal if writable else None,
             over=None if file.over is never else file.over,
+            share=self._gate.share,
         )
 
     async def lend(self) -> Lent | None:

@@ -7,19 +7,33 @@ exclusive in its span of blocks; ordinary changes share theirs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import partial
+
+
+def _nothing(token: int) -> None:
+    pass
 
 
 class _Change:
     """One change, waiting or under way."""
 
-    __slots__ = ("blockers", "end", "exclusive", "run", "start", "waiting")
+    __slots__ = ("blockers", "end", "exclusive", "give_way", "run", "start", "waiting")
 
-    def __init__(self, start: int, end: int, exclusive: bool, run: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        start: int,
+        end: int,
+        exclusive: bool,
+        run: Callable[[int], None],
+        give_way: Callable[[], None] | None = None,
+    ) -> None:
         self.start = start
         self.end = end
         self.exclusive = exclusive
         self.run = run
+        self.give_way = give_way
         self.blockers = 0
         """How many earlier changes must end first."""
         self.waiting: list[int] = []
@@ -47,9 +61,24 @@ class SpanGate:
                 if start < other.end and other.start < end and (exclusive or other.exclusive):
                     other.waiting.append(token)
                     change.blockers += 1
+                    if other.give_way is not None:
+                        other.give_way()
         self._changes[token] = change
         if not change.blockers:
             run(token)
+
+    def share(self, give_way: Callable[[], None]) -> Callable[[], None] | None:
+        """Let somebody make ordinary changes anywhere, unseen, until what is returned is called.
+
+        None when an exclusive change is under way or waits. When one comes, `give_way` is called, maybe more than
+        once: it is to end soon then.
+        """
+        if self._exclusive:
+            return None
+        token = self._next_token
+        self._next_token += 1
+        self._changes[token] = _Change(0, sys.maxsize, False, _nothing, give_way)
+        return partial(self.leave, token)
 
     def leave(self, token: int) -> None:
         """End the change that was begun with `token`, and begin those that waited for it alone."""

@@ -38,8 +38,10 @@ class AsyncWrites:
     `fileno` is an eventfd that becomes readable when writes have finished.
     """
 
-    def __init__(self, entries: int = 256) -> None:
+    def __init__(self, entries: int = 256, *, waits: bool = False) -> None:
         """Make the context; up to `entries` writes may be in flight.
+
+        With `waits`, `submit` waits where a write cannot be begun otherwise, as into a hole of a file.
 
         :raise Unsupported: the kernel has no AIO, or no more of it (`fs.aio-max-nr`).
         """
@@ -50,6 +52,7 @@ class AsyncWrites:
         """Writes whose completion has not been taken yet, submitted or not."""
         self.queued: list[int] = []
         """Tokens of the writes that the next `submit` starts."""
+        self._flags: Final = 0 if waits else _RWF_NOWAIT
         self._commands = (ctypes.c_char * (entries * _IOCB.size))()
         self._packed = memoryview(self._commands).cast("B")
         start = ctypes.addressof(self._commands)
@@ -69,6 +72,11 @@ class AsyncWrites:
             ) from error
         self._context: Final = context.value
 
+    @property
+    def context(self) -> int:
+        """Where the kernel has put the context: `struct aio_ring` (fs/aio.c)."""
+        return self._context
+
     def fileno(self) -> int:
         """Return the eventfd."""
         return self._event
@@ -76,8 +84,8 @@ class AsyncWrites:
     def write(self, descriptor: int, address: int, length: int, offset: int, token: int) -> bool:
         """Queue a write of the memory at `address`, which must stay; False when too many are in flight.
 
-        It starts with `submit`. `token` comes back with its completion: -EAGAIN for a write that cannot be
-        carried out without waiting, as into a hole of a file; -EOPNOTSUPP where the file system cannot tell.
+        It starts with `submit`. `token` comes back with its completion: unless `submit` may wait, -EAGAIN for a
+        write that cannot be carried out otherwise, and -EOPNOTSUPP where the file system cannot tell.
         """
         at = len(self.queued)
         if self.in_flight >= self.entries:
@@ -85,7 +93,7 @@ class AsyncWrites:
         _IOCB.pack_into(
             self._packed,
             at * _IOCB.size,
-            *(token, 0, _RWF_NOWAIT, _CMD_PWRITE, 0, descriptor, address, length, offset),
+            *(token, 0, self._flags, _CMD_PWRITE, 0, descriptor, address, length, offset),
             *(0, _FLAG_RESFD, self._event),
         )
         self.queued.append(token)

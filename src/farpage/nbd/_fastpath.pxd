@@ -60,7 +60,8 @@ cdef class FastPath:
     cdef public Py_ssize_t input_start, input_end, output_start, output_end
     cdef public Py_ssize_t read_max_bytes, write_max_bytes
     cdef public long served
-    cdef readonly int device_descriptor, in_flight
+    cdef readonly int in_flight
+    cdef readonly tuple device_descriptors
 
     cdef int _turn(self) noexcept nogil
     cdef int _receive(self) noexcept nogil

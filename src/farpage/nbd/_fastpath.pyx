@@ -39,7 +39,7 @@ cdef class FastPath:
         self.write_max_bytes = (
             min(settings.write_max_bytes, self._in_size - REQUEST_BYTES) if storage.refusal is not None else 0
         )
-        self.device_descriptor = -1
+        self.device_descriptors = ()
 
     def close(self):
         pass
@@ -90,7 +90,7 @@ cdef class FastPath:
         """Receive behind what is there; WAIT_READ when nothing has come, OVER when nothing will."""
         cdef Py_ssize_t left = self.input_end - self.input_start
         cdef ssize_t received
-        if left <= MOVED_MAX_BYTES or self.input_end == self._in_size:
+        if left <= MOVED_MAX_BYTES or self.input_end >= self._in_size:
             memmove(self._in, self._in + self.input_start, left)
             self.input_start, self.input_end = 0, left
         while True:

@@ -64,10 +64,10 @@ class FastPath:
     `stopped` by the event loop; everything else belongs to one thread at a time.
     """
 
-    device_descriptor = -1
-    """Readable when reads have ended, if there are any that are waited for."""
+    device_descriptors: tuple[int, ...] = ()
+    """Readable when something has ended that was begun."""
     in_flight = 0
-    """Reads that the device has not ended."""
+    """Requests that were begun and that the device has not ended."""
 
     def __init__(
         self,
@@ -227,11 +227,14 @@ class FastPath:
                 done += written
         except OSError:
             return False
+        self._acknowledge(cookie, length)
+        return True
+
+    def _acknowledge(self, cookie: int, length: int) -> None:
         self._area[self.output_end : self.output_end + _SIMPLE_BYTES] = codec.encode_simple_reply(cookie)
         self.output_end += _SIMPLE_BYTES
         self._writes += 1
         self._written_bytes += length
-        return True
 
     def _is_refused(self) -> bool:
         refusal = self._storage.refusal

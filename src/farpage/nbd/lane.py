@@ -20,9 +20,10 @@ from typing import Final
 
 from farpage.blockio import BlockIO, FileBacked, SharedFile
 from farpage.errors import Unsupported
+from farpage.kernel.aio import AsyncWrites
 from farpage.kernel.io_uring import Ring
 from farpage.log import get_logger
-from farpage.nbd.directpath import READS_MAX
+from farpage.nbd.directpath import IN_FLIGHT_MAX
 from farpage.nbd.export import Counters
 from farpage.nbd.fastpath import Outcome, Settings
 from farpage.nbd.polling import Polling
@@ -39,7 +40,7 @@ LANES_MAX: Final = 64
 """Further connections are served by the event loop alone."""
 
 DEVICE_POLL_SECONDS: Final = 300e-6
-"""The next event is looked for so long while reads are in flight: a thread that is woken for each begins the
+"""The next event is looked for so long while something is in flight: a thread that is woken for each begins the
 next ones too late for the device to be busy all the time."""
 
 log = get_logger()
@@ -69,17 +70,30 @@ def open_lane(
             undo.callback(storage.close)
             if io.read_only:
                 storage.refusal = None
-            fast = (
-                direct_path(socket, buffers, storage, counters, settings, Ring(READS_MAX))
-                if storage.direct
-                else fast_path(socket, buffers, storage, counters, settings)
-            )
+            fast: FastPath
+            if storage.direct:
+                ring = Ring(IN_FLIGHT_MAX)
+                undo.callback(ring.close)
+                writes = _open_writes() if storage.refusal is not None else None
+                if writes is not None:
+                    undo.callback(writes.close)
+                fast = direct_path(socket, buffers, storage, counters, settings, ring, writes)
+            else:
+                fast = fast_path(socket, buffers, storage, counters, settings)
             lane = Lane(fast, socket, storage, on_back)
         except (Unsupported, OSError, RuntimeError) as error:  # no io_uring, descriptor, memory or thread
             log.info("no_lane", problem=str(error))
             return None
         undo.pop_all()
         return lane
+
+
+def _open_writes() -> AsyncWrites | None:
+    try:
+        return AsyncWrites(IN_FLIGHT_MAX, waits=True)
+    except Unsupported as error:  # then the event loop writes
+        log.info("no_writes_in_lane", problem=error.cause)
+        return None
 
 
 class Lane:
@@ -96,7 +110,9 @@ class Lane:
         self.fast = fast
         """The connection's; its bounds are set before `enter` and hold after `on_back`."""
         self.direct: Final = storage.direct
-        """Whether it serves what is read with O_DIRECT, and nothing else."""
+        """Whether it serves what is read and written with O_DIRECT, and nothing else."""
+        self.writes: Final = fast.write_max_bytes > 0
+        """Whether it serves writes."""
         self.entered = False
         """Whether the connection is in the thread's hands."""
         self.failed = False
@@ -105,6 +121,8 @@ class Lane:
         self._socket = socket
         self._storage = storage
         self._on_back = on_back
+        self._written: Callable[[], None] | None = None
+        """To be called when nothing is written any more."""
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._orders: SimpleQueue[bool] = SimpleQueue()
         self._polling = Polling()
@@ -112,13 +130,18 @@ class Lane:
         threading.Thread(target=self._run, name="nbd-lane", daemon=True).start()
         Lane.made += 1
 
-    def enter(self) -> None:
-        """Hand the connection over."""
+    def enter(self) -> bool:
+        """Hand the connection over; False when somebody needs the file to himself."""
+        if self.direct and self.writes:
+            self._written = self._storage.share(self.stop)
+            if self._written is None:
+                return False
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
         self.fast.stopped = False
         self.entered = True
         self._orders.put(True)
+        return True
 
     def stop(self) -> None:
         """Have it back as soon as what is being carried out has ended."""
@@ -146,13 +169,16 @@ class Lane:
 
     def _back(self) -> None:
         self.entered = False
+        written, self._written = self._written, None
+        if written is not None:
+            written()
         self._on_back()
 
     def _serve(self) -> None:
         """Serve the connection until it is for the loop again."""
         fast = self.fast
         socket, wake = (self._socket, select.POLLIN), (self._wake, select.POLLIN)
-        device = ((fast.device_descriptor, select.POLLIN),) if fast.device_descriptor >= 0 else ()
+        device = tuple((descriptor, select.POLLIN) for descriptor in fast.device_descriptors)
         sleeping: dict[int, select.poll] = {
             Outcome.WAIT_READ: _poll(socket, wake, *device),
             Outcome.WAIT_WRITE: _poll((self._socket, select.POLLOUT), wake),

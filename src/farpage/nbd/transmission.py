@@ -23,7 +23,7 @@ from farpage.nbd import codec, eventloop
 from farpage.nbd import protocol as p
 from farpage.nbd.buffers import AlignedPool
 from farpage.nbd.commands import Commands, Request
-from farpage.nbd.directpath import READ_MAX_BYTES
+from farpage.nbd.directpath import DIRECT_MAX_BYTES
 from farpage.nbd.export import Export
 from farpage.nbd.lane import Lane, open_lane
 from farpage.nbd.outgoing import AREA_BYTES, Outgoing
@@ -260,25 +260,34 @@ class Transmission:
 
     def _suits_lane(self, request: Request) -> bool:
         """Tell whether the lane would have served a command that was not answered at once."""
-        if self._lane is not None and self._lane.direct:
-            return request.command == p.NBD_CMD_READ and request.length <= READ_MAX_BYTES
+        lane = self._lane
+        if lane is not None and lane.direct:
+            suits = request.command == p.NBD_CMD_READ or (lane.writes and request.command == p.NBD_CMD_WRITE)
+            return suits and request.length <= DIRECT_MAX_BYTES
         return request.command == p.NBD_CMD_WRITE and request.length <= LANE_WRITE_MAX_BYTES
 
     def _enter_lane(self) -> None:
         if not self._entering or self._phase is not _Phase.OPEN or self._commands.in_flight or self._output:
             return  # what is in flight comes back to `_push`
         self._entering = False
-        if self._commands.fenced or self._sink is not None or self._discard_bytes or not self._has_lane():
+        if (
+            self._commands.fenced
+            or self._sink is not None
+            or self._discard_bytes
+            or not self._has_lane()
+            or not self._hand_over()
+        ):
             self._suited_requests = 0
             self._resume()
-            return
+
+    def _hand_over(self) -> bool:
         assert self._lane is not None
         fast = self._lane.fast
         fast.input_start, fast.input_end = self._input_start, self._input_end
         fast.output_start = fast.output_end = 0
         fast.read_max_bytes = self._commands.inline_max_bytes
         self._entered_at = fast.served
-        self._lane.enter()
+        return self._lane.enter()
 
     def _has_lane(self) -> bool:
         """Make the lane when there is none yet; False when there is none to be had."""
