@@ -109,14 +109,14 @@ class SharedFile:
     origin_bytes: int
     """Where the volume begins in the file."""
     direct: bool
-    """Opened with O_DIRECT: then what is written is whole blocks. Else everything goes through the page cache."""
+    """Opened with O_DIRECT: then whole blocks are written. Else everything goes through the page cache."""
     refusal: Callable[[], int] | None
     """Asked before writes that came together: 0, or the errno that refuses them. None: read-only."""
     over: Callable[[], bool] | None
     """Asked right before each write: True refuses it. None: never. `refusal` asks it as well."""
     share: Callable[[Callable[[], None]], Callable[[], None] | None]
-    """Asked, in the event loop, before anything is written with O_DIRECT: returns what is to be called when nothing
-    is any more, or None when nothing may be now. What it is given is called to have that end soon."""
+    """Asked, in the event loop, before anything is written with O_DIRECT: returns what is to be called when
+    nothing is any more, or None when nothing may be now. What it is given is called to have that end soon."""
 
     def close(self) -> None:
         """Close it."""

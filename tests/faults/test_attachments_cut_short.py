@@ -175,9 +175,7 @@ async def test_a_detachment_whose_worker_ended_before_it_could_say_so_succeeds(
 ) -> None:
     async with hammering(hammer_program, PAGES) as hammer:
         before = descriptors_of(hammer.pid)
-        await embedded.hypervisor.attach(
-            "vm", ClientAttach(pid=hammer.pid, limit_bytes=PAGES * PAGE_BYTES)
-        )
+        await embedded.hypervisor.attach("vm", ClientAttach(pid=hammer.pid, limit_bytes=PAGES * PAGE_BYTES))
         os.kill(await worker_pid(embedded, "vm"), signal.SIGSTOP)
         detaching = asyncio.get_running_loop().create_task(embedded.hypervisor.detach("vm"))
         await asyncio.sleep(0.05)

@@ -70,8 +70,8 @@ class SpanGate:
     def share(self, give_way: Callable[[], None]) -> Callable[[], None] | None:
         """Let somebody make ordinary changes anywhere, unseen, until what is returned is called.
 
-        None when an exclusive change is under way or waits. When one comes, `give_way` is called, maybe more than
-        once: it is to end soon then.
+        None when an exclusive change is under way or waits. When one comes, `give_way` is called, maybe more
+        than once: it is to end soon then.
         """
         if self._exclusive:
             return None

@@ -357,7 +357,7 @@ class Recovery:
 
 
 def _is_registered(memory: ClientMemory) -> bool:
-    """Tell whether there is anything to page: a process that is detached already must not be touched again."""
+    """Tell whether there is anything to page: a process that is detached must not be touched again."""
     try:
         return memory.kind is ClientKind.REGION or memory.is_registered()
     except ProcessLookupError:

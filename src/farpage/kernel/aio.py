@@ -84,8 +84,8 @@ class AsyncWrites:
     def write(self, descriptor: int, address: int, length: int, offset: int, token: int) -> bool:
         """Queue a write of the memory at `address`, which must stay; False when too many are in flight.
 
-        It starts with `submit`. `token` comes back with its completion: unless `submit` may wait, -EAGAIN for a
-        write that cannot be carried out otherwise, and -EOPNOTSUPP where the file system cannot tell.
+        It starts with `submit`. `token` comes back with its completion: unless `submit` may wait, -EAGAIN for
+        a write that cannot be carried out otherwise, and -EOPNOTSUPP where the file system cannot tell.
         """
         at = len(self.queued)
         if self.in_flight >= self.entries:

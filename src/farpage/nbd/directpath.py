@@ -1,9 +1,9 @@
 """Reads and writes of a file that was opened with O_DIRECT: received, begun and answered in one go.
 
 As `fastpath.py` for what the page cache has: the device does many at a time, so they are begun together and
-answered as they end, reads in an io_uring, writes with kernel AIO (why: `kernel/aio.py`). The thread may wait,
-so a write into a hole of the file, for which the file system has to wait, is begun in the same way. With the
-first request of another kind the connection goes back to the event loop, as soon as what is in flight has
+answered as they end, reads in an io_uring, writes with kernel AIO (why: `kernel/aio.py`). The thread may
+wait, so a write into a hole of the file, for which the file system has to wait, is begun the same way. With
+the first request of another kind the connection goes back to the event loop, as soon as what is in flight has
 ended, and so it does with whatever did not succeed.
 
 `_directpath.pyx` is the same as machine code and is used where it was built.
@@ -29,7 +29,7 @@ _SIMPLE_BYTES: Final = codec.SIMPLE_REPLY.size
 IN_FLIGHT_MAX: Final = 64
 """Reads and writes in flight."""
 DIRECT_MAX_BYTES: Final = 32 << 10
-"""Longer requests are for the event loop: there holes are looked for, and writes go out from where they came."""
+"""Longer requests are for the event loop: there holes are looked for, and writes need not be copied."""
 WRITTEN_TOGETHER_BYTES: Final = 128 << 10
 """Writes in flight, as they came: there is room to put so much back before what has come since."""
 BEGUN_TOGETHER: Final = 4
@@ -167,10 +167,9 @@ class DirectPath(FastPath):
     def _submit(self) -> None:
         refused: list[int] = []
         if self._aio is not None and self._aio.queued:
-            if self._is_refused():  # the loop says why
-                refused = self._aio.drop()
-            else:
-                refused = [slot for slot, _ in self._aio.submit()]
+            # Those that are refused, or fail, are begun once more in the loop, which says why.
+            dropped = self._aio.drop() if self._is_refused() else []
+            refused = dropped or [slot for slot, _ in self._aio.submit()]
         try:
             self._ring.submit()
         except OSError:  # no memory: the loop tries
@@ -216,9 +215,7 @@ class DirectPath(FastPath):
     def _give_back(self) -> None:
         """Put the requests that were not answered before what was not begun."""
         requests = b"".join(
-            codec.encode_request(
-                p.NBD_CMD_WRITE if write else p.NBD_CMD_READ, 0, cookie, offset, length
-            )
+            codec.encode_request(p.NBD_CMD_WRITE if write else p.NBD_CMD_READ, 0, cookie, offset, length)
             + data
             for (write, cookie, offset, length), data in self._failed
         )

@@ -40,8 +40,8 @@ LANES_MAX: Final = 64
 """Further connections are served by the event loop alone."""
 
 DEVICE_POLL_SECONDS: Final = 300e-6
-"""The next event is looked for so long while something is in flight: a thread that is woken for each begins the
-next ones too late for the device to be busy all the time."""
+"""The next event is looked for so long while something is in flight: a thread that is woken for each begins
+the next ones too late for the device to be busy all the time."""
 
 log = get_logger()
 
