@@ -135,16 +135,19 @@ class AsyncWrites:
         return self._take(0)
 
     def _take(self, least: int) -> list[tuple[int, int]]:
-        count = libc.syscall(
-            self._numbers.io_getevents,
-            ctypes.c_ulong(self._context),
-            ctypes.c_long(least),
-            ctypes.c_long(self.entries),
-            self._finished,
-            None if least else self._now,
-        )
-        if count < 0:
-            raise last_error()
+        while True:
+            count = libc.syscall(
+                self._numbers.io_getevents,
+                ctypes.c_ulong(self._context),
+                ctypes.c_long(least),
+                ctypes.c_long(self.entries),
+                self._finished,
+                None if least else self._now,
+            )
+            if count >= 0:
+                break
+            if ctypes.get_errno() != errno.EINTR:
+                raise last_error()
         self.in_flight -= count
         return [
             (token, result)

@@ -69,6 +69,20 @@ def test_writes_of_one_submission_each_reach_their_place(writes: AsyncWrites, fi
         assert [buffer.view[page * 4096] for page in range(8)] == [8, 7, 6, 5, 4, 3, 2, 1]
 
 
+def test_one_that_may_wait_writes_into_a_hole(file: int) -> None:
+    writes = AsyncWrites(8, waits=True)
+    os.ftruncate(file, 0)
+    os.ftruncate(file, 16 * 4096)
+    with AlignedBuffer(4096) as buffer:
+        buffer.view[:] = b"w" * 4096
+        assert writes.write(file, buffer.address, 4096, 8 * 4096, 1)
+        assert writes.submit() == []
+        assert take(writes, 1) == {1: 4096}
+        os.preadv(file, [buffer.view], 8 * 4096)
+        assert bytes(buffer.view) == b"w" * 4096
+    writes.close()
+
+
 def test_one_write_that_is_refused_holds_up_no_other(writes: AsyncWrites, file: int) -> None:
     with AlignedBuffer(4096) as buffer:
         for token, descriptor in enumerate((file, 1 << 20, file)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
 import threading
 import time
@@ -15,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from farpage.address import Address, TcpAddress, UnixAddress
-from farpage.blockio import BlockIO, wait_done
+from farpage.blockio import CONNECTION_LOST, BlockIO, wait_done
 from farpage.device.directory import DirectoryDevice
 from farpage.device.open import open_device
+from farpage.errors import Unsupported
+from farpage.kernel.aio import AsyncWrites
 from farpage.nbd import codec, directpath, fastpath, lane
 from farpage.nbd import protocol as p
 from farpage.nbd.client import Connection
@@ -136,9 +139,9 @@ async def test_a_connection_is_in_its_lane_again_after_enough_that_suits_it(
     await condition(lambda: not any(thread.name == "nbd-lane" for thread in threading.enumerate()))
 
 
-async def test_writes_of_a_lease_that_is_over_are_refused(tmp_path: Path) -> None:
+async def test_writes_of_a_lease_that_is_over_are_refused(tmp_path: Path, mode: str) -> None:
     over = [False]
-    async with served(tmp_path, "buffered", lambda: over[0]) as at:
+    async with served(tmp_path, mode, lambda: over[0]) as at:
         connection = await Connection.open(at.addresses[0], "v")
         assert await write_bytes(connection, 0, b"x" * 4096) == 0
         await condition(at.in_lane)
@@ -148,8 +151,8 @@ async def test_writes_of_a_lease_that_is_over_are_refused(tmp_path: Path) -> Non
         await connection.close()
 
 
-async def test_writes_of_an_older_owner_are_refused(tmp_path: Path) -> None:
-    async with served(tmp_path, "buffered") as at:
+async def test_writes_of_an_older_owner_are_refused(tmp_path: Path, mode: str) -> None:
+    async with served(tmp_path, mode) as at:
         connection = await Connection.open(at.addresses[0], "v")
         assert await write_bytes(connection, 0, b"x" * 4096) == 0
         await condition(at.in_lane)
@@ -160,9 +163,7 @@ async def test_writes_of_an_older_owner_are_refused(tmp_path: Path) -> None:
         await connection.close()
 
 
-async def test_fencing_waits_for_a_write_that_hangs_and_lets_none_begin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_fencing_waits_for_a_write_that_hangs_and_lets_none_begin(tmp_path: Path, mode: str) -> None:
     held, asked = threading.Event(), threading.Event()
     hold = [False]
 
@@ -172,13 +173,14 @@ async def test_fencing_waits_for_a_write_that_hangs_and_lets_none_begin(
             held.wait(10)
         return False
 
-    async with served(tmp_path, "buffered", over) as at:
+    count = 80  # more than a connection has in flight
+    async with served(tmp_path, mode, over) as at:
         connection = await Connection.open(at.addresses[0], "v")
         assert await write_bytes(connection, 0, b"x" * 4096) == 0
         await condition(at.in_lane)
         hold[0] = True
         errors: list[int] = []
-        for number in range(8):
+        for number in range(count):
             connection.write(number * 4096, memoryview(b"y" * 4096), errors.append)
         connection.push()
         await condition(asked.is_set)
@@ -188,13 +190,72 @@ async def test_fencing_waits_for_a_write_that_hangs_and_lets_none_begin(
         held.set()
         await fencing
         assert at.server.connections == ()
-        await condition(lambda: len(errors) == 8)
-        written = await read_bytes(at.volume, 0, 8 * 4096)
-        for number in range(8):
-            if errors[number] == errno.ESHUTDOWN:
+        await condition(lambda: len(errors) == count)
+        written = await read_bytes(at.volume, 0, count * 4096)
+        for number in range(count):
+            if errors[number]:
                 place = written[number * 4096 : (number + 1) * 4096]
                 assert place == (b"x" if number == 0 else b"\0") * 4096
-        assert errno.ESHUTDOWN in errors
+        assert set(errors) - {0} <= {errno.ESHUTDOWN, CONNECTION_LOST}
+        assert any(errors)
+
+
+async def test_a_part_of_a_block_that_another_one_changes_takes_no_write_of_the_block_back(
+    tmp_path: Path, mode: str
+) -> None:
+    async with served(tmp_path, mode) as at:
+        whole, part = [await Connection.open(at.addresses[0], "v") for _ in range(2)]
+        done = False
+
+        async def change_parts() -> None:
+            while not done:
+                assert await write_bytes(part, 100, b"p" * 50) == 0
+
+        changing = asyncio.create_task(change_parts())
+        for number in range(150):
+            block = bytes((number,)) * 4096
+            assert await write_bytes(whole, 0, block) == 0
+            found = await read_bytes(whole, 0, 4096)
+            assert found[:100] + found[150:] == block[:100] + block[150:]
+        done = True
+        await changing
+        await whole.close()
+        await part.close()
+
+
+async def test_writes_that_fail_are_reported_and_others_go_on(tmp_path: Path) -> None:
+    async with served(tmp_path, "direct") as at:
+        connection = await Connection.open(at.addresses[0], "v")
+        assert await write_bytes(connection, 0, b"x" * 4096) == 0
+        await condition(at.in_lane)
+        (file,) = (tmp_path / "device" / "volumes").iterdir()
+        os.truncate(file, VOLUME_BYTES // 2)
+        errors = await asyncio.gather(
+            *(write_bytes(connection, number * 4096, b"y" * 4096) for number in range(40))
+        )
+        assert set(errors) == {errno.EIO}
+        os.truncate(file, VOLUME_BYTES)
+        assert await write_bytes(connection, 0, b"z" * 4096) == 0
+        assert await read_bytes(at.volume, 0, 4096) == b"z" * 4096
+        await connection.close()
+
+
+async def test_without_asynchronous_writes_the_loop_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(entries: int, *, waits: bool) -> AsyncWrites:
+        raise Unsupported("asynchronous writes", "none are left", "raise 'sysctl fs.aio-max-nr'")
+
+    monkeypatch.setattr(lane, "AsyncWrites", refused)
+    async with served(tmp_path, "direct") as at:
+        connection = await Connection.open(at.addresses[0], "v")
+        for number in range(70):
+            assert await write_bytes(connection, number * 4096, b"x" * 4096) == 0
+        assert not at.in_lane()
+        for number in range(70):
+            assert await read_bytes(connection, number * 4096, 4096) == b"x" * 4096
+        await condition(at.in_lane)
+        await connection.close()
 
 
 async def test_disconnecting_lets_go_of_the_export_and_of_the_thread(tmp_path: Path, mode: str) -> None:
@@ -229,18 +290,19 @@ async def test_wrong_bytes_end_the_connection_and_nothing_else(tmp_path: Path, m
         await other.close()
 
 
-async def test_a_request_that_comes_byte_by_byte_is_carried_out_once(tmp_path: Path) -> None:
-    async with served(tmp_path, "buffered") as at:
+async def test_a_request_that_comes_byte_by_byte_is_carried_out_once(tmp_path: Path, mode: str) -> None:
+    length = 64 if mode == "buffered" else 4096
+    async with served(tmp_path, mode) as at:
         address = at.addresses[0]
         assert isinstance(address, UnixAddress)
         client = await RawClient.connect(address.path)
         await client.go("v")
-        message = codec.encode_request(p.NBD_CMD_WRITE, 0, 9, 4096, 64) + b"z" * 64
-        for at_byte in range(len(message)):
-            client.send(message[at_byte : at_byte + 1])
+        message = codec.encode_request(p.NBD_CMD_WRITE, 0, 9, 4096, length) + b"z" * length
+        for at_byte in [*range(60), *range(60, len(message), 499)]:
+            client.send(message[at_byte : at_byte + (1 if at_byte < 60 else 499)])
             await asyncio.sleep(0.001)
         assert (await client.simple_reply())[:2] == (0, 9)
-        assert await read_bytes(at.volume, 4096, 64) == b"z" * 64
+        assert await read_bytes(at.volume, 4096, length) == b"z" * length
         assert at.provider.counters["v"].writes == 1
         await client.close()
 

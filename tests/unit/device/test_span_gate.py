@@ -54,6 +54,22 @@ def test_an_exclusive_change_waits_for_those_under_way_and_keeps_others_out() ->
     assert watch.begun[-1] == (4, 5, False)
 
 
+def test_whoever_shares_all_spans_gives_way_to_an_exclusive_change() -> None:
+    watch = Watch()
+    asked: list[str] = []
+    leave = watch.gate.share(lambda: asked.append("give way"))
+    assert leave is not None
+    watch.enter(0, 8)
+    assert asked == []
+    watch.enter(100, 101, exclusive=True)
+    assert asked == ["give way"]
+    assert watch.gate.share(lambda: None) is None
+    leave()
+    assert watch.begun[-1] == (100, 101, True)
+    watch.leave(next(token for token, change in watch.running.items() if change[2]))
+    assert watch.gate.share(lambda: None) is not None
+
+
 @given(
     st.lists(
         st.tuples(st.integers(0, 20), st.integers(1, 6), st.booleans())
