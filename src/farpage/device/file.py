@@ -243,12 +243,11 @@ class FileVolume:
         if not self._nowait and not self._direct:
             return None
         file = self._file
-        writable = not self.read_only and (not self._direct or file.quick_refusal)
         return SharedFile(
             os.dup(self._descriptor),
             self._origin,
             direct=self._direct,
-            refusal=file.refusal if writable else None,
+            refusal=None if self.read_only else file.refusal,
             over=None if file.over is never else file.over,
             share=self._gate.share,
         )

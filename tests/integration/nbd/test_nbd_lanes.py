@@ -17,6 +17,7 @@ import pytest
 
 from farpage.address import Address, TcpAddress, UnixAddress
 from farpage.blockio import CONNECTION_LOST, BlockIO, wait_done
+from farpage.device.block import BlockDevice
 from farpage.device.directory import DirectoryDevice
 from farpage.device.open import open_device
 from farpage.errors import Unsupported
@@ -26,6 +27,7 @@ from farpage.nbd import protocol as p
 from farpage.nbd.client import Connection
 from farpage.nbd.server import Server
 from tests.support.commands import condition, read_bytes, write_bytes
+from tests.support.loopdevice import loop_device
 from tests.support.nbd import Exports, RawClient, short_folder
 
 VOLUME_BYTES = 8 << 20
@@ -238,6 +240,32 @@ async def test_writes_that_fail_are_reported_and_others_go_on(tmp_path: Path) ->
         assert await write_bytes(connection, 0, b"z" * 4096) == 0
         assert await read_bytes(at.volume, 0, 4096) == b"z" * 4096
         await connection.close()
+
+
+async def test_a_block_device_is_written_for_as_long_as_its_claim_is_the_writers(tmp_path: Path) -> None:
+    with loop_device(tmp_path / "disk", 16 << 20) as disk:
+        device = await open_device(f"block:{disk}")
+        assert isinstance(device, BlockDevice)
+        device.create_volume("v", VOLUME_BYTES)
+        volume = await device.open_volume("v", 1)
+        server = Server(Exports({"v": volume}))
+        with short_folder() as sockets:
+            await server.start([UnixAddress(str(sockets / "s"))])
+            connection = await Connection.open(server.addresses[0], "v")
+            data = [bytes((number,)) * 4096 for number in range(64)]
+            writes = [write_bytes(connection, number * 4096, data[number]) for number in range(64)]
+            assert set(await asyncio.gather(*writes)) == {0}
+            (server_side,) = server.connections
+            await condition(
+                lambda: server_side._transmission is not None and server_side._transmission._in_lane
+            )
+            device.claim("v", device.volume("v").claim._replace(epoch=7))
+            assert await write_bytes(connection, 0, b"y" * 4096) == errno.ESHUTDOWN
+            assert await read_bytes(volume, 0, 64 * 4096) == b"".join(data)
+            await connection.close()
+            await server.close()
+        await volume.close()
+        await device.close()
 
 
 async def test_without_asynchronous_writes_the_loop_writes(
