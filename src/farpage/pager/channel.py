@@ -17,7 +17,10 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 
 from farpage.errors import ExitStatus, FarpageError
+from farpage.log import get_logger
 from farpage.message import Message, encode
+
+log = get_logger()
 
 MESSAGE_BYTES = 1 << 17
 DESCRIPTORS = 8
@@ -254,6 +257,14 @@ class Channel:
                 "message": error.cause,
                 "remedy_text": error.advice,
                 "status": int(error.exit_status),
+            }
+        except Exception as error:  # whoever asked must not wait for ever for an answer
+            log.exception("request_failed", method=request["method"])
+            answer["error"] = {
+                "remote_code": "unforeseen",
+                "message": f"{request['method']!r} failed in an unforeseen way: {error!r}",
+                "remedy_text": "look into the log of the process that was asked, and report it",
+                "status": int(ExitStatus.FAILURE),
             }
         if self._closed:
             _close_all(handed)

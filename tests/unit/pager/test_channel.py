@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from farpage.pager.channel import Channel, PeerGone, PeerSilent
+from farpage.pager.channel import Channel, PeerError, PeerGone, PeerSilent
 from farpage.pager.messages import Nothing, Query, WorkerClients
 
 
@@ -26,6 +26,19 @@ async def test_a_request_that_is_not_answered_in_time_fails_and_its_late_answer_
         await asking.call("query", Query(client="vm"), WorkerClients, timeout_seconds=0.01)
     late.set()
     assert (await asking.call("clients", Nothing(), WorkerClients)).clients == ("clients",)
+    asking.close()
+    answering.close()
+
+
+async def test_a_request_that_fails_in_an_unforeseen_way_is_answered() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    async def answer(method: str, parameters: Any, descriptors: list[int]) -> Nothing:
+        raise KeyError(method)
+
+    asking, answering = Channel(ours), Channel(theirs, on_request=answer)
+    with pytest.raises(PeerError, match=r"'ping' failed in an unforeseen way: KeyError"):
+        await asking.call("ping", Nothing(), Nothing)
     asking.close()
     answering.close()
 
