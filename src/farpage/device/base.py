@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 from farpage.blockio import BlockIO, BlockLimits, Feature
 from farpage.device.claim import Claim
+from farpage.device.spec import Allocate
 from farpage.errors import InvalidInput
 
 BLOCK_BYTES: Final = 4096
@@ -70,6 +71,8 @@ class PagingDevice(abc.ABC):
     """How the storage is read and written, in words for users."""
     features: Feature
     """What its volumes can do."""
+    allocate = Allocate.SPARSE
+    """When the storage allocates the blocks of a new volume; in full takes as long as to write all of it."""
     limits = BlockLimits(minimum=1, preferred=BLOCK_BYTES, maximum=32 << 20)
     """Block size constraints of its volumes."""
 
@@ -109,9 +112,14 @@ class PagingDevice(abc.ABC):
 
         :raise InvalidInput: a name or size that no volume can have.
         :raise VolumeExists: the name is taken.
+        :raise VolumeBeingMade: the name is about to be taken.
         :raise CapacityExceeded: it does not fit.
         :raise DeviceUnusable: the storage refuses.
         """
+
+    async def make_volume(self, name: str, size_bytes: int) -> VolumeStat:
+        """Call `create_volume` without blocking the loop, however long that takes."""
+        return await self.run(self.create_volume, name, size_bytes)
 
     @abc.abstractmethod
     def delete_volume(self, name: str, *, force: bool = False) -> None:

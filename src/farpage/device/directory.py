@@ -1,4 +1,4 @@
-"""`dir:PATH`: a directory with a label and one sparse file per volume.
+"""`dir:PATH`: a directory with a label and one file per volume.
 
     PATH/label.json       what the device is
     PATH/volumes/NAME     the volumes
@@ -34,11 +34,20 @@ from farpage.device.base import (
 )
 from farpage.device.claim import Claim
 from farpage.device.engine import Engine
-from farpage.device.errors import CapacityExceeded, DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
+from farpage.device.errors import (
+    CapacityExceeded,
+    DeviceUnusable,
+    VolumeBeingMade,
+    VolumeExists,
+    VolumeInUse,
+    VolumeMissing,
+)
 from farpage.device.file import FEATURES, FileVolume
 from farpage.device.freeing import free_slowly
 from farpage.device.label import Header, Label, read_label, sync_folder, write_label
-from farpage.device.spec import CacheMode, DirectorySpec
+from farpage.device.newfile import NewFile, clear_unfinished, unfinished
+from farpage.device.spec import Allocate, CacheMode, DirectorySpec
+from farpage.device.threads import IoThreads
 from farpage.device.volumefile import Access, VolumeFile
 
 UNCOUNTED = frozenset({"lost+found"})
@@ -76,7 +85,12 @@ class DirectoryDevice(PagingDevice):
                 self._access = Access.DIRECT if _direct_works(self._folder / "volumes") else Access.DROP
         self.access = str(self._access)
         self.features = FEATURES | (Feature.CACHE if self._access is Access.BUFFERED else Feature.NONE)
+        self.allocate = spec.allocate
         self._engine = Engine(label.name, direct=self._access is Access.DIRECT)
+        # One at a time: the device has other things to do, and so have the engine's threads.
+        full = self.allocate is Allocate.FULL
+        self._maker = IoThreads(f"make-{label.name}"[:15], 1) if full else None
+        self._closing = False
 
     # Looking
 
@@ -104,7 +118,7 @@ class DirectoryDevice(PagingDevice):
             return VolumeStat(name, header.id, status.st_size, status.st_blocks * 512, header.current)
 
     def usage(self) -> Usage:
-        """Add up the sizes and the allocated blocks of the files."""
+        """Add up the sizes and the allocated blocks of the files, of those too that are just being made."""
         provisioned = used = count = 0
         with self._problems_named():
             for name in self._names():
@@ -113,35 +127,63 @@ class DirectoryDevice(PagingDevice):
                     provisioned += status.st_size
                     used += status.st_blocks * 512
                     count += 1
+            for status in unfinished(self._folder / "volumes"):
+                provisioned += status.st_size
+                used += status.st_blocks * 512
         return Usage(provisioned, used, count)
 
     # Changing
 
     def create_volume(self, name: str, size_bytes: int) -> VolumeStat:
-        """Make a sparse file; it appears whole or not at all."""
+        """Make a file, sparse or allocated in full; it appears whole or not at all.
+
+        The directory is not locked while all of a file is written.
+        """
         check_new_volume(name, size_bytes)
-        with self._problems_named(), self._locked():
-            path = self._file(name)
-            if path.exists():
-                raise VolumeExists(name, self.name)
-            free_bytes = max(0, self.size_bytes - self.usage().provisioned_bytes)
-            if size_bytes > free_bytes:
-                raise CapacityExceeded(self.name, self.size_bytes, free_bytes, name, size_bytes)
-            self._header_path(name).unlink(missing_ok=True)
-            Header.create(self._header_path(name))
-            temporary = path.with_name(f".{name}.new")
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
-                os.ftruncate(descriptor, size_bytes)
-                os.fsync(descriptor)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
-            finally:
-                os.close(descriptor)
-            temporary.rename(path)
-            sync_folder(path.parent)
-            return self.volume(name)
+        with self._problems_named(), contextlib.ExitStack() as undo:
+            with self._locked():
+                file = undo.enter_context(self._begin(name, size_bytes))
+                if self.allocate is Allocate.SPARSE:
+                    file.sync()
+                    return self._finish(name, file)
+                free_bytes = file.free_bytes()
+                try:
+                    file.reserve()
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    raise CapacityExceeded(
+                        self.name, self.size_bytes, free_bytes, name, size_bytes
+                    ) from error
+            file.fill(lambda: self._closing)
+            file.sync()
+            with self._locked():
+                return self._finish(name, file)
+
+    def _begin(self, name: str, size_bytes: int) -> NewFile:
+        clear_unfinished(self._folder / "volumes")
+        path = self._file(name)
+        if path.exists():
+            raise VolumeExists(name, self.name)
+        free_bytes = max(0, self.size_bytes - self.usage().provisioned_bytes)
+        if size_bytes > free_bytes:
+            raise CapacityExceeded(self.name, self.size_bytes, free_bytes, name, size_bytes)
+        try:
+            return NewFile(path, size_bytes, access=self._access)
+        except FileExistsError as error:
+            raise VolumeBeingMade(name, self.name) from error
+
+    def _finish(self, name: str, file: NewFile) -> VolumeStat:
+        if self._file(name).exists():  # put there by hand meanwhile
+            raise VolumeExists(name, self.name)
+        self._header_path(name).unlink(missing_ok=True)
+        Header.create(self._header_path(name), full=self.allocate is Allocate.FULL)
+        file.name_it()
+        return self.volume(name)
+
+    async def make_volume(self, name: str, size_bytes: int) -> VolumeStat:
+        """Make a file, one after the other where all of it is written."""
+        return await (self._maker or self._engine).run(self.create_volume, name, size_bytes)
 
     def delete_volume(self, name: str, *, force: bool = False) -> None:
         """Remove the file, whose room becomes free in the background.
@@ -176,15 +218,20 @@ class DirectoryDevice(PagingDevice):
 
     async def open_volume(self, name: str, epoch: int | None, over: Callable[[], bool] = never) -> BlockIO:
         """Open the volume's file, with a lock that keeps it from being deleted."""
-        descriptor, size_bytes, superseded = await self._engine.run(self._open_files, name, epoch)
-        file = VolumeFile(descriptor, size_bytes, access=self._access, superseded=superseded, over=over)
+        descriptor, size_bytes, full, superseded = await self._engine.run(self._open_files, name, epoch)
+        file = VolumeFile(
+            descriptor, size_bytes, access=self._access, superseded=superseded, over=over, full=full
+        )
         return FileVolume(file, engine=self._engine, gate=self._engine.gate(name))
 
     async def close(self) -> None:
-        """End the threads."""
+        """End the threads; a volume that is being written is given up."""
+        self._closing = True
+        if self._maker is not None:
+            await self._maker.close()
         await self._engine.close()
 
-    def _open_files(self, name: str, epoch: int | None) -> tuple[int, int, Callable[[], bool] | None]:
+    def _open_files(self, name: str, epoch: int | None) -> tuple[int, int, bool, Callable[[], bool] | None]:
         with self._problems_named():
             header = self._header(name)
             flags = (os.O_RDONLY if epoch is None else os.O_RDWR) | os.O_NOFOLLOW
@@ -202,9 +249,9 @@ class DirectoryDevice(PagingDevice):
                 raise
         if epoch is None:
             header.close()
-            return descriptor, size_bytes, None
+            return descriptor, size_bytes, header.full, None
         # The header stays open as long as the volume refers to this function.
-        return descriptor, size_bytes, lambda: header.current.epoch > epoch
+        return descriptor, size_bytes, header.full, lambda: header.current.epoch > epoch
 
     # Helpers
 
@@ -321,9 +368,9 @@ def prepare_directory(
 ) -> Label:
     """Return the directory's label, and label it first if it has none.
 
-    A directory that is not there is made, its parent is not. `size_bytes` goes before the size
-    in the specification; without either the size is the room that the file system has now. `text` is
-    the specification as the user wrote it.
+    A directory that is not there is made, its parent is not. What a process has left that was killed while it
+    made a volume is cleared away. `size_bytes` goes before the size in the specification; without either the
+    size is the room that the file system has now. `text` is the specification as the user wrote it.
 
     :raise DeviceUnusable: not a directory, in use by something else, another size or name than asked for.
     """
@@ -338,6 +385,8 @@ def prepare_directory(
                 _refuse_foreign(text, folder, force)
                 label = Label(name=name or default_name(spec.path), size_bytes=wanted_bytes or _room(folder))
                 write_label(folder, label)
+            if (folder / "volumes").is_dir():
+                clear_unfinished(folder / "volumes")
     except (OSError, ValueError) as error:
         raise unusable(text, error) from error
     if wanted_bytes is not None and wanted_bytes != label.size_bytes:

@@ -33,6 +33,18 @@ class VolumeExists(FarpageError):
 
 
 @dataclass(eq=False)
+class VolumeBeingMade(FarpageError):
+    """Somebody else is making a volume of that name, which takes as long as it takes to write all of it."""
+
+    code = "volume_being_made"
+    template = "volume {volume!r} is just being made on device {device!r}, maybe by another VIOS"
+    remedy = "wait until it is there; what a VIOS leaves that ends before is cleared away"
+    exit_status = ExitStatus.CONFLICT
+    volume: str
+    device: str
+
+
+@dataclass(eq=False)
 class VolumeMissing(FarpageError):
     """There is no such volume."""
 

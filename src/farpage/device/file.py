@@ -85,6 +85,7 @@ class FileVolume:
         self._descriptor = file.descriptor
         self._origin = file.origin_bytes
         self._direct = access is Access.DIRECT
+        self._full = file.full
         self._nowait = access is Access.BUFFERED
         self._threads = engine.threads
         self._reader = engine.reader if access is Access.DIRECT else None
@@ -196,14 +197,20 @@ class FileVolume:
         fast: bool = False,
         fua: bool = False,
     ) -> None:
-        """Punch a hole, or zero the range and keep it allocated; write zeros where the file system can't."""
+        """Punch a hole, or zero the range and keep it allocated; write zeros where the file system can't.
+
+        To a full volume zeros are written, and never `fast`.
+        """
         if self._may_change(offset, length, done):
             start, end = _blocks(offset, length)
             # The kernel zeroes parts of blocks itself, in one go with respect to other changes.
-            self._change(start, end, done, self._file.zero, offset, length, punch, fast, fua)
+            exclusive = self._full and end - start > length
+            self._change(
+                start, end, done, self._file.zero, offset, length, punch, fast, fua, exclusive=exclusive
+            )
 
     def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
-        """Give the whole blocks of the range back to the file system."""
+        """Give the whole blocks of the range back to the file system, unless the volume is full."""
         if not self._may_change(offset, length, done):
             return
         start = (offset + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES

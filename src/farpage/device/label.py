@@ -21,6 +21,7 @@ LABEL_NAME = "label.json"
 
 _HEADER = struct.Struct("<8s16s")
 _MAGIC = b"farpage\x01"
+_MAGIC_FULL = b"farpage\x02"
 _WORD_BYTES = 8
 _READ_BYTES = 512 * _WORD_BYTES
 
@@ -100,11 +101,12 @@ def sync_folder(folder: Path) -> None:
 class Header:
     """A volume's identity and claims, in a small file that every VIOS looks at before it changes the volume.
 
-    The file: magic, UUID, then a record for each claim, in words of 64 bits (little-endian): the epoch,
-    and where the owner gave a token, the epoch with a mark and the token's two halves with marks. Records
-    are only ever appended, which the kernel does one at a time, so no lock is needed: a VIOS that is
-    stopped in the middle holds nobody up, and of two claims of one epoch the first in the file counts. The
-    file is read and not mapped: a mapping would end the process with SIGBUS if somebody cut the file.
+    The file: magic, which tells whether the volume was allocated in full when it was made, UUID, then a
+    record for each claim, in words of 64 bits (little-endian): the epoch, and where the owner gave a token,
+    the epoch with a mark and the token's two halves with marks. Records are only ever appended, which the
+    kernel does one at a time, so no lock is needed: a VIOS that is stopped in the middle holds nobody up, and
+    of two claims of one epoch the first in the file counts. The file is read and not mapped: a mapping would
+    end the process with SIGBUS if somebody cut the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,21 +119,27 @@ class Header:
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         content = os.pread(self._descriptor, _HEADER.size, 0)
         size_bytes = os.fstat(self._descriptor).st_size
-        if not content.startswith(_MAGIC) or size_bytes % _WORD_BYTES or len(content) != _HEADER.size:
+        if (
+            not content.startswith((_MAGIC, _MAGIC_FULL))
+            or size_bytes % _WORD_BYTES
+            or len(content) != _HEADER.size
+        ):
             self.close()
             raise ValueError(f"{path} is not a volume's header")
-        _magic, identity = _HEADER.unpack(content)
+        magic, identity = _HEADER.unpack(content)
         self.id = str(uuid.UUID(bytes=identity))
+        self.full = magic == _MAGIC_FULL
+        """Whether the volume has all of its blocks, and keeps them."""
         self._end = _HEADER.size
         """Where the records end that were read."""
         self._claims = Claims()
         self._lock = threading.Lock()
 
     @staticmethod
-    def create(path: Path) -> None:
+    def create(path: Path, *, full: bool = False) -> None:
         """Write the header of a new volume durably; one that is there already stays."""
         temporary = path.with_name(f".{path.name}.{uuid.uuid4()}")
-        replace_durably(temporary, _HEADER.pack(_MAGIC, uuid.uuid4().bytes))
+        replace_durably(temporary, _HEADER.pack(_MAGIC_FULL if full else _MAGIC, uuid.uuid4().bytes))
         try:
             # Unlike a rename this never takes another process's new header away.
             with contextlib.suppress(FileExistsError):

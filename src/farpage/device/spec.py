@@ -1,6 +1,6 @@
 """Device specifications as users write them.
 
-`dir:PATH[?size=10G&cache=direct]`, `block:PATH`, `memory:SIZE` and NBD URIs.
+`dir:PATH[?size=10G&cache=direct&allocate=sparse]`, `block:PATH`, `memory:SIZE` and NBD URIs.
 """
 
 from __future__ import annotations
@@ -25,18 +25,30 @@ class CacheMode(enum.StrEnum):
     BUFFERED = "buffered"
 
 
+class Allocate(enum.StrEnum):
+    """When the storage allocates the blocks of a volume."""
+
+    SPARSE = "sparse"
+    """When they are first written."""
+    FULL = "full"
+    """All of them when it is made."""
+
+
 @dataclass(frozen=True)
 class DirectorySpec:
-    """A directory of sparse files; without `size_bytes` as large as the file system has room."""
+    """A directory of one file per volume; without `size_bytes` as large as the file system has room."""
 
     path: str
     size_bytes: int | None = None
     cache: CacheMode = CacheMode.DIRECT
+    allocate: Allocate = Allocate.SPARSE
 
     def __str__(self) -> str:
         options = {} if self.size_bytes is None else {"size": str(self.size_bytes)}
         if self.cache is not CacheMode.DIRECT:
             options["cache"] = str(self.cache)
+        if self.allocate is not Allocate.SPARSE:
+            options["allocate"] = str(self.allocate)
         return f"dir:{_quoted(self.path)}" + (f"?{urllib.parse.urlencode(options)}" if options else "")
 
 
@@ -109,7 +121,7 @@ def parse_spec(text: str) -> DeviceSpec:
     raise InvalidInput(
         "device",
         f"{text!r} is not a device specification",
-        "write dir:PATH, dir:PATH?size=10G&cache=buffered, block:PATH, nbd://HOST:PORT/EXPORT, "
+        "write dir:PATH, dir:PATH?size=10G&cache=buffered&allocate=full, block:PATH, nbd://HOST:PORT/EXPORT, "
         "nbd+unix:///EXPORT?socket=PATH or memory:SIZE",
     )
 
@@ -139,7 +151,7 @@ def _parse_directory(rest: str) -> DirectorySpec:
     quoted, _, query = rest.partition("?")
     path = _absolute_path("dir", quoted)
     size_bytes: int | None = None
-    cache = CacheMode.DIRECT
+    cache, allocate = CacheMode.DIRECT, Allocate.SPARSE
     for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
         if name == "size":
             size_bytes = parse_size(value, field="device.size")
@@ -147,8 +159,14 @@ def _parse_directory(rest: str) -> DirectorySpec:
             cache = CacheMode(value)
         elif name == "cache":
             raise InvalidInput("device.cache", f"{value!r} is not a cache mode", "write direct or buffered")
+        elif name == "allocate" and value in list(Allocate):
+            allocate = Allocate(value)
+        elif name == "allocate":
+            raise InvalidInput(
+                "device.allocate", f"{value!r} is no way to allocate volumes", "write sparse or full"
+            )
         else:
             raise InvalidInput(
-                f"device.{name}", "a directory has no such option", "the options are size and cache"
+                f"device.{name}", "a directory has no such option", "the options are size, cache and allocate"
             )
-    return DirectorySpec(path, size_bytes, cache)
+    return DirectorySpec(path, size_bytes, cache, allocate)

@@ -28,7 +28,8 @@ takes several times as long for the same bytes."""
 EXTENTS_MAX: Final = 1024
 """So many extents at most are looked up for one command."""
 
-_ZEROS: Final = bytes(1 << 20)
+ZEROS: Final = AlignedBuffer(1 << 20).view.toreadonly()
+"""Fit for direct I/O."""
 NOT_SUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -47,7 +48,7 @@ class VolumeFile:
 
     `superseded` is asked before each change: True refuses it with ESHUTDOWN. So is `over`, right before the
     system call that changes the file; it must be cheap. The volume begins at `origin_bytes` of the file, a
-    multiple of `BLOCK_BYTES`.
+    multiple of `BLOCK_BYTES`. One that is `full` has all of its blocks, and none is ever given back.
     """
 
     quick_refusal = True
@@ -62,6 +63,7 @@ class VolumeFile:
         superseded: Callable[[], bool] | None,
         origin_bytes: int = 0,
         over: Callable[[], bool] = never,
+        full: bool = False,
     ) -> None:
         """Take over `descriptor`; `superseded` is None for a read-only volume."""
         self.descriptor = descriptor
@@ -70,6 +72,7 @@ class VolumeFile:
         self.access = access
         self.read_only = superseded is None
         self.over = over
+        self.full = full
         self._superseded = superseded if superseded is not None else never
         self._sync_error = 0
 
@@ -81,8 +84,7 @@ class VolumeFile:
         """Read into the beginning of a buffer."""
         with buffer.view[:length] as view:
             read_fully(self.descriptor, view, self.origin_bytes + offset)
-        if self.access is Access.DROP:
-            self._advise(offset, length, os.POSIX_FADV_DONTNEED)
+        self._drop(offset, length)
         return 0
 
     def refusal(self) -> int:
@@ -123,8 +125,7 @@ class VolumeFile:
                 return errno.ESHUTDOWN
             with data[at : at + step] as part:
                 write_fully(self.descriptor, part, self.origin_bytes + offset + at)
-        if self.access is Access.DROP:
-            self._advise(offset, len(data), os.POSIX_FADV_DONTNEED)
+        self._drop(offset, len(data))
         return self._sync() if fua else 0
 
     def write_copied(self, buffer: AlignedBuffer, data: memoryview, offset: int, fua: bool) -> int:
@@ -148,9 +149,22 @@ class VolumeFile:
             return self.write(view, start, fua)
 
     def zero(self, offset: int, length: int, punch: bool, fast: bool, fua: bool) -> int:
-        """Punch a hole, or zero the range and keep it allocated."""
+        """Punch a hole, or zero the range and keep it allocated; of a full volume, write zeros.
+
+        Of that a range which is not made of whole blocks is not to be changed otherwise meanwhile.
+        """
         if self._superseded():
             return errno.ESHUTDOWN
+        if self.full:
+            # What the file system only marks as zeros has to be allocated anew as a write comes.
+            if fast:
+                return errno.ENOTSUP
+            if self.access is Access.DIRECT:
+                self._write_zeros_direct(offset, length)
+            else:
+                self._write_zeros(offset, length)
+                self._drop(offset, length)
+            return self._sync() if fua else 0
         mode = FALLOC_PUNCH_HOLE if punch else FALLOC_ZERO_RANGE
         if self.over():
             return errno.ESHUTDOWN
@@ -170,10 +184,9 @@ class VolumeFile:
         try:
             at, end = self.origin_bytes + offset, self.origin_bytes + offset + length
             while at < end:
-                size = min(len(_ZEROS), end - at)
-                if self.over():
-                    raise OSError(errno.ESHUTDOWN, "the lease has run out")
-                write_fully(descriptor, memoryview(_ZEROS)[:size], at)
+                size = min(len(ZEROS), end - at)
+                self._go_on()
+                write_fully(descriptor, ZEROS[:size], at)
                 at += size
             if self.access is Access.DIRECT:
                 # What is read with direct I/O next must not miss it (open(2), NOTES).
@@ -181,10 +194,34 @@ class VolumeFile:
         finally:
             os.close(descriptor)
 
+    def _write_zeros_direct(self, offset: int, length: int) -> None:
+        """Write zeros past the page cache; blocks that are in the range in part are read and changed."""
+        at, end = self.origin_bytes + offset, self.origin_bytes + offset + length
+        while at < end:
+            before = at % BLOCK_BYTES
+            size = min(len(ZEROS), (end - at) // BLOCK_BYTES * BLOCK_BYTES)
+            if not before and size:
+                self._go_on()
+                write_fully(self.descriptor, ZEROS[:size], at)
+            else:
+                size = min(BLOCK_BYTES - before, end - at)
+                with AlignedBuffer(BLOCK_BYTES) as block:
+                    read_fully(self.descriptor, block.view, at - before)
+                    block.view[before : before + size] = ZEROS[:size]
+                    self._go_on()
+                    write_fully(self.descriptor, block.view, at - before)
+            at += size
+
+    def _go_on(self) -> None:
+        if error := self.refusal():
+            raise OSError(error, "the volume is not to be written to any more")
+
     def trim(self, offset: int, length: int, fua: bool) -> int:
-        """Give the range back to the file system."""
+        """Give the range back to the file system; a full volume keeps it, with what is in it."""
         if self._superseded() or self.over():
             return errno.ESHUTDOWN
+        if self.full:
+            return 0
         try:
             self._allocate(FALLOC_PUNCH_HOLE, offset, length)
         except OSError as error:
@@ -201,8 +238,7 @@ class VolumeFile:
     def flush(self) -> int:
         """Put the data and what is needed to find it on stable storage."""
         error = self._sync()
-        if self.access is Access.DROP:
-            self._advise(0, self.size_bytes, os.POSIX_FADV_DONTNEED)
+        self._drop(0, self.size_bytes)
         return error
 
     def extents(self, offset: int, length: int, found: list[Extent]) -> int:
@@ -228,6 +264,11 @@ class VolumeFile:
     def _allocate(self, mode: int, offset: int, length: int) -> None:
         """Make a range a hole, or zeros (fallocate(2)); the file's size stays."""
         fallocate(self.descriptor, mode, self.origin_bytes + offset, length)
+
+    def _drop(self, offset: int, length: int) -> None:
+        """Have the page cache forget the range where it is not to be used."""
+        if self.access is Access.DROP:
+            self._advise(offset, length, os.POSIX_FADV_DONTNEED)
 
     def _advise(self, offset: int, length: int, advice: int) -> None:
         os.posix_fadvise(self.descriptor, self.origin_bytes + offset, length, advice)

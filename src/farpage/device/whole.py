@@ -25,6 +25,7 @@ from farpage.device.layout import (
     parse_header,
     room_bytes,
 )
+from farpage.device.spec import Allocate
 
 
 class Storage(Protocol):
@@ -116,6 +117,7 @@ class Hold:
 class WholeDevice(PagingDevice):
     """A labelled device with room for one volume."""
 
+    allocate = Allocate.FULL
     hint = "check the device"
     """What a user can do when the storage does not answer."""
 

@@ -14,6 +14,7 @@ MODES = {
     "direct": "dir:{path}?size=16M",
     "dropped": "dir:{path}?size=16M",
     "buffered": "dir:{path}?size=16M&cache=buffered",
+    "full": "dir:{path}?size=16M&allocate=full",
     "memory": "memory:16M",
 }
 

@@ -12,6 +12,7 @@ import pytest
 from farpage.blockio import Allocation, BlockIO, Feature, read_bytes
 from farpage.device.base import PagingDevice
 from farpage.device.claim import Claim
+from farpage.device.spec import Allocate
 from farpage.kernel.memory import AlignedBuffer
 from tests.support.volumes import cache, carry_out_at_random, extents, flush, read_error, trim, write, zero
 
@@ -59,6 +60,8 @@ async def test_aligned_memory_is_written_and_read(volume: BlockIO) -> None:
 
 
 async def test_a_trimmed_range_is_given_back(volume: BlockIO, device: PagingDevice) -> None:
+    if device.allocate is Allocate.FULL:
+        pytest.skip("a full volume keeps its blocks")
     assert await write(volume, 0, os.urandom(256 << 10), fua=True) == 0
     assert device.volume("vm1").used_bytes >= 256 << 10
     assert await trim(volume, 0, 256 << 10) == 0
@@ -66,7 +69,9 @@ async def test_a_trimmed_range_is_given_back(volume: BlockIO, device: PagingDevi
     assert await read_bytes(volume, 0, 256 << 10) == bytes(256 << 10)
 
 
-async def test_extents_tell_data_from_holes(volume: BlockIO) -> None:
+async def test_extents_tell_data_from_holes(volume: BlockIO, device: PagingDevice) -> None:
+    if device.allocate is Allocate.FULL:
+        pytest.skip("a full volume has no holes")
     assert await write(volume, 64 << 10, os.urandom(64 << 10), fua=True) == 0
     error, found = await extents(volume, 0, SIZE)
     assert error == 0
@@ -83,7 +88,8 @@ async def test_zeros_that_keep_their_place_are_no_hole_for_a_later_write(
     volume: BlockIO, device: PagingDevice, mode: str
 ) -> None:
     assert await write(volume, 0, os.urandom(64 << 10), fua=True) == 0
-    assert await zero(volume, 0, 64 << 10, punch=False, fast=True) == 0
+    fast = device.allocate is Allocate.SPARSE
+    assert await zero(volume, 0, 64 << 10, punch=False, fast=fast) == 0
     assert await read_bytes(volume, 0, 64 << 10) == bytes(64 << 10)
     if mode != "memory":
         assert device.volume("vm1").used_bytes >= 64 << 10

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from farpage.address import TcpAddress, UnixAddress
 from farpage.device.spec import (
+    Allocate,
     BlockSpec,
     CacheMode,
     DirectorySpec,
@@ -25,6 +26,14 @@ def test_a_directory_may_have_a_size_and_a_cache_mode() -> None:
         "/srv/a", 10 << 30, CacheMode.BUFFERED
     )
     assert parse_spec("dir:/srv/a") == DirectorySpec("/srv/a", None, CacheMode.DIRECT)
+
+
+def test_volumes_of_a_directory_are_sparse_or_allocated_in_full() -> None:
+    assert parse_spec("dir:/srv/a?size=10G&allocate=full") == DirectorySpec(
+        "/srv/a", 10 << 30, allocate=Allocate.FULL
+    )
+    assert parse_spec("dir:/srv/a?allocate=sparse") == parse_spec("dir:/srv/a")
+    assert str(parse_spec("dir:/srv/a?allocate=sparse")) == "dir:/srv/a"
 
 
 def test_memory_has_a_size() -> None:
@@ -76,6 +85,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ("dir:/a%00b", "device.path"),
         ("dir:/a?size=big", "device.size"),
         ("dir:/a?cache=none", "device.cache"),
+        ("dir:/a?allocate=thick", "device.allocate"),
+        ("dir:/a?allocate=", "device.allocate"),
         ("dir:/a?colour=red", "device.colour"),
         ("memory:", "device.size"),
     ],
@@ -91,9 +102,12 @@ def test_a_wrong_specification_names_the_field_and_a_remedy(text: str, field: st
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30),
     st.none() | st.integers(1, 1 << 50),
     st.sampled_from(CacheMode),
+    st.sampled_from(Allocate),
 )
-def test_a_specification_survives_being_written(path: str, size_bytes: int | None, cache: CacheMode) -> None:
-    spec = DirectorySpec("/" + path.strip("/"), size_bytes, cache)
+def test_a_specification_survives_being_written(
+    path: str, size_bytes: int | None, cache: CacheMode, allocate: Allocate
+) -> None:
+    spec = DirectorySpec("/" + path.strip("/"), size_bytes, cache, allocate)
     assert parse_spec(str(spec)) == spec
 
 
