@@ -39,8 +39,8 @@ from farpage.kernel.memory import address_of, create_memfd, reserve_addresses
 from farpage.kernel.userfaultfd import Userfaultfd
 
 STATE_VARIABLE = "FARPAGE_STATE"
-REPLY_TIMEOUT_SECONDS = 30.0
-"""How long the hypervisor may take to answer; it may have to create a volume."""
+REPLY_TIMEOUT_SECONDS = 600.0
+"""How long the hypervisor may take to answer; it may have to create a volume, and to write all of it."""
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """The hypervisor relies on the memfd's size."""

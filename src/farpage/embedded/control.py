@@ -43,6 +43,10 @@ DETACH_TIMEOUT_SECONDS = 24 * 3600.0
 """A detach waits until every page is back in memory, which takes as long as the device needs."""
 
 
+CREATE_TIMEOUT_SECONDS = 3600.0
+"""A new client's volume may be on a device where all of it is written as it is made."""
+
+
 class _Control:
     def __init__(self, address: str, who: str, tls: Path | None = None) -> None:
         self._client = ControlClient(address, who=who, tls=tls)
@@ -80,7 +84,9 @@ class HypervisorControl(_Control):
 
     async def create_client(self, wanted: ClientCreate) -> ClientInfo:
         """Make a client and its volume."""
-        return await self._client.post("/v1/clients", wanted, ClientInfo)
+        return await self._client.post(
+            "/v1/clients", wanted, ClientInfo, timeout_seconds=CREATE_TIMEOUT_SECONDS
+        )
 
     async def delete_client(self, name: str) -> None:
         """Remove a client that is not attached, and its volume."""
@@ -88,7 +94,9 @@ class HypervisorControl(_Control):
 
     async def attach(self, name: str, wanted: ClientAttach) -> ClientInfo:
         """Page the memory of a running process."""
-        return await self._client.post(f"/v1/clients/{name}/attach", wanted, ClientInfo)
+        return await self._client.post(
+            f"/v1/clients/{name}/attach", wanted, ClientInfo, timeout_seconds=CREATE_TIMEOUT_SECONDS
+        )
 
     async def detach(self, name: str) -> ClientInfo:
         """Page everything back in and let go of the process; returns when that is done."""
@@ -168,7 +176,9 @@ class HypervisorControl(_Control):
 
     async def move(self, client: str, wanted: ClientMove) -> MoveInfo:
         """Begin to bring a client's volume to another device, or go on with that."""
-        return await self._client.post(f"/v1/clients/{client}/move", wanted, MoveInfo)
+        return await self._client.post(
+            f"/v1/clients/{client}/move", wanted, MoveInfo, timeout_seconds=CREATE_TIMEOUT_SECONDS
+        )
 
     async def move_progress(self, client: str) -> MoveInfo:
         """Ask how far a client's latest move is."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from farpage.api.client import ControlClient
 from farpage.definition.model import Definition
+from farpage.device.spec import Allocate
 from farpage.errors import FarpageError
 from farpage.hypervisor.model import ViosStatus
 from farpage.vios.model import CopyStatus, DeviceInfo, HandoverInfo, Health, VolumeCreate, VolumeInfo
@@ -24,6 +25,9 @@ wait until the definition is stored elsewhere."""
 
 HANDOVER_SECONDS = 30.0
 """So long a VIOS may take to flush a volume and to store or send a page table."""
+
+NEW_VOLUME_BYTES_PER_SECOND = 32 << 20
+"""So slowly at the most a VIOS may write a new volume, where the device allocates all of it."""
 
 Answer = TypeVar("Answer")
 
@@ -145,8 +149,11 @@ class Vios:
         return await self.client.get("/v1/volumes", tuple[VolumeInfo, ...])
 
     async def create_volume(self, wanted: VolumeCreate) -> None:
-        """Make a volume."""
-        await self.client.post("/v1/volumes", wanted, VolumeInfo)
+        """Make a volume, which takes its time where all of it is written."""
+        timeout_seconds = TIMEOUT_SECONDS
+        if any(device.id == wanted.device and device.allocate is Allocate.FULL for device in self.devices):
+            timeout_seconds += wanted.size_bytes / NEW_VOLUME_BYTES_PER_SECOND
+        await self.client.post("/v1/volumes", wanted, VolumeInfo, timeout_seconds=timeout_seconds)
 
     async def copy_status(self, name: str, device: str) -> CopyStatus:
         """Ask how far a volume is that is copied to a device there."""

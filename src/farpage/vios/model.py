@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.api.model import ErrorAnswer, ErrorBody
 from farpage.definition.model import NUMBER_MAX, PAGE_BYTES, DeviceId, Name, PagingCommand
+from farpage.device.spec import Allocate
 
 __all__ = [
     "CopyOrders",
@@ -60,6 +61,8 @@ class DeviceInfo(Document):
     spec: str
     access: str
     """How the storage is read and written: `direct`, `buffered`, or what it came to."""
+    allocate: Allocate = Allocate.SPARSE
+    """When the storage allocates the blocks of a new volume: as they are written, or all of them at once."""
     size_bytes: int
     provisioned_bytes: int
     used_bytes: int

@@ -135,6 +135,7 @@ class ViosService:
             kind=device.kind,
             spec=device.spec,
             access=device.access,
+            allocate=device.allocate,
             size_bytes=device.size_bytes,
             provisioned_bytes=usage.provisioned_bytes,
             used_bytes=usage.used_bytes,
@@ -251,6 +252,7 @@ class ViosService:
 
         :raise DeviceMissing: this VIOS does not reach the device.
         :raise VolumeExists: the name is taken.
+        :raise VolumeBeingMade: the name is about to be taken.
         :raise CapacityExceeded: it does not fit.
         """
         return await self._on_data(self._create_volume(wanted))

@@ -184,6 +184,7 @@ class Volumes:
         :raise DeviceMissing: this VIOS does not reach the device.
         :raise VolumeExists: the name is taken on this device; or on another one, and the definition does not
             say that there is a replica on this one too.
+        :raise VolumeBeingMade: the name is about to be taken.
         :raise CapacityExceeded: it does not fit.
         """
         target = self.device(device_id)
@@ -191,7 +192,7 @@ class Volumes:
         for device in () if a_replica else self.devices:
             if device is not target and await _has(device, name):
                 raise VolumeExists(name, device.name)
-        stat = await target.run(target.create_volume, name, size_bytes)
+        stat = await target.make_volume(name, size_bytes)
         log.info("volume_created", volume=name, device=target.name, size_bytes=size_bytes)
         return Located(target, stat)
 

@@ -19,6 +19,7 @@ from farpage.api.remote import RemoteError
 from farpage.blockio import read_bytes
 from farpage.definition.model import Definition, ViosRecord
 from farpage.definition.rules import FoundDevice, add_client, claim, register_vios
+from farpage.device.spec import Allocate
 from farpage.kernel.memory import AlignedBuffer
 from farpage.nbd import options
 from farpage.nbd import protocol as p
@@ -28,7 +29,7 @@ from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeCreate, Volu
 from tests.support.nbd import RawClient, short_folder
 from tests.support.scrape import Scrape
 from tests.support.vios import ViosProcess, until
-from tests.support.volumes import flush, write
+from tests.support.volumes import flush, trim, write, zero
 
 LIMIT_SECONDS = 60.0
 LEASE = "00000000000000ee"
@@ -453,6 +454,26 @@ async def test_a_device_that_is_added_is_served_by_the_processes(vios: ViosProce
     connection = await vios.connect("v@1")
     assert await write(connection, 0, b"x" * 4096) == 0
     await connection.close()
+
+
+async def test_data_processes_keep_the_blocks_of_full_volumes(vios: ViosProcess) -> None:
+    async with vios.client() as client:
+        added = await client.post(
+            "/v1/devices", DeviceAdd(spec=f"dir:{vios.folder}/full?size=8M&allocate=full"), DeviceInfo
+        )
+        assert added.allocate is Allocate.FULL
+        wanted = VolumeCreate(name="v", device=added.id, size_bytes=MIB)
+        made = await client.post("/v1/volumes", wanted, VolumeInfo)
+        assert made.used_bytes >= MIB
+        connection = await vios.connect("v@1")
+        assert connection.peer_pid in await processes(vios)
+        assert await write(connection, 0, b"x" * MIB) == 0
+        assert await trim(connection, 0, MIB // 2) == 0
+        assert await zero(connection, MIB // 2, MIB // 2) == 0
+        assert await zero(connection, 0, MIB, fast=True) == errno.ENOTSUP
+        assert await read_bytes(connection, 0, MIB) == b"x" * (MIB // 2) + bytes(MIB // 2)
+        await connection.close()
+        assert (await client.get("/v1/volumes/v", VolumeInfo)).used_bytes >= MIB
 
 
 async def test_with_one_worker_there_is_no_other_process(vios: ViosProcess) -> None:
