@@ -21,6 +21,7 @@ from bench._hostswap import (
     zram_swapping_on,
 )
 from bench._toucher import MemoryKind, Phase, PhaseReport, Toucher, WrongPages
+from farpage.device.spec import Allocate, DirectorySpec
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.hypervisor.model import ClientAttach
@@ -135,14 +136,18 @@ class Zram(HostSwap):
 
 
 class Farpage(Pager):
-    """A set of two VIOSes with a common device in a folder; the toucher is attached while it runs."""
+    """A set of two VIOSes with a common device in a folder; the toucher is attached while it runs.
+
+    The volume has all of its blocks from the start, or is `sparse`.
+    """
 
     name = "farpage"
     kind = MemoryKind.SHARED
     access = ""
     """How the device's storage is read and written, as the VIOSes say."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sparse: bool = False) -> None:
+        self._allocate = Allocate.SPARSE if sparse else Allocate.FULL
         self._set: EmbeddedSet | None = None
 
     @property
@@ -161,6 +166,7 @@ class Farpage(Pager):
     async def running(self, work: Work, devices: tuple[str, ...] = ()) -> AsyncIterator[None]:
         """Run a set with these devices, by default a common one."""
         folder = work.folder / "set"
+        devices = devices or (str(DirectorySpec(str(folder / "device"), allocate=self._allocate)),)
         settings = SetSettings(state_dir=folder, devices=devices, ram_tier_percent=work.ram_tier_percent)
         embedded = EmbeddedSet(settings)
         try:

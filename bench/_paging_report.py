@@ -63,6 +63,8 @@ class PagingResult(BenchResult):
     placement: str
     disk: str
     access: str
+    sparse: bool
+    """Whether farpage's volume was allocated as it was written."""
     memory_bytes: int
     limit_bytes: int
     ram_tier_percent: int
@@ -74,6 +76,11 @@ class PagingResult(BenchResult):
     ratios: tuple[PhaseRatio, ...]
 
     @property
+    def _disk_and_volume(self) -> str:
+        volume = "sparse" if self.sparse else "allocated in full"
+        return f"{self.disk}; farpage's device is read and written: {self.access}; its volume is {volume}"
+
+    @property
     def status(self) -> int:
         """That of a run without its peers where host swap could not take part."""
         return int(ExitStatus.UNSUPPORTED if self.without_swap else ExitStatus.OK)
@@ -83,7 +90,7 @@ class PagingResult(BenchResult):
         lines = [
             f"machine    {self.machine}",
             f"placement  {self.placement}",
-            f"disk       {self.disk}; farpage's device is read and written: {self.access}",
+            f"disk       {self._disk_and_volume}",
             f"memory     {self.memory_bytes >> 20} MiB, {self.limit_bytes >> 20} MiB of it resident at most, "
             f"{self.ram_tier_percent}% of that for compressed pages",
             f"rounds     {self.rounds}, contenders in turn; median (lowest-highest)",
@@ -129,7 +136,7 @@ class PagingResult(BenchResult):
         context = {
             "machine": self.machine,
             "placement": self.placement,
-            "disk": f"{self.disk}; farpage's device is read and written: {self.access}",
+            "disk": self._disk_and_volume,
             "memory": f"{self.memory_bytes >> 20} MiB, {self.limit_bytes >> 20} MiB of it resident at most",
             "rounds": f"{self.rounds}, contenders in turn",
         }

@@ -1,12 +1,13 @@
 """farpage beside the host's own swap, on the same disk and under the same limit.
 
     python -m bench.paging [--rounds 5] [--seconds 2] [--memory 512M] [--limit 128M] [--ram-tier 10%]
-                           [--only PATTERN]... [--dir DIR] [--json] [--out DIR]
+                           [--only PATTERN]... [--sparse] [--dir DIR] [--json] [--out DIR]
 
 Every contender pages the memory of the same program, `touch.c`, which checks every page it touches:
 
 - `farpage`: a set as `farpage up` starts it, two VIOSes on a common `dir:` device; the program is attached
-  while it runs, as `farpage client attach --pid` does it;
+  while it runs, as `farpage client attach --pid` does it; its volume is allocated in full (`allocate=full`),
+  as a swap area is, which may have no holes, or with `--sparse` as pages are first written;
 - `swap-3`, `swap-0`: a swap file and a memory cgroup, with vm.page-cluster 3 (the kernel's default) and 0;
 - `zram`, where pages are compressible: a share of the limit as large as farpage's RAM tier for zram with LZ4,
   the same swap file for the rest.
@@ -71,6 +72,8 @@ class Settings:
     seconds: float
     folder: Path
     ram_tier_percent: int = DEFAULT_TIER_PERCENT
+    sparse: bool = False
+    """Whether farpage's volumes are allocated as they are written."""
     twin: bool = False
     """Whether farpage without compiled loops takes part."""
     only: frozenset[Pattern] = frozenset()
@@ -112,10 +115,10 @@ async def run(settings: Settings) -> PagingResult:
             phases=(),
             ram_tier_percent=settings.ram_tier_percent,
         )
-        farpage = Farpage()
+        farpage = Farpage(sparse=settings.sparse)
         swaps: list[Pager] = []
         compressing: list[Pager] = []
-        own: list[Pager] = [farpage, FarpageInPython()] if settings.twin else [farpage]
+        own: list[Pager] = [farpage, FarpageInPython(sparse=settings.sparse)] if settings.twin else [farpage]
         without_swap = ""
         try:
             swaps, compressing = _host_swap(undo, work)
@@ -137,6 +140,7 @@ async def run(settings: Settings) -> PagingResult:
             placement=f"nothing is pinned: touching threads, workers and VIOSes share {describe_placement()}",
             disk=describe_disk(folder),
             access=farpage.access,
+            sparse=settings.sparse,
             memory_bytes=settings.memory_bytes,
             limit_bytes=settings.limit_bytes,
             ram_tier_percent=settings.ram_tier_percent,
@@ -184,7 +188,8 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.paging",
-        description="Page a program's memory with farpage and with host swap, in turn, and print ratios.",
+        description="Page a program's memory with farpage and with host swap, in turn, and print ratios. "
+        "farpage's volumes are allocated in full, as a swap area is.",
     )
     parser.add_argument(
         "--memory", default="512M", metavar="SIZE", help="memory that is touched (%(default)s)"
@@ -206,6 +211,11 @@ def main() -> int:
     parser.add_argument(
         "--twin", action="store_true", help="have farpage without its compiled loops take part as well"
     )
+    parser.add_argument(
+        "--sparse",
+        action="store_true",
+        help="allocate farpage's volumes as they are written; by default in full, as a swap area is",
+    )
     parser.add_argument("--rounds", default=5, type=int, help="times that everybody has a turn (%(default)s)")
     parser.add_argument("--seconds", default=2.0, type=float, help="length of a random phase (%(default)s)")
     parser.add_argument(
@@ -225,6 +235,7 @@ def main() -> int:
                 ram_tier_percent=parse_percent(
                     options.ram_tier, field="--ram-tier", most=LARGEST_TIER_PERCENT
                 ),
+                sparse=options.sparse,
                 twin=options.twin,
                 only=frozenset(map(Pattern, options.only)),
             )
