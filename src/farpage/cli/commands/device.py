@@ -17,8 +17,9 @@ def add(
         str,
         typer.Argument(
             metavar="SPEC",
-            help="dir:PATH for a folder, block:PATH for a block device, nbd://HOST/EXPORT or "
-            "nbd+unix:///EXPORT?socket=PATH for an NBD server's export, memory:SIZE for a test's device.",
+            help="dir:PATH for a folder (dir:PATH?allocate=full allocates volumes at once), "
+            "block:PATH for a block device, nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH for an NBD "
+            "server's export, memory:SIZE for a test's device.",
         ),
     ],
     *,
