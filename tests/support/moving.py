@@ -79,14 +79,17 @@ class IntermediaryProcess:
 
 
 class TwoVios:
-    """VIOS `one` and `two` with a device each, and a definition that both have."""
+    """VIOS `one` and `two` with a device each, and a definition that both have.
 
-    def __init__(self, folder: Path) -> None:
+    `options` are those of the devices' specifications.
+    """
+
+    def __init__(self, folder: Path, options: tuple[str, str] = ("", "")) -> None:
         self.folder = folder
         (folder / "d1").mkdir()
         (folder / "d2").mkdir()
-        self.first = ViosProcess(folder, FIRST, [f"dir:{folder}/d1/first"])
-        self.second = ViosProcess(folder, SECOND, [f"dir:{folder}/d2/second"])
+        self.first = ViosProcess(folder, FIRST, [f"dir:{folder}/d1/first{options[0]}"])
+        self.second = ViosProcess(folder, SECOND, [f"dir:{folder}/d2/second{options[1]}"])
         self.target = self.source = ""
         self.clients = 0
 
@@ -245,8 +248,8 @@ class Moved:
 class MovingSet(Moved):
     """One client with two VIOS of its own."""
 
-    def __init__(self, folder: Path, size_bytes: int) -> None:
-        super().__init__(TwoVios(folder), size_bytes // PAGE)
+    def __init__(self, folder: Path, size_bytes: int, options: tuple[str, str] = ("", "")) -> None:
+        super().__init__(TwoVios(folder, options), size_bytes // PAGE)
         self.folder = folder
 
     async def begin(self, data: Sequence[bool], *, seed: int = 1) -> None:
@@ -267,10 +270,10 @@ class MovingSet(Moved):
 
 
 @contextlib.asynccontextmanager
-async def moving_set(size_bytes: int) -> AsyncIterator[MovingSet]:
-    """A set whose processes are not started yet."""
+async def moving_set(size_bytes: int, options: tuple[str, str] = ("", "")) -> AsyncIterator[MovingSet]:
+    """A set whose processes are not started yet; `options` are of the target's device and of the source's."""
     with short_folder() as folder:
-        found = MovingSet(folder, size_bytes)
+        found = MovingSet(folder, size_bytes, options)
         try:
             yield found
         finally:

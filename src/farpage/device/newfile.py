@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Final, Self
 
 from farpage.device.base import NAME
-from farpage.device.freeing import free_slowly
 from farpage.device.label import sync_folder
 from farpage.device.volumefile import NOT_SUPPORTED, ZEROS, Access, fallocate, write_fully
 
@@ -138,6 +137,8 @@ def unfinished(folder: Path) -> Iterator[os.stat_result]:
 def clear_unfinished(folder: Path) -> None:
     """Remove the files that nobody makes any more; under the directory's lock.
 
+    Their room is free at once: whoever makes such a volume anew is to find it.
+
     :raise OSError: as it comes from the file system.
     """
     for path in _temporaries(folder):
@@ -146,12 +147,9 @@ def clear_unfinished(folder: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
         except BlockingIOError:
+            continue
+        finally:
             os.close(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        else:
-            free_slowly(descriptor)
 
 
 def _temporaries(folder: Path) -> list[Path]:

@@ -104,6 +104,22 @@ async def test_the_owner_goes_on_while_its_volume_is_copied_and_the_source_is_fr
     await plain.close()
 
 
+@pytest.mark.parametrize("full", ["target", "source"])
+async def test_a_volume_may_be_sparse_on_one_device_and_full_on_the_other(full: str) -> None:
+    options = ("?allocate=full", "") if full == "target" else ("", "?allocate=full")
+    async with moving_set(PAGES * PAGE, options) as s:
+        await s.begin(DATA)
+        before = s.source_file.read_bytes()
+        intermediary = s.intermediary()
+        await s.until(lambda status: status.present_pages == status.total_pages)
+        await s.finish()
+        await s.forget()
+        assert await intermediary.end() == 0, intermediary.log()
+        assert s.target_file.read_bytes() == before
+        if full == "target":
+            assert s.target_file.stat().st_blocks * 512 >= PAGES * PAGE
+
+
 async def test_who_may_open_what_of_a_volume_that_is_copied(moving_volume: MovingSet) -> None:
     s = moving_volume
     for vios in (s.first, s.second):
