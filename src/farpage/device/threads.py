@@ -90,12 +90,14 @@ class IoThreads:
                 error = errno.EIO
             # Before `done` runs: the caller may then release its buffer, which no view of may be left.
             del job, work, arguments
-            self._complete(done, error)
+            self._finished.append((done, error))
+            # Nor may this thread keep what `done` refers to: the loop, once woken, may go on long before it.
             del done
-        self._complete(self._thread_ended, 0)
+            self._wake_loop()
+        self._finished.append((self._thread_ended, 0))
+        self._wake_loop()
 
-    def _complete(self, done: Callable[[int], None], error: int) -> None:
-        self._finished.append((done, error))
+    def _wake_loop(self) -> None:
         # `_deliver` clears the flag before it looks at the queue, so a completion is never left behind.
         if not self._woken:
             self._woken = True
