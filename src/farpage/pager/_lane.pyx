@@ -712,9 +712,12 @@ cdef class Hub:
         self._answered_one(lane, began, now)
 
     cdef void _answered_one(self, lane_t *lane, int64_t began, int64_t now) noexcept nogil:
-        """Count an access that was answered, and look whether the interpreter has to see to the consequences."""
+        """Count an access that was answered, and look whether the interpreter has to see to the consequences.
+
+        While a client is detached, which turns its lane off, its pages come in whatever the marks say.
+        """
         waited(lane, began, now)
-        if staying(lane) > lane.marks[MARK_HIGH]:
+        if lane.on and staying(lane) > lane.marks[MARK_HIGH]:
             self._choose(lane, min(staying(lane) - lane.marks[MARK_LOW], CHOSEN_TOGETHER))
             if (
                 lane.others_count >= OTHERS_ENOUGH

@@ -700,6 +700,22 @@ def test_the_interpreter_is_told_when_more_is_in_memory_than_can_leave_without_i
     assert client.calls == 1
 
 
+def test_nothing_leaves_of_a_client_whose_lane_was_turned_off_when_a_read_comes(
+    client: Client, polled: Polled, device: PipeDevice
+) -> None:
+    """It is being detached: all of it is on its way in."""
+    client.resident([100, 200], CLEAN)
+    client.resident([400], DIRTY)
+    access = client.read(500)
+    polled.until(lambda: client.lane.in_flight)
+    client.marks[HIGH] = client.marks[LOW] = 0
+    client.lane.turn(on=False)
+    device.answer(content_of(500))
+    polled.until(access.ended)
+    assert (client.lane.offered, client.lane.has_chosen) == (0, False)
+    assert client.states(100, 200, 400, 500) == [CLEAN, CLEAN, DIRTY, CLEAN]
+
+
 # Writes
 
 
