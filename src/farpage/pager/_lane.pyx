@@ -8,6 +8,7 @@ stream of accesses is near, while there is room for it; a write to a clean page;
 while a device is at work. `farpage.pager.faults` and `eviction` do all that where this was not built.
 """
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EAGAIN, EINTR, EIO, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, qsort
@@ -884,7 +885,7 @@ cdef class Lane:
         while lane.victim != lane.victim_end and taken(lane) > least:
             self._hub._release(lane)
 
-    def begin_writes(self, list pages, uintptr_t buffer):
+    def begin_writes(self, list pages not None, buffer):
         """Protect dirty pages, in rising order, and read them into a buffer; zero ones are given back.
 
         Returns `(runs, zeros, busy)`: `(first, count, place in the buffer, in pages)` of what is to be written,
@@ -899,8 +900,8 @@ cdef class Lane:
         cdef int64_t page
         cdef int64_t left[RUN]
         cdef int left_count = 0
-        if len(pages) > RUN:
-            raise ValueError(f"{len(pages)} pages are more than a buffer holds")
+        if <uintptr_t>buffer % sizeof(uint64_t):
+            raise ValueError("the buffer is not aligned")
         for page in pages:
             wanted[total] = page
             total += 1
@@ -914,12 +915,12 @@ cdef class Lane:
                         left[left_count] = wanted[index]
                         left_count += 1
                 elif pread(
-                    lane.memfd, <uint8_t *>buffer + at * PAGE, count * PAGE, lane.memfd_offset + wanted[at] * PAGE
+                    lane.memfd, buffer + at * PAGE, count * PAGE, lane.memfd_offset + wanted[at] * PAGE
                 ) != count * PAGE:
                     failed = errno or EIO
                     break
                 else:
-                    zeros += self._sealed(wanted[at], count, at, <const uint8_t *>buffer, run, &runs)
+                    zeros += self._sealed(wanted[at], count, at, buffer, run, &runs)
                 at += count
         if failed:  # nobody writes what was got ready before
             for index in range(runs):
@@ -936,6 +937,14 @@ cdef class Lane:
     cdef int _sealed(
         self, int64_t first, int count, int at, const uint8_t *buffer, int64_t[3] *runs, int *run_count
     ) noexcept nogil:
+        cdef Py_buffer view
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            return self._begin_writes(pages, <uint8_t *>view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef tuple _begin_writes(self, list pages, uint8_t *buffer, Py_ssize_t buffer_bytes):
         """Tell pages that are about to be written from zero ones, which are given back; returns how many."""
         cdef lane_t *lane = &self._lane
         cdef const uint8_t *content
@@ -946,6 +955,10 @@ cdef class Lane:
             page = first + index
             content = buffer + (at + index) * PAGE
             if is_zero(<const uint64_t *>content) and punched(lane, page, 1):
+            if total == RUN or (total + 1) * PAGE > buffer_bytes:
+                raise ValueError(f"{len(pages)} pages are more than a buffer holds")
+            if not 0 <= page < lane.pages:
+                raise IndexError(f"page {page} of {lane.pages}")
                 move(lane, page, DIRTY, ZERO)
                 zeros += 1
                 goes_on = False
@@ -960,7 +973,7 @@ cdef class Lane:
                 goes_on = True
         return zeros
 
-    def acknowledged(self, list runs, uintptr_t buffer, int taste):
+    def acknowledged(self, list runs not None, buffer, int taste):
         """Have the pages of `begin_writes`' runs given back, but those that were written to meanwhile.
 
         The first `taste` of them, as they were written, are offered to the RAM tier.
@@ -979,7 +992,7 @@ cdef class Lane:
                     # this one could not tell a page that was given back here from one that the balloon took.
                     move(lane, page, WRITING, CLEAN)
                     if taste > 0:
-                        (<Store>lane.store).keep_page(<uint64_t>page, <const void *>(buffer + (at + index) * PAGE))
+                        (<Store>lane.store).keep_page(<uint64_t>page, buffer + (at + index) * PAGE)
                         taste -= 1
                     self._hub._offer(lane, page, False)
 
@@ -1015,6 +1028,14 @@ cdef class Lane:
         return accesses
 
     def back(self):
+        cdef Py_buffer view
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+        try:
+            self._acknowledged(runs, <const uint8_t *>view.buf, view.len // PAGE, taste)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef int _acknowledged(self, list runs, const uint8_t *buffer, int64_t buffer_pages, int taste) except -1:
         """Take the reads that have to be repeated, as `(page, write, late, began)`."""
         cdef int index
         reads = [
@@ -1036,6 +1057,7 @@ cdef class Lane:
 
     def counted(self):
         """Take what has happened since the last time.
+        return 0
 
         That is `(faults, pages read, pages from the RAM tier, zero pages, pages given back, buckets of waits, seconds waited,
         the longest of them, stalls)`.

@@ -858,7 +858,7 @@ def test_dirty_pages_are_protected_and_read_and_zero_ones_given_back(client: Cli
     client.resident([102, 301], DIRTY, lambda _page: bytes(PAGE_SIZE))
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
         pages = [100, 101, 102, 103, 104, 300, 301]
-        runs, zeros, busy = client.lane.begin_writes(pages, buffer.address)
+        runs, zeros, busy = client.lane.begin_writes(pages, buffer.view)
         assert (runs, zeros, busy) == ([(100, 2, 0), (103, 2, 3), (300, 1, 5)], 2, [])
         for first, count, place in runs:
             for index in range(count):
@@ -875,14 +875,16 @@ def test_pages_that_cannot_be_protected_now_are_busy(client: Client) -> None:
     client.resident([100, 101, 300], DIRTY)
     client.uffd.unregister(client.start + 100 * PAGE_SIZE, 2 * PAGE_SIZE)
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
-        runs, zeros, busy = client.lane.begin_writes([100, 101, 300], buffer.address)
+        runs, zeros, busy = client.lane.begin_writes([100, 101, 300], buffer.view)
     assert (runs, zeros, busy) == ([(300, 1, 2)], 0, [100, 101])
     assert client.states(100, 101, 300) == [DIRTY, DIRTY, WRITING]
 
 
 def test_more_pages_than_a_buffer_holds_are_not_written(client: Client) -> None:
-    with pytest.raises(ValueError, match="65 pages"):
-        client.lane.begin_writes(list(range(65)), 0)
+    with AlignedBuffer(65 * PAGE_SIZE) as buffer, pytest.raises(ValueError, match="65 pages"):
+        client.lane.begin_writes(list(range(65)), buffer.view)
+    with AlignedBuffer(PAGE_SIZE) as buffer, pytest.raises(ValueError, match="2 pages"):
+        client.lane.begin_writes([0, 1], buffer.view)
 
 
 def test_written_pages_are_given_back_but_those_that_were_written_to_meanwhile(
@@ -891,9 +893,9 @@ def test_written_pages_are_given_back_but_those_that_were_written_to_meanwhile(
     client.resident([100, 101, 102, 300], DIRTY)
     client.order.victims(4)
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
-        runs, _, _ = client.lane.begin_writes([100, 101, 102, 300], buffer.address)
+        runs, _, _ = client.lane.begin_writes([100, 101, 102, 300], buffer.view)
         client.table.put(101, REWRITTEN)
-        client.lane.acknowledged(runs, buffer.address, 1)
+        client.lane.acknowledged(runs, buffer.view, 1)
     assert client.states(101) == [DIRTY]
     assert client.order.victims(1) == [101]
     polled.until(lambda: not client.lane.offered)
@@ -912,8 +914,8 @@ def test_more_written_pages_are_given_back_than_are_remembered_at_a_time(
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
         for first in range(0, 700, 50):
             pages = list(range(first, first + 50))
-            runs, _, _ = client.lane.begin_writes(pages, buffer.address)
-            client.lane.acknowledged(runs, buffer.address, 0)
+            runs, _, _ = client.lane.begin_writes(pages, buffer.view)
+            client.lane.acknowledged(runs, buffer.view, 0)
     polled.until(lambda: not client.lane.offered)
     assert client.table.counts[ON_DEVICE] == PAGES
     assert resident_bytes(client.memfd) == 0
