@@ -1251,6 +1251,21 @@ def test_a_lane_is_made_once(client: Client, polled: Polled, device: PipeDevice)
     assert client.states(300) == [CLEAN]
 
 
+def test_what_a_lane_works_on_stays_until_it_is_closed(client: Client) -> None:
+    client.lane.close()
+    file = mmap.mmap(-1, 5 * PAGES)
+    storage = memoryview(file)
+    client.lane = client.new_lane(state=storage[4 * PAGES :], checksum=storage[: 4 * PAGES].cast("I"))
+    storage.release()
+    with pytest.raises(BufferError):
+        file.close()
+    with pytest.raises(BufferError):
+        client.marks.append(0)
+    client.lane.close()
+    file.close()
+    client.marks.append(0)
+
+
 def test_a_lane_needs_a_descriptor(client: Client) -> None:
     with pytest.raises(ValueError, match="-1 is no descriptor"):
         client.new_lane(uffd=-1)
