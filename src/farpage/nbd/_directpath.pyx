@@ -4,13 +4,14 @@
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memmove, memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
 from farpage.nbd._fastpath cimport (
     CMD_READ, CMD_WRITE, DATA_BYTES, GATHERED_BYTES, GO_ON, OVER, REQUEST_BYTES, REQUEST_MAGIC, SIMPLE_BYTES,
     WAIT_DEVICE, WAIT_READ, WAIT_WRITE, FastPath, Request, htobe16, htobe32, htobe64,
 )
 from farpage.kernel.libc import syscall_numbers
-from farpage.kernel.memory import PAGE_SIZE, AlignedBuffer
+from farpage.kernel.memory import PAGE_SIZE
 
 cdef extern from "unistd.h" nogil:
     long syscall(long, ...)
@@ -78,8 +79,8 @@ cdef struct AioRing:  # struct aio_ring, fs/aio.c, as far as it is looked at
 
 
 cdef class DirectPath(FastPath):
-    cdef object _ring, _aio, _memory
-    cdef unsigned char[::1] _queues_bytes, _commands_bytes, _memory_bytes
+    cdef object _ring, _aio
+    cdef unsigned char[::1] _queues_bytes, _commands_bytes
     cdef unsigned char *_commands
     cdef unsigned char *_cqes
     cdef unsigned char *_buffers
@@ -91,6 +92,7 @@ cdef class DirectPath(FastPath):
     cdef int _ring_descriptor, _unsubmitted, _free_count, _failed_count
     cdef bint _ending
     cdef int _free[IN_FLIGHT_MAX]
+    cdef bint _busy[IN_FLIGHT_MAX]
     cdef Request _requests[IN_FLIGHT_MAX]
     cdef int _failed[IN_FLIGHT_MAX]
     # Writes
@@ -103,15 +105,18 @@ cdef class DirectPath(FastPath):
     cdef AioEvent _events[IN_FLIGHT_MAX]
     cdef int _event_at, _event_end
 
-    def __init__(self, int socket, buffers, storage, counters, settings, ring, writes):
-        settings = settings._replace(misaligned=settings.misaligned | PAGE_SIZE - 1)
-        super().__init__(socket, buffers, storage, counters, settings)
-        memory = AlignedBuffer(IN_FLIGHT_MAX * DIRECT_MAX_BYTES)
+    def __cinit__(self, int socket, buffers, storage, counters, settings, ring, writes):
+        self._open = False
+        self._misaligned |= PAGE_SIZE - 1
+        self._in_size -= IN_FLIGHT_MAX * REQUEST_BYTES + WRITTEN_TOGETHER_BYTES
+        if self._in_size < REQUEST_BYTES + DIRECT_MAX_BYTES or self._out_size < DATA_BYTES + DIRECT_MAX_BYTES:
+            raise ValueError("the buffers are too small")
+        if ring.entries < IN_FLIGHT_MAX:
+            raise ValueError("the queue is too short")
         layout = ring.layout()
-        self._ring, self._aio, self._memory = ring, writes, memory
+        self._ring, self._aio = ring, writes
         self._queues_bytes, self._commands_bytes = layout.queues, layout.commands
-        self._memory_bytes = memory.view
-        self._buffers, self._commands = &self._memory_bytes[0], &self._commands_bytes[0]
+        self._commands = &self._commands_bytes[0]
         self._sq_tail = <volatile uint32_t *> &self._queues_bytes[<Py_ssize_t> layout.sq_tail]
         self._cq_head = <volatile uint32_t *> &self._queues_bytes[<Py_ssize_t> layout.cq_head]
         self._cq_tail = <volatile uint32_t *> &self._queues_bytes[<Py_ssize_t> layout.cq_tail]
@@ -125,28 +130,44 @@ cdef class DirectPath(FastPath):
         self._free_count = IN_FLIGHT_MAX
         for slot in range(IN_FLIGHT_MAX):
             self._free[slot] = slot
-        self._in_size -= IN_FLIGHT_MAX * REQUEST_BYTES + WRITTEN_TOGETHER_BYTES
         if writes is None:
             self.write_max_bytes = 0
-            return
-        self.write_max_bytes = min(self.write_max_bytes, DIRECT_MAX_BYTES)
-        self._context, self._event = writes.context, writes.fileno()
-        self.device_descriptors += (writes.fileno(),)
+        else:
+            self.write_max_bytes = min(self.write_max_bytes, DIRECT_MAX_BYTES)
+            self._context, self._event = writes.context, writes.fileno()
+            self.device_descriptors += (writes.fileno(),)
+        memory = mmap(
+            NULL, IN_FLIGHT_MAX * DIRECT_MAX_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
+        )
+        if memory == MAP_FAILED:
+            raise MemoryError
+        self._buffers = <unsigned char *>memory
+        self._open = True
+
+    def __dealloc__(self):
+        # No method is called here: there are none yet when the base could not be made. What is read into stays
+        # until the process ends when nobody has waited for the end of the reads.
+        if self._buffers != NULL and not self.in_flight:
+            munmap(self._buffers, IN_FLIGHT_MAX * DIRECT_MAX_BYTES)
 
     def close(self):
-        if self.in_flight:
+        if not self._open:
             return
-        self._queues_bytes = self._commands_bytes = self._memory_bytes = None
+        self._open = False
+        if self.in_flight or self._turning:
+            return
+        self._queues_bytes = self._commands_bytes = None
         self._ring.close()
         if self._aio is not None:
             self._aio.close()
-        self._memory.close()
+        munmap(self._buffers, IN_FLIGHT_MAX * DIRECT_MAX_BYTES)
+        self._buffers = NULL
 
     cdef int _turn(self) noexcept nogil:
         cdef bint drained = False, progress
         cdef int outcome, begun = ALL_BEGUN
         cdef Py_ssize_t before
-        if self.output_end:
+        if self._output_end:
             outcome = self._push()
             if outcome == WAIT_WRITE and not self._stopped and not self._ending:
                 return WAIT_WRITE
@@ -156,17 +177,17 @@ cdef class DirectPath(FastPath):
             self._ending = self._ending or self._stopped
             if not self._ending:
                 if not drained and not self._is_whole():
-                    before = self.input_end - self.input_start
+                    before = self._input_end - self._input_start
                     outcome = self._receive()
                     # Who sends a request at a time sends none before it has the answer.
-                    drained = outcome == WAIT_READ or self.input_end - self.input_start - before <= REQUEST_BYTES
+                    drained = outcome == WAIT_READ or self._input_end - self._input_start - before <= REQUEST_BYTES
                     self._ending = outcome == OVER
                 begun = self._begin()
                 if begun == NOT_FOR_HERE:
                     self._ending = True
             if self._unsubmitted or self._writes_queued:
                 self._submit()
-            if not progress or self.output_end >= GATHERED_BYTES:
+            if not progress or self._output_end >= GATHERED_BYTES:
                 outcome = self._push()
                 if outcome == WAIT_WRITE and not self._ending:
                     return WAIT_WRITE
@@ -188,7 +209,9 @@ cdef class DirectPath(FastPath):
         cdef Request request
         cdef int slot
         while not self._ending and self._is_whole():
-            if not self._request(self.input_start, &request) or request.length > DIRECT_MAX_BYTES:
+            if not self._request(self._input_start, &request) or request.length > DIRECT_MAX_BYTES:
+                return NOT_FOR_HERE
+            if request.command == CMD_WRITE and self._aio is None:
                 return NOT_FOR_HERE
             if not self._free_count:
                 return MORE
@@ -199,12 +222,13 @@ cdef class DirectPath(FastPath):
             self._free_count -= 1
             slot = self._free[self._free_count]
             self._requests[slot] = request
+            self._busy[slot] = True
             self.in_flight += 1
             if request.command == CMD_WRITE:
                 self._queue_write(slot)
             else:
                 self._queue_read(slot)
-            self.input_start += self._whole_bytes(&request)
+            self._input_start += self._whole_bytes(&request)
             if self._unsubmitted == BEGUN_TOGETHER:
                 self._submit()
         return ALL_BEGUN
@@ -229,7 +253,7 @@ cdef class DirectPath(FastPath):
     cdef void _queue_write(self, int slot) noexcept nogil:
         cdef Request *request = &self._requests[slot]
         cdef Iocb *command = &self._iocbs[slot]
-        memcpy(self._content(slot), self._in + self.input_start + REQUEST_BYTES, request.length)
+        memcpy(self._content(slot), self._in + self._input_start + REQUEST_BYTES, request.length)
         memset(command, 0, sizeof(Iocb))
         command.data = slot
         command.opcode = AIO_PWRITE
@@ -289,7 +313,7 @@ cdef class DirectPath(FastPath):
         cdef bint any = False
         while head != self._cq_tail[0]:
             completion = <Cqe *> (self._cqes + (head & self._cq_mask) * CQE_BYTES)
-            if not self._end(<int> completion.user_data, completion.result):
+            if not self._end(completion.user_data, completion.result):
                 break
             any = True
             head += 1
@@ -297,7 +321,7 @@ cdef class DirectPath(FastPath):
         if self._signals or self._writes_in_flight:
             self._take_events()
         while self._event_at < self._event_end:
-            if not self._end(<int> self._events[self._event_at].data, self._events[self._event_at].result):
+            if not self._end(self._events[self._event_at].data, self._events[self._event_at].result):
                 break
             any = True
             self._event_at += 1
@@ -327,18 +351,24 @@ cdef class DirectPath(FastPath):
             if read(self._event, &signals, 8) == 8:
                 self._signals -= signals
 
-    cdef bint _end(self, int slot, int64_t result) noexcept nogil:
+    cdef bint _end(self, uint64_t token, int64_t result) noexcept nogil:
         """Answer a request that has ended; False when there is no room for the answer now."""
-        cdef Request *request = &self._requests[slot]
-        cdef bint write = request.command == CMD_WRITE
-        cdef bint room = self._room() >= (SIMPLE_BYTES if write else DATA_BYTES + <Py_ssize_t> request.length)
+        cdef int slot
+        cdef Request *request
+        cdef bint write, room
+        if token >= IN_FLIGHT_MAX or not self._busy[token]:
+            return True  # it was not begun here
+        slot = <int> token
+        request = &self._requests[slot]
+        write = request.command == CMD_WRITE
+        room = self._room() >= (SIMPLE_BYTES if write else DATA_BYTES + <Py_ssize_t> request.length)
         if not room and not self._ending:
             return False
         room = room and result == <int64_t> request.length
         if room:
             if write:
-                self._acknowledge(self._out + self.output_end, request)
-                self.output_end += SIMPLE_BYTES
+                self._acknowledge(self._out + self._output_end, request)
+                self._output_end += SIMPLE_BYTES
                 self._writes += 1
                 self._written_bytes += request.length
             else:
@@ -351,6 +381,7 @@ cdef class DirectPath(FastPath):
     cdef void _release(self, int slot, bint answered) noexcept nogil:
         if self._requests[slot].command == CMD_WRITE:
             self._writing_bytes -= self._requests[slot].length
+        self._busy[slot] = False
         self.in_flight -= 1
         if not answered:  # it keeps its place until it is given back
             self._failed[self._failed_count] = slot
@@ -362,7 +393,7 @@ cdef class DirectPath(FastPath):
 
     cdef void _give_back(self) noexcept nogil:
         """Put the requests that were not answered before what was not begun."""
-        cdef Py_ssize_t left = self.input_end - self.input_start, before = 0
+        cdef Py_ssize_t left = self._input_end - self._input_start, before = 0
         cdef unsigned char *at = self._in
         cdef Request *request
         cdef uint32_t word
@@ -370,8 +401,8 @@ cdef class DirectPath(FastPath):
         cdef int index
         for index in range(self._failed_count):
             before += self._whole_bytes(&self._requests[self._failed[index]])
-        memmove(self._in + before, self._in + self.input_start, left)
-        self.input_start, self.input_end = 0, before + left
+        memmove(self._in + before, self._in + self._input_start, left)
+        self._input_start, self._input_end = 0, before + left
         for index in range(self._failed_count):
             request = &self._requests[self._failed[index]]
             word = htobe32(REQUEST_MAGIC)

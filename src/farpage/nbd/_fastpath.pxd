@@ -50,19 +50,22 @@ cdef class FastPath:
     cdef unsigned char[::1] _input_bytes, _area_bytes
     cdef unsigned char *_in
     cdef unsigned char *_out
-    cdef Py_ssize_t _in_size, _out_size
+    cdef Py_ssize_t _in_size    # what is received into, not more than the buffer has
+    cdef Py_ssize_t _in_whole_size, _out_size
     cdef int _socket, _file
     cdef uint64_t _origin, _size, _misaligned
     cdef bint _structured
     cdef volatile bint _stopped
+    cdef bint _open, _turning
     cdef long _cost
     cdef long _reads, _read_bytes, _writes, _written_bytes
-    cdef public Py_ssize_t input_start, input_end, output_start, output_end
+    cdef Py_ssize_t _input_start, _input_end, _output_start, _output_end
     cdef public Py_ssize_t read_max_bytes, write_max_bytes
     cdef public long served
     cdef readonly int in_flight
     cdef readonly tuple device_descriptors
 
+    cdef int _check_idle(self) except -1
     cdef int _turn(self) noexcept nogil
     cdef int _receive(self) noexcept nogil
     cdef int _request(self, Py_ssize_t at, Request *request) noexcept nogil

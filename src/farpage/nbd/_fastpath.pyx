@@ -25,13 +25,17 @@ cdef extern from "sys/uio.h" nogil:
 cdef extern from "unistd.h" nogil:
     ssize_t pwrite(int, const void *, size_t, off_t)
 
+
 cdef class FastPath:
-    def __init__(self, int socket, buffers, storage, counters, settings, *_):
+    def __cinit__(self, int socket, buffers, storage, counters, settings, *_):
         input_, area = buffers
         self._input, self._area = input_, area
         self._input_bytes, self._area_bytes = input_, area
         self._in, self._out = &self._input_bytes[0], &self._area_bytes[0]
-        self._in_size, self._out_size = len(input_), len(area)
+        self._in_whole_size = self._in_size = len(input_)
+        self._out_size = len(area)
+        if self._in_size < REQUEST_BYTES or self._out_size < DATA_BYTES:
+            raise ValueError("the buffers are too small")
         self._socket, self._file = socket, storage.descriptor
         self._origin, self._size, self._misaligned = storage.origin_bytes, settings.size_bytes, settings.misaligned
         self._structured = settings.structured_replies
@@ -40,9 +44,10 @@ cdef class FastPath:
             min(settings.write_max_bytes, self._in_size - REQUEST_BYTES) if storage.refusal is not None else 0
         )
         self.device_descriptors = ()
+        self._open = True
 
     def close(self):
-        pass
+        self._open = False
 
     @property
     def stopped(self):
@@ -52,17 +57,70 @@ cdef class FastPath:
     def stopped(self, bint stopped):
         self._stopped = stopped
 
+    @property
+    def input_start(self):
+        return self._input_start
+
+    @input_start.setter
+    def input_start(self, Py_ssize_t place):
+        self._check_idle()
+        self._input_start = place
+
+    @property
+    def input_end(self):
+        return self._input_end
+
+    @input_end.setter
+    def input_end(self, Py_ssize_t place):
+        self._check_idle()
+        self._input_end = place
+
+    @property
+    def output_start(self):
+        return self._output_start
+
+    @output_start.setter
+    def output_start(self, Py_ssize_t place):
+        self._check_idle()
+        self._output_start = place
+
+    @property
+    def output_end(self):
+        return self._output_end
+
+    @output_end.setter
+    def output_end(self, Py_ssize_t place):
+        self._check_idle()
+        self._output_end = place
+
+    cdef int _check_idle(self) except -1:
+        """Keep who shares the buffers from moving bounds that somebody goes by."""
+        if self._turning or self.in_flight:
+            raise RuntimeError("the connection is being served")
+        return 0
+
     def turn(self):
         cdef int outcome
+        if not self._open:
+            raise ValueError("a path that is closed")
+        if self._turning:
+            raise RuntimeError("the connection is being served")
+        if (
+            not 0 <= self._input_start <= self._input_end <= self._in_whole_size
+            or not 0 <= self._output_start <= self._output_end <= self._out_size
+        ):
+            raise ValueError("bounds that are not within the buffers")
+        self._turning = True
         with nogil:
             outcome = self._turn()
+        self._turning = False
         return outcome
 
     cdef int _turn(self) noexcept nogil:
         cdef int outcome, received
         cdef long served_before = self.served
         self._cost = 0
-        if self.output_end:
+        if self._output_end:
             outcome = self._push()
             if outcome != GO_ON:
                 return outcome
@@ -75,12 +133,12 @@ cdef class FastPath:
             outcome = self._carry_out()
             if outcome == OVER:
                 break
-            if outcome == FULL or self.output_end >= GATHERED_BYTES or self._cost >= TURN_COST_MAX:
+            if outcome == FULL or self._output_end >= GATHERED_BYTES or self._cost >= TURN_COST_MAX:
                 outcome = self._push()
                 if outcome != GO_ON:
                     return outcome
                 self._cost = 0
-            elif self.served - served_before < 2 and self.input_start == self.input_end:
+            elif self.served - served_before < 2 and self._input_start == self._input_end:
                 outcome = self._push()
                 return WAIT_READ if outcome == GO_ON else outcome
         outcome = self._push()
@@ -88,15 +146,17 @@ cdef class FastPath:
 
     cdef int _receive(self) noexcept nogil:
         """Receive behind what is there; WAIT_READ when nothing has come, OVER when nothing will."""
-        cdef Py_ssize_t left = self.input_end - self.input_start
+        cdef Py_ssize_t left = self._input_end - self._input_start
         cdef ssize_t received
-        if left <= MOVED_MAX_BYTES or self.input_end >= self._in_size:
-            memmove(self._in, self._in + self.input_start, left)
-            self.input_start, self.input_end = 0, left
+        if left <= MOVED_MAX_BYTES or self._input_end >= self._in_size:
+            memmove(self._in, self._in + self._input_start, left)
+            self._input_start, self._input_end = 0, left
+        if self._input_end >= self._in_size:
+            return OVER
         while True:
-            received = recv(self._socket, self._in + self.input_end, self._in_size - self.input_end, MSG_DONTWAIT)
+            received = recv(self._socket, self._in + self._input_end, self._in_size - self._input_end, MSG_DONTWAIT)
             if received > 0:
-                self.input_end += received
+                self._input_end += received
                 return GO_ON
             if received == 0 or errno != EINTR:
                 return WAIT_READ if received < 0 and errno == EAGAIN else OVER
@@ -136,15 +196,15 @@ cdef class FastPath:
 
     cdef bint _is_whole(self) noexcept nogil:
         cdef Request request
-        if self.input_end - self.input_start < REQUEST_BYTES:
+        if self._input_end - self._input_start < REQUEST_BYTES:
             return False
-        if not self._request(self.input_start, &request):
+        if not self._request(self._input_start, &request):
             return True
-        return self.input_end - self.input_start >= self._whole_bytes(&request)
+        return self._input_end - self._input_start >= self._whole_bytes(&request)
 
     cdef int _carry_out(self) noexcept nogil:
         cdef Request request
-        cdef Py_ssize_t at = self.input_start, end = self.input_end
+        cdef Py_ssize_t at = self._input_start, end = self._input_end
         cdef long cost = self._cost
         cdef bint writes = False
         while end - at >= REQUEST_BYTES and cost < TURN_COST_MAX and self._request(at, &request):
@@ -156,21 +216,23 @@ cdef class FastPath:
         if writes and self._is_refused():
             return OVER
         end = at
-        while self.input_start < end:
+        while self._input_start < end:
             if self._stopped:
                 return OVER
-            self._request(self.input_start, &request)
+            # The buffer is its owner's, too, who might have written to it while it was asked.
+            if not self._request(self._input_start, &request) or end - self._input_start < self._whole_bytes(&request):
+                return OVER
             if request.command == CMD_READ:
                 if self._room() < DATA_BYTES + <Py_ssize_t> request.length:
-                    return FULL
+                    return FULL if self._output_end else OVER
                 if not self._read(&request):
                     return OVER
             else:
                 if self._room() < SIMPLE_BYTES:
-                    return FULL
+                    return FULL if self._output_end else OVER
                 if not self._write(&request):
                     return OVER
-            self.input_start += self._whole_bytes(&request)
+            self._input_start += self._whole_bytes(&request)
             self.served += 1
             self._cost += 1 + (request.length >> COST_SHIFT)
         if self._cost < TURN_COST_MAX and self._is_whole():
@@ -178,11 +240,11 @@ cdef class FastPath:
         return GO_ON
 
     cdef Py_ssize_t _room(self) noexcept nogil:
-        return self._out_size - self.output_end
+        return self._out_size - self._output_end
 
     cdef unsigned char *_payload(self, Request *request) noexcept nogil:
         """Where the payload of the next reply is to be."""
-        return self._out + self.output_end + (DATA_BYTES if self._structured else SIMPLE_BYTES)
+        return self._out + self._output_end + (DATA_BYTES if self._structured else SIMPLE_BYTES)
 
     cdef bint _read(self, Request *request) noexcept nogil:
         cdef iovec vector
@@ -195,11 +257,11 @@ cdef class FastPath:
 
     cdef void _reply(self, Request *request) noexcept nogil:
         """Put the header before a payload that is in its place."""
-        cdef unsigned char *reply = self._out + self.output_end
+        cdef unsigned char *reply = self._out + self._output_end
         cdef uint32_t word
         cdef uint16_t half
         cdef uint64_t long_word
-        self.output_end = self._payload(request) - self._out + request.length
+        self._output_end = self._payload(request) - self._out + request.length
         if self._structured:
             word = htobe32(STRUCTURED_MAGIC)
             memcpy(reply, &word, 4)
@@ -218,7 +280,7 @@ cdef class FastPath:
         self._read_bytes += request.length
 
     cdef bint _write(self, Request *request) noexcept nogil:
-        cdef unsigned char *data = self._in + self.input_start + REQUEST_BYTES
+        cdef unsigned char *data = self._in + self._input_start + REQUEST_BYTES
         cdef Py_ssize_t done = 0
         cdef ssize_t written
         if self._over is not None and self._is_over():
@@ -230,8 +292,8 @@ cdef class FastPath:
                     continue
                 return False
             done += written
-        self._acknowledge(self._out + self.output_end, request)
-        self.output_end += SIMPLE_BYTES
+        self._acknowledge(self._out + self._output_end, request)
+        self._output_end += SIMPLE_BYTES
         self._writes += 1
         self._written_bytes += request.length
         return True
@@ -246,32 +308,32 @@ cdef class FastPath:
     cdef bint _is_refused(self) noexcept with gil:
         try:
             return self._refusal() != 0
-        except Exception:
+        except BaseException:
             return True  # it is asked again, and the answer reported, where that can be done
 
     cdef bint _is_over(self) noexcept with gil:
         try:
             return self._over()
-        except Exception:
+        except BaseException:
             return True
 
     cdef int _push(self) noexcept nogil:
         cdef ssize_t sent
         if self._reads or self._writes:
             self._count()
-        while self.output_start < self.output_end:
+        while self._output_start < self._output_end:
             sent = send(
                 self._socket,
-                self._out + self.output_start,
-                self.output_end - self.output_start,
+                self._out + self._output_start,
+                self._output_end - self._output_start,
                 MSG_DONTWAIT | MSG_NOSIGNAL,
             )
             if sent < 0:
                 if errno == EINTR:
                     continue
                 return WAIT_WRITE if errno == EAGAIN else OVER
-            self.output_start += sent
-        self.output_start = self.output_end = 0
+            self._output_start += sent
+        self._output_start = self._output_end = 0
         return GO_ON
 
     cdef void _count(self) noexcept with gil:

@@ -35,6 +35,9 @@ WRITTEN_TOGETHER_BYTES: Final = 128 << 10
 BEGUN_TOGETHER: Final = 4
 """So many reads are started with one system call; a device that waits for more does nothing meanwhile."""
 
+_moved: Final[list[AlignedBuffer]] = []
+"""Memory of what nobody has waited for: the kernel has it until the process ends."""
+
 
 class _Begun(enum.Enum):
     """What is next in the receive buffer after `_begin`."""
@@ -69,6 +72,15 @@ class DirectPath(FastPath):
         """Take over a ring and a context for writes, both of IN_FLIGHT_MAX entries."""
         settings = settings._replace(misaligned=settings.misaligned | PAGE_SIZE - 1)
         super().__init__(socket, buffers, storage, counters, settings)
+        # Room for those that are given back.
+        self._input_size_bytes -= IN_FLIGHT_MAX * codec.REQUEST.size + WRITTEN_TOGETHER_BYTES
+        if (
+            self._input_size_bytes < codec.REQUEST.size + DIRECT_MAX_BYTES
+            or len(self._area) < codec.DATA_CHUNK.size + DIRECT_MAX_BYTES
+        ):
+            raise ValueError("the buffers are too small")
+        if ring.entries < IN_FLIGHT_MAX:
+            raise ValueError("the queue is too short")
         self._ring, self._aio, self._memory = ring, writes, AlignedBuffer(IN_FLIGHT_MAX * DIRECT_MAX_BYTES)
         self.device_descriptors = (ring.fileno(), *([] if writes is None else [writes.fileno()]))
         self._free = list(range(IN_FLIGHT_MAX))
@@ -80,8 +92,6 @@ class DirectPath(FastPath):
         """Requests that have ended and are not answered, with what came of them."""
         self._failed: list[tuple[_InFlight, bytes]] = []
         self._ending = False
-        # Room for those that are given back.
-        self._input_size_bytes -= IN_FLIGHT_MAX * codec.REQUEST.size + WRITTEN_TOGETHER_BYTES
         self.write_max_bytes = min(self.write_max_bytes, DIRECT_MAX_BYTES) if writes is not None else 0
 
     @property
@@ -91,7 +101,11 @@ class DirectPath(FastPath):
 
     def close(self) -> None:
         """Free what the kernel has; while anything is in flight it has the memory."""
+        if self._closed:
+            return
+        self._closed = True
         if self._requests:
+            _moved.append(self._memory)
             return
         self._ring.close()
         if self._aio is not None:
@@ -100,6 +114,7 @@ class DirectPath(FastPath):
 
     def turn(self) -> int:
         """Begin what has come, answer what has ended; see `FastPath.turn`."""
+        self._check()
         drained, begun = False, _Begun.ALL
         if self.output_end and (outcome := self._push()) is not None:
             if outcome == Outcome.WAIT_WRITE and not self.stopped and not self._ending:
@@ -141,6 +156,8 @@ class DirectPath(FastPath):
             if request is None or request[4] > DIRECT_MAX_BYTES:
                 return _Begun.NOT_FOR_HERE
             write, whole_bytes, cookie, offset, length = request
+            if write and self._aio is None:
+                return _Begun.NOT_FOR_HERE
             if not self._free or (write and self._writing_bytes + length > WRITTEN_TOGETHER_BYTES):
                 return _Begun.MORE
             slot = self._free.pop()

@@ -82,6 +82,9 @@ class FastPath:
         self._socket, self._storage, self._counters = socket, storage, counters
         self._input, self._area = memoryview(input_), memoryview(area)
         self._input_size_bytes = len(input_)
+        if len(input_) < _REQUEST_BYTES or len(area) < _DATA_BYTES:
+            raise ValueError("the buffers are too small")
+        self._closed = False
         self._structured, self._size_bytes, self._misaligned, write_max_bytes = settings
         self.input_start = self.input_end = 0
         self.output_start = self.output_end = 0
@@ -99,7 +102,11 @@ class FastPath:
         self._reads = self._read_bytes = self._writes = self._written_bytes = 0
 
     def turn(self) -> int:
-        """Serve what has come until there is no more, and return an `Outcome`; never waits for the client."""
+        """Serve what has come until there is no more, and return an `Outcome`; never waits for the client.
+
+        :raise ValueError: it is closed, or its bounds are not within the buffers.
+        """
+        self._check()
         served_before, self._cost = self.served, 0
         if self.output_end and (outcome := self._push()) is not None:
             return outcome
@@ -121,7 +128,16 @@ class FastPath:
         return Outcome.OVER
 
     def close(self) -> None:
-        """Let go of what it has of its own."""
+        """Let go of what it has of its own; there are no more turns."""
+        self._closed = True
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ValueError("a path that is closed")
+        if not 0 <= self.input_start <= self.input_end <= len(
+            self._input
+        ) or not 0 <= self.output_start <= self.output_end <= len(self._area):
+            raise ValueError("bounds that are not within the buffers")
 
     def _receive(self) -> Outcome | None:
         """Receive behind what is there; WAIT_READ when nothing has come, OVER when nothing will."""
@@ -170,12 +186,13 @@ class FastPath:
             return False
         while self.input_start < at:
             request = self._request(self.input_start)
-            if self.stopped or request is None:
+            # The buffer is its owner's, too, who might have written to it while it was asked.
+            if self.stopped or request is None or self.input_start + request[1] > at:
                 return False
             is_write, whole_bytes, cookie, offset, length = request
             if len(self._area) - self.output_end < _DATA_BYTES + length:
                 self._cost = TURN_COST_MAX
-                return True
+                return self.output_end > 0  # else it never fits
             if not (self._write if is_write else self._read)(cookie, offset, length):
                 return False
             self.input_start += whole_bytes

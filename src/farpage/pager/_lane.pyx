@@ -8,6 +8,7 @@ stream of accesses is near, while there is room for it; a write to a clean page;
 while a device is at work. `farpage.pager.faults` and `eviction` do all that where this was not built.
 """
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EAGAIN, EINTR, EIO, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, qsort
@@ -39,6 +40,7 @@ cdef enum:
     REWRITTEN = 4
     READING = 5
     ON_DEVICE = 6
+    STATE_COUNT = 8
     # farpage.pager.lane.Marks
     MARK_MOST = 0
     MARK_READING = 1
@@ -46,7 +48,8 @@ cdef enum:
     MARK_DEFERRED = 3
     MARK_LOW = 4
     MARK_HELD = 5
-    MARKS = 6 + 16
+    MOST_HELD = 16
+    MARKS = MARK_HELD + 1 + MOST_HELD
     # farpage.pager.streams: how near a fault may be to an older one, and how many are remembered
     NEAR = 64
     RECENT = 16
@@ -190,14 +193,16 @@ cdef bint of_a_stream(lane_t *lane, int64_t page) noexcept nogil:
         distance = page - lane.recent[index]
         if -NEAR <= distance <= NEAR:
             return True
-    for index in range(lane.marks[MARK_HELD]):
+    for index in range(min(lane.marks[MARK_HELD], MOST_HELD)):
         if lane.marks[MARK_HELD + 1 + index] == page:
             return True
-    for index in range(lane.reach[0]):
+    for index in range(min(lane.reach[0], STREAMS)):
         at = 1 + index * 3
         step = lane.reach[at + 1]
         distance = page - lane.reach[at]
-        if distance % step == 0 and 0 < distance // step <= lane.reach[at + 2]:
+        if step < 0:
+            step, distance = -step, -distance
+        if step != 0 and distance % step == 0 and 0 < distance // step <= lane.reach[at + 2]:
             return True
     return False
 
@@ -225,11 +230,12 @@ cdef class Hub:
     cdef bint _attention
     cdef int _victims
     cdef lane_t **_lanes
-    cdef int _lanes_size
+    cdef int64_t _lanes_size
     cdef object _owner
     cdef object _rings
     cdef list _members
     cdef list _retired
+    cdef bint _at_work
     # See farpage.nbd.polling.
     cdef bint _worthwhile
     cdef int _score
@@ -279,10 +285,19 @@ cdef class Hub:
 
     # Called with the interpreter's lock
 
+    cdef int check_idle(self) except -1:
+        """Keep threads from what another one is at work on without the interpreter's lock."""
+        if self._at_work:
+            raise RuntimeError("another thread is at work on this hub's lanes")
+        return 0
+
     cdef int enter(self, Lane lane) except -1:
-        cdef int fd = lane._lane.uffd
+        cdef int64_t fd = lane._lane.uffd
         cdef lane_t **larger
-        cdef int index, size
+        cdef int64_t index, size
+        self.check_idle()
+        if fd < 0:
+            raise ValueError(f"{fd} is no descriptor")
         if fd >= self._lanes_size:
             size = (fd | 63) + 1
             larger = <lane_t **>calloc(size, sizeof(lane_t *))
@@ -303,6 +318,9 @@ cdef class Hub:
         self._retired.append(file)
         if self._unsubmitted:
             self._submit()
+        self._close_retired()
+
+    cdef void _close_retired(self):
         while self._retired and not self._unsubmitted:
             close(self._retired.pop())
 
@@ -346,8 +364,12 @@ cdef class Hub:
         """
         cdef epoll_event events[EVENTS]
         cdef int count, index
+        self.check_idle()
+        self._at_work = True
         with nogil:
             count = self._wait(events, seconds, may_look)
+        self._at_work = False
+        self._close_retired()
         found = [(events[index].data.fd, events[index].events) for index in range(count)]
         if self._attention:
             found.append((self._ring, EPOLLIN))
@@ -420,7 +442,7 @@ cdef class Hub:
             fd = events[index].data.fd
             if fd == self._ring:
                 continue
-            lane = self._lanes[fd] if fd < self._lanes_size else NULL
+            lane = self._lanes[fd] if 0 <= fd < self._lanes_size else NULL
             if lane == NULL or not lane.on or events[index].events != EPOLLIN:
                 events[left] = events[index]
                 left += 1
@@ -459,7 +481,7 @@ cdef class Hub:
 
     cdef void _release_some(self) noexcept nogil:
         """Give pages of the first lane that has any to give back to the host."""
-        cdef int fd
+        cdef int64_t fd
         for fd in range(self._lanes_size):
             if self._lanes[fd] != NULL and self._lanes[fd].victim != self._lanes[fd].victim_end:
                 self._release(self._lanes[fd])
@@ -638,7 +660,8 @@ cdef class Hub:
         cdef slot_t *slot
         cdef io_uring_sqe *entry
         cdef uint32_t tail
-        if not self._free_count:
+        # Each may have to be given back, at last, and perhaps nobody takes those that were.
+        if not self._free_count or lane.back_count + lane.in_flight >= 2 * SLOTS:
             return False
         self._free_count -= 1
         index = self._free[self._free_count]
@@ -673,15 +696,16 @@ cdef class Hub:
         """Take what the device has answered; tells whether there was anything."""
         cdef uint32_t head = self._cq_head[0]
         cdef io_uring_cqe *entry
-        cdef int index
+        cdef uint64_t index
         if head == load_acquire(self._cq_tail):
             return False
         while head != load_acquire(self._cq_tail):
             entry = &self._cqes[head & self._cq_mask]
-            index = <int>entry.user_data
-            self._arrived(&self._slots[index], self._buffers + index * PAGE, entry.res, now)
-            self._free[self._free_count] = index
-            self._free_count += 1
+            index = entry.user_data
+            if index < SLOTS and self._slots[index].busy:  # else it was not begun here
+                self._arrived(&self._slots[index], self._buffers + index * PAGE, entry.res, now)
+                self._free[self._free_count] = <int>index
+                self._free_count += 1
             head += 1
         store_release(self._cq_head, head)
         return True
@@ -712,9 +736,12 @@ cdef class Hub:
         self._answered_one(lane, began, now)
 
     cdef void _answered_one(self, lane_t *lane, int64_t began, int64_t now) noexcept nogil:
-        """Count an access that was answered, and look whether the interpreter has to see to the consequences."""
+        """Count an access that was answered, and look whether the interpreter has to see to the consequences.
+
+        While a client is detached, which turns its lane off, its pages come in whatever the marks say.
+        """
         waited(lane, began, now)
-        if staying(lane) > lane.marks[MARK_HIGH]:
+        if lane.on and staying(lane) > lane.marks[MARK_HIGH]:
             self._choose(lane, min(staying(lane) - lane.marks[MARK_LOW], CHOSEN_TOGETHER))
             if (
                 lane.others_count >= OTHERS_ENOUGH
@@ -795,20 +822,25 @@ cdef void waited(lane_t *lane, int64_t began, int64_t ended) noexcept nogil:
 
 
 cdef class Lane:
-    """One client's."""
+    """One client's. Once it is closed its methods do nothing."""
 
     cdef lane_t _lane
     cdef Hub _hub
     cdef object _on_attention
     cdef object _kept
+    cdef bint _open
 
-    def __init__(
-        self, Hub hub, int uffd, uint64_t start, int memfd, int64_t memfd_offset, uint8_t[::1] state, uint32_t[::1] checksum,
-        int64_t[::1] counts, const int64_t[::1] marks, const int64_t[::1] reach, Store store,
-        Order order, object on_attention
+    def __cinit__(
+        self, Hub hub not None, int uffd, uint64_t start, int memfd, int64_t memfd_offset,
+        uint8_t[::1] state not None, uint32_t[::1] checksum not None, int64_t[::1] counts not None,
+        const int64_t[::1] marks not None, const int64_t[::1] reach not None, Store store not None,
+        Order order not None, object on_attention
     ):
         cdef int index
-        if marks.shape[0] < MARKS or reach.shape[0] < 1 + 3 * STREAMS or state.shape[0] != checksum.shape[0]:
+        if (
+            marks.shape[0] < MARKS or reach.shape[0] < 1 + 3 * STREAMS or counts.shape[0] < STATE_COUNT
+            or checksum.shape[0] != state.shape[0] or order._pages != state.shape[0]
+        ):
             raise ValueError("the arrays do not fit")
         memset(&self._lane, 0, sizeof(lane_t))
         self._lane.uffd, self._lane.file, self._lane.start = uffd, -1, start
@@ -825,6 +857,12 @@ cdef class Lane:
         self._on_attention = on_attention
         self._hub = hub
         hub.enter(self)
+        self._open = True
+
+    cdef bint _may(self) except -1:
+        """Whether there is anything to touch."""
+        self._hub.check_idle()
+        return self._open
 
     @property
     def in_flight(self):
@@ -833,10 +871,13 @@ cdef class Lane:
 
     def turn(self, bint on):
         """Answer events from now on, or leave all to the interpreter."""
-        self._lane.on = on
+        if self._may():
+            self._lane.on = on
 
     def use(self, int descriptor, int64_t origin, double late_seconds):
         """Read the volume, which begins at `origin` of a file, by itself; a negative `descriptor`: no more."""
+        if not self._may():
+            return
         if self._lane.file >= 0:
             self._hub.retire(self._lane.file)
             self._lane.file = -1
@@ -856,6 +897,8 @@ cdef class Lane:
         So many as `taste` says of those that are given back are offered to the RAM tier before. A choice may be
         of fewer victims than asked for; with those that were left are those of `chosen`.
         """
+        if not self._may():
+            return []
         self._lane.taste = taste
         self._hub._choose(&self._lane, count)
         return self.chosen()
@@ -877,18 +920,31 @@ cdef class Lane:
     def give_back(self, int64_t pages):
         """Give back so many of the pages that are to be, or all, now."""
         cdef lane_t *lane = &self._lane
-        cdef int64_t least = taken(lane) - pages
+        cdef int64_t least
+        if not self._may():
+            return
+        least = taken(lane) - pages
         while lane.victim != lane.victim_end and taken(lane) > least:
             self._hub._release(lane)
 
-    def begin_writes(self, list pages, uintptr_t buffer):
+    def begin_writes(self, list pages not None, buffer):
         """Protect dirty pages, in rising order, and read them into a buffer; zero ones are given back.
 
         Returns `(runs, zeros, busy)`: `(first, count, place in the buffer, in pages)` of what is to be written,
         how many were zero, and those that cannot be protected now.
 
+        :raise IndexError: a page is not the client's.
+        :raise ValueError: there are more pages than the buffer holds.
         :raise OSError: the client's memory cannot be read.
         """
+        cdef Py_buffer view
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            return self._begin_writes(pages, <uint8_t *>view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef tuple _begin_writes(self, list pages, uint8_t *buffer, Py_ssize_t buffer_bytes):
         cdef lane_t *lane = &self._lane
         cdef int64_t wanted[RUN]
         cdef int64_t run[RUN][3]
@@ -896,11 +952,18 @@ cdef class Lane:
         cdef int64_t page
         cdef int64_t left[RUN]
         cdef int left_count = 0
-        if len(pages) > RUN:
-            raise ValueError(f"{len(pages)} pages are more than a buffer holds")
+        if <uintptr_t>buffer % sizeof(uint64_t):
+            raise ValueError("the buffer is not aligned")
         for page in pages:
+            if total == RUN or (total + 1) * PAGE > buffer_bytes:
+                raise ValueError(f"{len(pages)} pages are more than a buffer holds")
+            if not 0 <= page < lane.pages:
+                raise IndexError(f"page {page} of {lane.pages}")
             wanted[total] = page
             total += 1
+        if not self._may():
+            return [], 0, []
+        self._hub._at_work = True
         with nogil:
             while at < total:
                 count = 1
@@ -911,13 +974,14 @@ cdef class Lane:
                         left[left_count] = wanted[index]
                         left_count += 1
                 elif pread(
-                    lane.memfd, <uint8_t *>buffer + at * PAGE, count * PAGE, lane.memfd_offset + wanted[at] * PAGE
+                    lane.memfd, buffer + at * PAGE, count * PAGE, lane.memfd_offset + wanted[at] * PAGE
                 ) != count * PAGE:
                     failed = errno or EIO
                     break
                 else:
-                    zeros += self._sealed(wanted[at], count, at, <const uint8_t *>buffer, run, &runs)
+                    zeros += self._sealed(wanted[at], count, at, buffer, run, &runs)
                 at += count
+        self._hub._at_work = False
         if failed:  # nobody writes what was got ready before
             for index in range(runs):
                 for page in range(run[index][0], run[index][0] + run[index][1]):
@@ -957,15 +1021,29 @@ cdef class Lane:
                 goes_on = True
         return zeros
 
-    def acknowledged(self, list runs, uintptr_t buffer, int taste):
+    def acknowledged(self, list runs not None, buffer, int taste):
         """Have the pages of `begin_writes`' runs given back, but those that were written to meanwhile.
 
         The first `taste` of them, as they were written, are offered to the RAM tier.
+
+        :raise IndexError: a page is not the client's, or not in the buffer.
         """
+        cdef Py_buffer view
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+        try:
+            self._acknowledged(runs, <const uint8_t *>view.buf, view.len // PAGE, taste)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef int _acknowledged(self, list runs, const uint8_t *buffer, int64_t buffer_pages, int taste) except -1:
         cdef lane_t *lane = &self._lane
         cdef int64_t first, page
         cdef int count, at, index
         for first, count, at in runs:
+            if not self._may():
+                return 0
+            if count < 0 or not 0 <= first <= lane.pages - count or not 0 <= at <= buffer_pages - count:
+                raise IndexError(f"{count} pages from {first} on, {at} pages into {buffer_pages}")
             for index in range(count):
                 page = first + index
                 if lane.state[page] == REWRITTEN:
@@ -976,12 +1054,17 @@ cdef class Lane:
                     # this one could not tell a page that was given back here from one that the balloon took.
                     move(lane, page, WRITING, CLEAN)
                     if taste > 0:
-                        (<Store>lane.store).keep_page(<uint64_t>page, <const void *>(buffer + (at + index) * PAGE))
+                        (<Store>lane.store).keep_page(<uint64_t>page, buffer + (at + index) * PAGE)
                         taste -= 1
                     self._hub._offer(lane, page, False)
+        return 0
 
     def recall(self):
         """Give back no more; what was to be given back stays."""
+        if self._may():
+            self._recall()
+
+    cdef void _recall(self) noexcept:
         cdef lane_t *lane = &self._lane
         while lane.victim != lane.victim_end:
             (<Store>lane.store).forget_run(<uint64_t>lane.victims[lane.victim], 1)
@@ -1059,14 +1142,22 @@ cdef class Lane:
 
     def withdraw(self):
         """Give up the reads in flight; returns them as `(page, write, began)`."""
-        return self._hub.withdraw(&self._lane)
+        return self._hub.withdraw(&self._lane) if self._may() else []
 
     def close(self):
         """Touch nothing of the client any more."""
-        if self._kept is not None:
-            self._hub.withdraw(&self._lane)
-            self.recall()
-            self._hub.leave(self)
-            self.use(-1, 0, 0)
-            self._kept = self._on_attention = None
-            self._lane.on = False
+        if not self._may():
+            return
+        self._open = self._lane.on = False
+        self._hub.withdraw(&self._lane)
+        self._recall()
+        self._hub.leave(self)
+        if self._lane.file >= 0:
+            self._hub.retire(self._lane.file)
+            self._lane.file = -1
+        self._lane.store = self._lane.order = NULL
+        self._lane.state = NULL
+        self._lane.checksum = NULL
+        self._lane.counts = NULL
+        self._lane.marks = self._lane.reach = NULL
+        self._kept = self._on_attention = None

@@ -18,7 +18,9 @@ cdef class Order:
     cdef uint16_t[::1] _left_at
     cdef uint64_t _evictions
     cdef uint64_t _evictions_a_tick
+    cdef int64_t _pages
 
+    # A page that is not of the order's makes no difference to these three.
     # Take note of a page that came back from the volume.
     cdef void page_returned(self, int64_t page) noexcept nogil
 
@@ -34,6 +36,7 @@ cdef class Order:
     # Take the next victim out of the inactive queue; -1 when there is none.
     cdef int64_t victim(self) noexcept nogil
 
+    cdef int _check(self, int64_t first, int64_t count) except -1
     cdef uint64_t length(self) noexcept nogil
     cdef uint16_t tick(self) noexcept nogil
     cdef uint8_t _where_to(self, int64_t page) noexcept nogil

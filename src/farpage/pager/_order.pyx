@@ -15,6 +15,8 @@ cdef enum:
 
     SMALLEST = 1024
 
+cdef int64_t MOST_PAGES = <int64_t>1 << 32  # the queues have four bytes for each
+
 
 cdef inline uint64_t held(const Queue *queue) noexcept nogil:
     return queue.tail - queue.head
@@ -50,11 +52,14 @@ cdef inline uint32_t taken(Queue *queue) noexcept nogil:
 cdef class Order:
     """Order of eviction of one client's pages; see `replacement.PythonReplacement`."""
 
-    def __init__(self, uint64_t pages):
+    def __cinit__(self, int64_t pages):
+        if not 0 <= pages <= MOST_PAGES:
+            raise ValueError(f"an order of {pages} pages")
+        self._pages = pages
         # An array of nothing has no first element to point to.
         self._where = bytearray(max(pages, 1))
         self._left_at = memoryview(bytearray(2 * max(pages, 1))).cast("H")
-        self._evictions_a_tick = max(pages // TICKS, <uint64_t>1)
+        self._evictions_a_tick = max(<uint64_t>pages // TICKS, <uint64_t>1)
 
     def __dealloc__(self):
         free(self._inactive.pages)
@@ -65,14 +70,19 @@ cdef class Order:
 
     def added(self, int64_t first, int64_t count=1):
         cdef int64_t page
+        self._check(first, count)
         for page in range(first, first + count):
             if self._where[page] == NOWHERE and not self.enter(page, INACTIVE):
                 raise MemoryError
 
     def returned(self, int64_t first, int64_t count=1):
-        # Those of one run left and come back together, so the first one speaks for all.
-        cdef uint8_t where = self._where_to(first)
+        cdef uint8_t where
         cdef int64_t page
+        self._check(first, count)
+        if not count:
+            return
+        # Those of one run left and come back together, so the first one speaks for all.
+        where = self._where_to(first)
         for page in range(first, first + count):
             if self._where[page] == NOWHERE and not self.enter(page, where):
                 raise MemoryError
@@ -80,7 +90,7 @@ cdef class Order:
     def victims(self, int64_t count):
         cdef int64_t page
         taken_out = []
-        self.demote(count)
+        self.demote(max(count, <int64_t>0))
         while len(taken_out) < count and (page := self.victim()) >= 0:
             taken_out.append(page)
         return taken_out
@@ -88,10 +98,16 @@ cdef class Order:
     def evicted(self, int64_t first, int64_t count=1):
         cdef int64_t page
         cdef uint16_t now
+        self._check(first, count)
         self._evictions += count
         now = self.tick()
         for page in range(first, first + count):
             self._left_at[page] = now
+
+    cdef int _check(self, int64_t first, int64_t count) except -1:
+        if first < 0 or count < 0 or first > self._pages - count:
+            raise IndexError(f"{count} pages from {first} on are not within {self._pages}")
+        return 0
 
     cdef uint64_t length(self) noexcept nogil:
         return held(&self._inactive) + held(&self._active)
@@ -116,16 +132,17 @@ cdef class Order:
         return True
 
     cdef void page_returned(self, int64_t page) noexcept nogil:
-        if self._where[page] == NOWHERE:
+        if 0 <= page < self._pages and self._where[page] == NOWHERE:
             self.enter(page, self._where_to(page))
 
     cdef void page_added(self, int64_t page) noexcept nogil:
-        if self._where[page] == NOWHERE:
+        if 0 <= page < self._pages and self._where[page] == NOWHERE:
             self.enter(page, INACTIVE)
 
     cdef void page_evicted(self, int64_t page) noexcept nogil:
-        self._evictions += 1
-        self._left_at[page] = self.tick()
+        if 0 <= page < self._pages:
+            self._evictions += 1
+            self._left_at[page] = self.tick()
 
     cdef void demote(self, uint64_t count) noexcept nogil:
         cdef uint64_t active = held(&self._active), inactive = held(&self._inactive), wanted = 0

@@ -43,8 +43,8 @@ cdef class Store:
     # what has this checksum: then the buffer may have been written to.
     cdef int take_into(self, uint64_t page, uint32_t checksum, void *page_buffer) noexcept nogil
 
-    # Take a page in when it gets small, in the place of an older content: 1 when it did. `content`, a page long and
-    # at an address that is a multiple of eight, is read meanwhile and not afterwards.
+    # Take a page in when it gets small, in the place of an older content: 1 when it did. `content`, a page long,
+    # is read meanwhile and not afterwards.
     cdef int keep_page(self, uint64_t page, const void *content) noexcept nogil
 
     # Drop those of a range of pages that are here.

@@ -10,7 +10,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 
 cdef extern from "malloc.h" nogil:
     size_t malloc_usable_size(void *block)
@@ -39,12 +39,8 @@ cdef inline uint64_t cost(Entry *entry) noexcept nogil:
 
 
 cdef inline bint repeats_a_word(const void *content) noexcept nogil:
-    cdef const uint64_t *words = <const uint64_t *>content
-    cdef size_t i
-    for i in range(1, WORDS):
-        if words[i] != words[0]:
-            return False
-    return True
+    # Wherever it lies: who keeps a content may have it at any address.
+    return memcmp(content, <const char *>content + WORD, PAGE - WORD) == 0
 
 
 cdef class Store:
@@ -54,6 +50,8 @@ cdef class Store:
 
     def __cinit__(self, uint64_t most_bytes, uintptr_t compress, uintptr_t decompress, uintptr_t digest):
         """Make it with the addresses of LZ4_compress_fast, LZ4_decompress_safe and XXH3_64bits."""
+        if not (compress and decompress and digest):
+            raise ValueError("a store without functions")
         self._most_bytes = most_bytes
         self._compress = <Compress>compress
         self._decompress = <Decompress>decompress
@@ -148,14 +146,21 @@ cdef class Store:
         return 1
 
     cdef void forget_run(self, uint64_t first, uint64_t count) noexcept nogil:
-        cdef uint64_t page
         cdef Entry *entry
-        for page in range(first, first + count):
-            if not self._count:
+        cdef Entry *newer
+        cdef uint64_t offset
+        if count > self._count:  # which may be more than anybody could wait for
+            entry = self._oldest
+            while entry is not NULL:
+                newer = entry.newer
+                if entry.page >= first and entry.page - first < count:
+                    free(self._unlink(entry.page))
+                entry = newer
+            return
+        for offset in range(count):
+            if not self._count or (first + offset) >> 32:
                 return
-            entry = self._unlink(page)
-            if entry is not NULL:
-                free(entry)
+            free(self._unlink(first + offset))
 
     cdef bint _opened(self, const Entry *entry, uint32_t checksum, void *page_buffer) noexcept nogil:
         cdef size_t i

@@ -48,7 +48,6 @@ class SharedBuffer:
         self._users = 1
         self.view: Final = self._buffer.view
         self.pages: Final = self._buffer.pages
-        self.address: Final = self._buffer.address
 
     def content(self, first: int, count: int) -> memoryview:
         """Return a run of its pages."""

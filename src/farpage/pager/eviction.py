@@ -243,7 +243,7 @@ class Eviction:
     def _write_shortly(self, pages: list[int], buffer: SharedBuffer, short: ShortWay) -> int:
         """Do what `_write` does, all system calls in one go."""
         space = self._space
-        runs, zeros, busy = short.begin_writes(pages, buffer.address)
+        runs, zeros, busy = short.begin_writes(pages, buffer.view)
         space.counters.zero_evict_pages += zeros
         if busy:  # the client's mappings are changing
             for page in busy:
@@ -264,7 +264,7 @@ class Eviction:
                 self._acknowledged(first, count, buffer.content(at, count), error)
         else:
             pages = sum(count for _, count, _ in runs)
-            space.short.acknowledged(runs, buffer.address, self._tier_wants(pages))
+            space.short.acknowledged(runs, buffer.view, self._tier_wants(pages))
             space.counters.page_out_pages += pages
             if not self._waking:
                 self._waking = True

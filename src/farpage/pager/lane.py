@@ -158,9 +158,9 @@ class ShortWay:
         return self._lane.evict(count, taste)
 
     def begin_writes(
-        self, pages: list[int], buffer: int
+        self, pages: list[int], buffer: memoryview
     ) -> tuple[list[tuple[int, int, int]], int, list[int]]:
-        """Protect dirty pages, in rising order, and read them into the buffer at an address.
+        """Protect dirty pages, in rising order, and read them into a buffer.
 
         Zero ones are given back. Returns `(first, count, place in the buffer, in pages)` for each run to be
         written, how many pages were zero, and those that cannot be protected at the moment.
@@ -169,7 +169,7 @@ class ShortWay:
         """
         return self._lane.begin_writes(pages, buffer)
 
-    def acknowledged(self, runs: list[tuple[int, int, int]], buffer: int, taste: int) -> None:
+    def acknowledged(self, runs: list[tuple[int, int, int]], buffer: memoryview, taste: int) -> None:
         """Have pages given back whose write was acknowledged, but those that were written to meanwhile.
 
         `runs` are those of `begin_writes`. The first `taste` pages are offered to the RAM tier.

@@ -24,6 +24,8 @@ TICKS: Final = 4096
 """Parts of its pages to which a client's refault distances are known, so that two bytes a page do."""
 TICKS_KEPT: Final = (1 << 16) - 1
 """Then they begin anew: what left sixteen times the client's memory ago may pass for recent."""
+MOST_PAGES: Final = 1 << 32
+"""The queues have four bytes for each."""
 
 _NOWHERE, _INACTIVE, _ACTIVE = 0, 1, 2
 
@@ -68,7 +70,10 @@ class _Queue:
 
 
 class Replacement(Protocol):
-    """Order of eviction of one client's pages. A page is in one queue at most, once."""
+    """Order of eviction of one client's pages. A page is in one queue at most, once.
+
+    Every run of pages must be one of the client's (IndexError).
+    """
 
     def __len__(self) -> int:
         """Return the pages in it."""
@@ -99,6 +104,9 @@ class PythonReplacement:
     """The order without a compiler."""
 
     def __init__(self, pages: int) -> None:
+        if not 0 <= pages <= MOST_PAGES:
+            raise ValueError(f"an order of {pages} pages")
+        self._pages: Final = pages
         self._inactive = _Queue()
         self._active = _Queue()
         self._where = bytearray(pages)
@@ -112,10 +120,14 @@ class PythonReplacement:
 
     def added(self, first: int, count: int = 1) -> None:
         """Take note of pages that came into memory for the first time."""
+        self._check(first, count)
         self._enter(range(first, first + count), _INACTIVE)
 
     def returned(self, first: int, count: int = 1) -> None:
         """Take note of pages that came back from the volume, or that a write kept in memory."""
+        self._check(first, count)
+        if not count:
+            return
         # Those of one run left and come back together, so the first one speaks for all.
         left_at = self._left_at[first]
         ticks = (self._tick - left_at) % TICKS_KEPT
@@ -126,6 +138,10 @@ class PythonReplacement:
         elif self._where[first] == _NOWHERE:
             self._where[first] = where
             (self._active if soon else self._inactive).append(first)
+
+    def _check(self, first: int, count: int) -> None:
+        if first < 0 or count < 0 or first + count > self._pages:
+            raise IndexError(f"{count} pages from {first} on are not within {self._pages}")
 
     def _enter(self, pages: range, where: int) -> None:
         first, count = pages.start, len(pages)
@@ -153,6 +169,7 @@ class PythonReplacement:
 
     def evicted(self, first: int, count: int = 1) -> None:
         """Take note that pages left memory for the volume."""
+        self._check(first, count)
         self._evictions += count
         if count == 1:
             self._left_at[first] = self._tick

@@ -7,6 +7,7 @@ where it was built and the libraries that it calls are found.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from farpage.pager.checksum import page_checksum
@@ -95,7 +96,7 @@ class PythonStore:
     def keep(self, first: int, content: memoryview) -> int:
         """Take a run of whole pages in, those that get small, and return how many did."""
         kept = 0
-        for offset in range(0, len(content), PAGE_BYTES):
+        for offset in range(0, len(content) - PAGE_BYTES + 1, PAGE_BYTES):
             page = first + offset // PAGE_BYTES
             self.forget(page)
             packed = pack(content[offset : offset + PAGE_BYTES])
@@ -131,9 +132,10 @@ class PythonStore:
     def forget(self, first: int, count: int = 1) -> None:
         """Drop those of a range of pages that are here."""
         entries = self._entries
-        if not entries:
-            return
-        for page in range(first, first + count):
+        pages: Sequence[int] = range(first, first + count)
+        if count > len(entries):
+            pages = [page for page in entries if page in pages]
+        for page in pages:
             packed = entries.pop(page, None)
             if packed is not None:
                 self.stored_bytes -= len(packed)

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -117,26 +117,32 @@ class Client:
         self.left: list[tuple[int, int, float]] = []
         self.back: list[tuple[int, bool, bool, float]] = []
         self.on_attention: Callable[[], object] = self.take
-        self.lane: Lane = COMPILED.lane(
-            polled.hub,
-            self.uffd.fileno(),
-            self.start,
-            self.memfd,
-            0,
-            self.table.state,
-            self.table.checksum,
-            self.table.counts,
-            self.marks,
-            self.streams.reach,
-            self.store,
-            self.order,
-            self._attention,
-        )
+        self.lane = self.new_lane()
         polled.watch(self.uffd.fileno())
         self.use_file()
         self.lane.turn(on=True)
         self._accesses: list[Access] = []
         self._buffer = AlignedBuffer(64 * PAGE_SIZE)
+
+    def new_lane(self, **changed: Any) -> Lane:
+        """Make a lane, with other arguments than those that belong to it."""
+        assert COMPILED is not None
+        arguments: dict[str, Any] = {
+            "hub": self.polled.hub,
+            "uffd": self.uffd.fileno(),
+            "start": self.start,
+            "memfd": self.memfd,
+            "memfd_offset": 0,
+            "state": self.table.state,
+            "checksum": self.table.checksum,
+            "counts": self.table.counts,
+            "marks": self.marks,
+            "reach": self.streams.reach,
+            "store": self.store,
+            "order": self.order,
+            "on_attention": self._attention,
+        }
+        return COMPILED.lane(**arguments | changed)
 
     # What it does with its memory
 
@@ -700,6 +706,22 @@ def test_the_interpreter_is_told_when_more_is_in_memory_than_can_leave_without_i
     assert client.calls == 1
 
 
+def test_nothing_leaves_of_a_client_whose_lane_was_turned_off_when_a_read_comes(
+    client: Client, polled: Polled, device: PipeDevice
+) -> None:
+    """It is being detached: all of it is on its way in."""
+    client.resident([100, 200], CLEAN)
+    client.resident([400], DIRTY)
+    access = client.read(500)
+    polled.until(lambda: client.lane.in_flight)
+    client.marks[HIGH] = client.marks[LOW] = 0
+    client.lane.turn(on=False)
+    device.answer(content_of(500))
+    polled.until(access.ended)
+    assert (client.lane.offered, client.lane.has_chosen) == (0, False)
+    assert client.states(100, 200, 400, 500) == [CLEAN, CLEAN, DIRTY, CLEAN]
+
+
 # Writes
 
 
@@ -842,7 +864,7 @@ def test_dirty_pages_are_protected_and_read_and_zero_ones_given_back(client: Cli
     client.resident([102, 301], DIRTY, lambda _page: bytes(PAGE_SIZE))
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
         pages = [100, 101, 102, 103, 104, 300, 301]
-        runs, zeros, busy = client.lane.begin_writes(pages, buffer.address)
+        runs, zeros, busy = client.lane.begin_writes(pages, buffer.view)
         assert (runs, zeros, busy) == ([(100, 2, 0), (103, 2, 3), (300, 1, 5)], 2, [])
         for first, count, place in runs:
             for index in range(count):
@@ -859,14 +881,16 @@ def test_pages_that_cannot_be_protected_now_are_busy(client: Client) -> None:
     client.resident([100, 101, 300], DIRTY)
     client.uffd.unregister(client.start + 100 * PAGE_SIZE, 2 * PAGE_SIZE)
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
-        runs, zeros, busy = client.lane.begin_writes([100, 101, 300], buffer.address)
+        runs, zeros, busy = client.lane.begin_writes([100, 101, 300], buffer.view)
     assert (runs, zeros, busy) == ([(300, 1, 2)], 0, [100, 101])
     assert client.states(100, 101, 300) == [DIRTY, DIRTY, WRITING]
 
 
 def test_more_pages_than_a_buffer_holds_are_not_written(client: Client) -> None:
-    with pytest.raises(ValueError, match="65 pages"):
-        client.lane.begin_writes(list(range(65)), 0)
+    with AlignedBuffer(65 * PAGE_SIZE) as buffer, pytest.raises(ValueError, match="65 pages"):
+        client.lane.begin_writes(list(range(65)), buffer.view)
+    with AlignedBuffer(PAGE_SIZE) as buffer, pytest.raises(ValueError, match="2 pages"):
+        client.lane.begin_writes([0, 1], buffer.view)
 
 
 def test_written_pages_are_given_back_but_those_that_were_written_to_meanwhile(
@@ -875,9 +899,9 @@ def test_written_pages_are_given_back_but_those_that_were_written_to_meanwhile(
     client.resident([100, 101, 102, 300], DIRTY)
     client.order.victims(4)
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
-        runs, _, _ = client.lane.begin_writes([100, 101, 102, 300], buffer.address)
+        runs, _, _ = client.lane.begin_writes([100, 101, 102, 300], buffer.view)
         client.table.put(101, REWRITTEN)
-        client.lane.acknowledged(runs, buffer.address, 1)
+        client.lane.acknowledged(runs, buffer.view, 1)
     assert client.states(101) == [DIRTY]
     assert client.order.victims(1) == [101]
     polled.until(lambda: not client.lane.offered)
@@ -896,8 +920,8 @@ def test_more_written_pages_are_given_back_than_are_remembered_at_a_time(
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
         for first in range(0, 700, 50):
             pages = list(range(first, first + 50))
-            runs, _, _ = client.lane.begin_writes(pages, buffer.address)
-            client.lane.acknowledged(runs, buffer.address, 0)
+            runs, _, _ = client.lane.begin_writes(pages, buffer.view)
+            client.lane.acknowledged(runs, buffer.view, 0)
     polled.until(lambda: not client.lane.offered)
     assert client.table.counts[ON_DEVICE] == PAGES
     assert resident_bytes(client.memfd) == 0
@@ -1036,27 +1060,279 @@ def test_an_event_loop_that_waits_with_a_hub_goes_on_as_ever(tmp_path: Path) -> 
         runner.run(main())
 
 
-def test_a_descriptor_has_one_lane(client: Client, polled: Polled) -> None:
-    assert COMPILED is not None
+def test_a_descriptor_has_one_lane(client: Client) -> None:
     with pytest.raises(ValueError, match="has a lane"):
-        type(client.lane)(
-            polled.hub,
-            client.uffd.fileno(),
-            client.start,
-            client.memfd,
-            0,
-            client.table.state,
-            client.table.checksum,
-            client.table.counts,
-            client.marks,
-            client.streams.reach,
-            client.store,
-            client.order,
-            lambda: None,
-        )
+        client.new_lane()
 
 
 def test_a_queue_that_is_too_short_is_refused(polled: Polled) -> None:
     assert COMPILED is not None
     with pytest.raises(ValueError, match="too short"):
         COMPILED.hub(polled.epoll.fileno(), Ring(16))
+
+
+# What nobody should do, and what must do no harm all the same
+
+
+class Number:
+    """A page's number that something happens along with."""
+
+    def __init__(self, page: int, happens: Callable[[], object]) -> None:
+        self._page = page
+        self._happens = happens
+
+    def __int__(self) -> int:
+        self._happens()
+        return self._page
+
+
+def descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def test_a_lane_that_is_closed_does_nothing(client: Client, polled: Polled) -> None:
+    client.resident([100, 101], CLEAN)
+    client.resident([200], DIRTY)
+    client.lane.evict(1, 0)
+    before = bytes(client.table.state), len(client.order)
+    client.lane.close()
+    opened = descriptors()
+    client.lane.turn(on=True)
+    client.use_file()
+    assert descriptors() == opened
+    assert client.lane.evict(3, 3) == client.lane.chosen() == []
+    assert client.lane.withdraw() == []
+    client.lane.give_back(10)
+    client.lane.recall()
+    assert not client.lane.join(300, True)
+    with AlignedBuffer(PAGE_SIZE) as buffer:
+        assert client.lane.begin_writes([200], buffer.view) == ([], 0, [])
+        client.lane.acknowledged([(200, 1, 0)], buffer.view, 1)
+    assert (client.lane.left(), client.lane.back(), client.lane.passed()) == ([], [], [])
+    assert (client.lane.offered, client.lane.in_flight, client.lane.has_chosen) == (0, 0, False)
+    client.lane.close()
+    polled.poll()
+    assert (bytes(client.table.state), len(client.order)) == (before[0], before[1] + 1)
+    assert len(client.store) == 0
+
+
+@pytest.mark.parametrize("page", [-1, PAGES, 1 << 40])
+def test_pages_that_are_not_the_clients_are_not_written(client: Client, page: int) -> None:
+    client.resident([100], DIRTY)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        with pytest.raises(IndexError, match=f"page {page} of {PAGES}"):
+            client.lane.begin_writes([100, page], buffer.view)
+        with pytest.raises(IndexError, match=f"1 pages from {page} on"):
+            client.lane.acknowledged([(page, 1, 0)], buffer.view, 1)
+    assert client.states(100) == [DIRTY]
+    assert not client.protected(100)
+
+
+@pytest.mark.parametrize(
+    "run", [(100, 2, 1), (100, 1, -1), (100, -1, 0), (PAGES - 1, 2, 0), (100, 1, 1 << 30)]
+)
+def test_runs_that_the_buffer_does_not_hold_are_not_acknowledged(
+    client: Client, run: tuple[int, int, int]
+) -> None:
+    client.resident([100, 101], DIRTY)
+    with AlignedBuffer(2 * PAGE_SIZE) as buffer:
+        client.lane.begin_writes([100, 101], buffer.view)
+        with pytest.raises(IndexError, match="pages into 2"):
+            client.lane.acknowledged([run], buffer.view, 2)
+    assert client.states(100, 101) == [WRITING, WRITING]
+    assert len(client.store) == 0
+
+
+def test_only_memory_that_may_be_written_to_is_read_into(client: Client) -> None:
+    client.resident([100], DIRTY)
+    content = bytes(PAGE_SIZE)
+    with pytest.raises(BufferError):
+        client.lane.begin_writes([100], memoryview(content))
+    with pytest.raises(ValueError, match="aligned"):
+        client.lane.begin_writes([100], memoryview(bytearray(PAGE_SIZE + 1))[1:])
+    assert content == bytes(PAGE_SIZE)
+
+
+def test_a_list_that_grows_while_it_is_read_is_no_longer_than_a_buffer(client: Client) -> None:
+    pages: list[Any] = list(range(63))
+    pages.append(Number(63, lambda: pages.extend(range(64, 128))))
+    with (
+        AlignedBuffer(128 * PAGE_SIZE) as buffer,
+        pytest.raises(ValueError, match="more than a buffer holds"),
+    ):
+        client.lane.begin_writes(pages, buffer.view)
+
+
+def test_a_lane_that_is_closed_in_the_middle_of_a_list_goes_no_further(client: Client) -> None:
+    client.resident([100, 101], DIRTY)
+    closing: Any = Number(101, client.lane.close)
+    with AlignedBuffer(2 * PAGE_SIZE) as buffer:
+        runs, _, _ = client.lane.begin_writes([100], buffer.view)
+        client.lane.acknowledged([*runs, (closing, 1, 1)], buffer.view, 0)
+        assert client.lane.begin_writes([closing], buffer.view) == ([], 0, [])
+    assert client.states(100, 101) == [CLEAN, DIRTY]
+
+
+def test_reads_that_fail_are_left_to_the_interpreter_when_nobody_takes_those_before(polled: Polled) -> None:
+    client = polled.client(32 * 65)
+    client.on_attention = lambda: None
+    os.truncate(client.file, 0)
+    asked = 0
+    while not (left := client.lane.left()):
+        page = asked % 32 * 65
+        if asked < 32:
+            client.read(page)
+        else:  # it asks again
+            client.table.put(page, ON_DEVICE)
+            client.uffd.wake(client.start + page * PAGE_SIZE, PAGE_SIZE)
+        asked += 1
+        client.waits()
+        polled.until(lambda: not client.lane.in_flight and not client.uffd.state.pending_faults)
+    assert asked == 2 * READS_IN_FLIGHT + 1
+    assert [page for page, _, _ in left] == [0]
+    assert len(client.lane.back()) == 2 * READS_IN_FLIGHT
+
+
+@pytest.mark.parametrize(
+    "reach", [[1, 300, 0, 9], [1 << 40, 0, 1, 0], [1, 300, -(1 << 63), 9], [-1, 0, 0, 0]]
+)
+def test_streams_that_nobody_can_be_of_are_passed_over(client: Client, reach: list[int]) -> None:
+    client.streams.reach[: len(reach)] = array("q", reach)
+    assert client.has_read(500) == content_of(500)
+
+
+@pytest.mark.parametrize("held", [-1, 17, 1 << 40])
+def test_no_more_pages_are_looked_for_than_the_ram_tier_can_hold(
+    client: Client, polled: Polled, held: int
+) -> None:
+    client.marks[HELD] = held
+    client.marks[MOST] = 1 << 60
+    assert client.has_read(500) == content_of(500)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"counts": array("q", [0] * (STATE_COUNT - 1))},
+        {"marks": array("q", [0] * (HELD + MOST_HELD))},
+        {"reach": array("q", [0] * 24)},
+        {"state": memoryview(bytearray(PAGES - 1))},
+        {"checksum": memoryview(bytearray(4 * PAGES - 4)).cast("I")},
+        {"order": PAGES - 1},
+        {"order": PAGES + 1},
+    ],
+    ids="".join,
+)
+def test_arrays_that_do_not_fit_are_refused(client: Client, changed: dict[str, Any]) -> None:
+    client.lane.close()
+    if "order" in changed:
+        assert COMPILED is not None
+        changed = {"order": COMPILED.order(changed["order"])}
+    with pytest.raises(ValueError, match="do not fit"):
+        client.new_lane(**changed)
+
+
+@pytest.mark.parametrize("name", ["hub", "state", "checksum", "counts", "marks", "reach", "store", "order"])
+def test_a_lane_has_all_that_it_works_on(client: Client, name: str) -> None:
+    client.lane.close()
+    with pytest.raises(TypeError):
+        client.new_lane(**{name: None})
+    with pytest.raises(TypeError):
+        type(client.lane).__new__(type(client.lane))
+
+
+def test_a_lane_is_made_once(client: Client, polled: Polled, device: PipeDevice) -> None:
+    access = client.read(300)
+    polled.until(lambda: client.lane.in_flight)
+    client.lane.__init__()  # type: ignore[misc]
+    assert client.lane.in_flight == 1
+    device.answer(content_of(300))
+    polled.until(access.ended)
+    assert client.states(300) == [CLEAN]
+
+
+def test_what_a_lane_works_on_stays_until_it_is_closed(client: Client) -> None:
+    client.lane.close()
+    file = mmap.mmap(-1, 5 * PAGES)
+    storage = memoryview(file)
+    client.lane = client.new_lane(state=storage[4 * PAGES :], checksum=storage[: 4 * PAGES].cast("I"))
+    storage.release()
+    with pytest.raises(BufferError):
+        file.close()
+    with pytest.raises(BufferError):
+        client.marks.append(0)
+    client.lane.close()
+    file.close()
+    client.marks.append(0)
+
+
+def test_a_lane_needs_a_descriptor(client: Client) -> None:
+    with pytest.raises(ValueError, match="-1 is no descriptor"):
+        client.new_lane(uffd=-1)
+
+
+def test_a_lane_that_comes_after_one_with_reads_in_flight_does_not_get_their_answers(
+    client: Client, polled: Polled, device: PipeDevice
+) -> None:
+    access = client.read(300)
+    polled.until(lambda: client.lane.in_flight)
+    client.lane.close()
+    client.lane = client.new_lane()  # at the place of the older one, perhaps
+    client.lane.turn(on=True)
+    device.answer(content_of(300))
+    assert client.states(300) == [READING_STATE]
+    assert (client.lane.in_flight, client.lane.back(), access.ended()) == (0, [], False)
+    client.use_file()
+    client.table.put(300, ON_DEVICE)
+    client.uffd.wake(client.start, PAGES * PAGE_SIZE)
+    polled.until(access.ended)
+    assert access.content == content_of(300)
+
+
+def test_files_that_are_read_no_more_are_closed_once(client: Client) -> None:
+    before = len(descriptors())
+    for _ in range(10):
+        client.use_file()
+    assert len(descriptors()) == before
+    client.lane.use(-1, 0, 0.0)
+    other = os.open(client.file, os.O_RDONLY)  # with the number that the last one had
+    client.lane.use(-1, 0, 0.0)
+    client.lane.close()
+    assert os.pread(other, PAGE_SIZE, 0) == content_of(0)
+    os.close(other)
+
+
+def test_what_was_not_begun_by_the_hub_ends_nothing(tmp_path: Path) -> None:
+    assert COMPILED is not None
+    polled, ring = Polled(tmp_path), Ring(READS_IN_FLIGHT)
+    polled.hub = COMPILED.hub(polled.epoll.fileno(), ring)
+    polled.watch(polled.hub.fileno())
+    client = polled.client()
+    descriptor = os.open(client.file, os.O_RDONLY)
+    with AlignedBuffer(PAGE_SIZE) as buffer:
+        for token in (0, READS_IN_FLIGHT, 1 << 40, (1 << 64) - 2):
+            ring.read(descriptor, buffer.address, PAGE_SIZE, 0, token)
+        ring.submit()
+        polled.poll(OFTEN)
+        assert client.has_read(300) == content_of(300)
+    os.close(descriptor)
+    polled.close()
+
+
+def test_no_other_thread_touches_a_lane_while_its_hub_waits(client: Client, polled: Polled) -> None:
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    polled.watch(other)
+    waiting = threading.Thread(target=polled.hub.poll, args=(DEADLINE_SECONDS, False))
+    waiting.start()
+    try:
+        with pytest.raises(RuntimeError, match="another thread"):
+            while True:
+                polled.hub.poll(0.0, False)
+        for method in (client.lane.close, client.lane.recall, client.lane.withdraw, client.new_lane):
+            with pytest.raises(RuntimeError, match="another thread"):
+                method()
+    finally:
+        os.eventfd_write(other, 1)
+        waiting.join()
+        polled.unwatch(other)
+        os.close(other)

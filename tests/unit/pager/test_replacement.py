@@ -73,6 +73,51 @@ def test_the_active_queue_gives_back_what_is_more_than_its_share(make: Make) -> 
     assert len(evict(order, 20)) == 20
 
 
+@pytest.mark.parametrize(
+    "run", [(-1, 1), (-(1 << 40), 1), (8, 1), (0, 9), (7, 2), (5, -1), (1 << 62, 1 << 62)]
+)
+@pytest.mark.parametrize("method", ["added", "returned", "evicted"])
+def test_pages_that_are_not_the_clients_are_refused(make: Make, method: str, run: tuple[int, int]) -> None:
+    order = make(8)
+    order.added(0, 8)
+    with pytest.raises(IndexError, match=f"{run[1]} pages from {run[0]} on are not within 8"):
+        getattr(order, method)(*run)
+    assert order.victims(9) == list(range(8))
+
+
+@pytest.mark.parametrize("method", ["added", "returned", "evicted"])
+def test_an_order_of_nothing_takes_nothing(make: Make, method: str) -> None:
+    """As that is of a client that is gone."""
+    order = make(0)
+    with pytest.raises(IndexError):
+        getattr(order, method)(0)
+    getattr(order, method)(0, 0)
+    assert (len(order), order.victims(1)) == (0, [])
+
+
+@pytest.mark.parametrize("pages", [-1, (1 << 32) + 1])
+def test_an_order_has_four_bytes_for_a_page(make: Make, pages: int) -> None:
+    with pytest.raises(ValueError, match="an order of"):
+        make(pages)
+
+
+def test_less_than_no_victims_are_none(make: Make) -> None:
+    order = filled(make, 30)
+    for page in evict(order, 15):
+        order.returned(page)
+    assert order.victims(-1) == []
+    assert evict(order, 16) == [*range(15, 30), 0]
+
+
+def test_a_compiled_order_is_made_once() -> None:
+    order = compiled(32)
+    order.added(0, 32)
+    order.__init__(1)  # type: ignore[misc]
+    assert order.victims(32) == list(range(32))
+    with pytest.raises(TypeError):
+        type(order).__new__(type(order))
+
+
 @given(
     make=st.sampled_from([PythonReplacement, new_replacement]),
     steps=st.lists(st.tuples(st.sampled_from(["add", "evict"]), st.integers(0, 31)), max_size=300),

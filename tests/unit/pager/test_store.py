@@ -147,6 +147,29 @@ def test_a_range_is_forgotten(make: MakeStore) -> None:
     assert len(store) == store.taken_bytes == 0
 
 
+@pytest.mark.parametrize("count", [1 << 40, (1 << 64) - 1])
+def test_a_range_of_any_length_is_forgotten(make: MakeStore, count: int) -> None:
+    store = make(1 << 20)
+    store.keep(0, memoryview(b"".join(half(page) for page in range(6))))
+    store.forget((1 << 64) - 1, 2)
+    store.forget(3, count)
+    assert [page in store for page in range(6)] == [True, True, True, False, False, False]
+
+
+def test_a_part_of_a_page_is_none(make: MakeStore) -> None:
+    store = make(1 << 20)
+    assert store.keep(0, memoryview((half(0) + half(1))[:-1])) == 1
+    assert (0 in store, 1 in store) == (True, False)
+    assert store.keep(5, memoryview(b"")) == 0
+
+
+@pytest.mark.parametrize("content", [half(1), word_page(0xFACE)])
+def test_a_content_lies_at_any_address(make: MakeStore, content: bytes) -> None:
+    store = make(1 << 20)
+    assert store.keep(7, memoryview(b"..." + content)[3:]) == 1
+    assert store.take(7, checksum_of(content)) == content
+
+
 Step: TypeAlias = tuple[str, int, int]
 
 
@@ -197,3 +220,11 @@ def test_without_the_functions_that_the_compiled_store_calls_there_is_the_other(
 ) -> None:
     monkeypatch.setattr(stores, "COMPILED", None)
     assert isinstance(new_store(1), PythonStore)
+
+
+def test_a_compiled_store_has_functions_to_call() -> None:
+    store = type(compiled(1 << 20))
+    with pytest.raises(ValueError, match="without functions"):
+        store(1 << 20, 0, 0, 0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        store.__new__(store)
