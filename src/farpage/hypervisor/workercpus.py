@@ -35,7 +35,10 @@ class WorkerCpus:
     follow_clients: bool = False
 
     def wanted(self, clients: Iterable[Cpus]) -> Cpus:
-        """Return the CPUs for a worker whose clients may run on these; never none."""
+        """Return the CPUs for a worker whose clients may run on these, which are looked at where it matters.
+
+        Never none.
+        """
         if self.follow_clients:
             return frozenset[int]().union(*clients) & self.allowed or self.allowed
         return self.listed or self.allowed
