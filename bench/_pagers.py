@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -25,10 +26,14 @@ from farpage.device.spec import Allocate, DirectorySpec
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet, SetSettings
 from farpage.hypervisor.model import ClientAttach
+from farpage.hypervisor.workercpus import ANY, CLIENTS
+from farpage.kernel.affinity import confine
 from farpage.pager.compiled import WITHOUT_VARIABLE
 from farpage.pager.limit import DEFAULT_TIER_PERCENT
 
 CLIENT: Final = "touched"
+FOLLOW_SECONDS: Final = 10.0
+FOLLOW_POLL_SECONDS: Final = 0.05
 COMPRESSED_TO: Final = 2
 """How many bytes of a phase that is compressible one byte of zram holds."""
 
@@ -44,6 +49,8 @@ class Work:
     seconds: float
     phases: tuple[Phase, ...]
     ram_tier_percent: int = DEFAULT_TIER_PERCENT
+    cpu: int | None = None
+    """The only one that the toucher runs on; None for any."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +173,12 @@ class Farpage(Pager):
     async def running(self, work: Work, devices: tuple[str, ...] = ()) -> AsyncIterator[None]:
         """Run a set with these devices, by default a common one."""
         folder = work.folder / "set"
-        devices = devices or (str(DirectorySpec(str(folder / "device"), allocate=self._allocate)),)
-        settings = SetSettings(state_dir=folder, devices=devices, ram_tier_percent=work.ram_tier_percent)
+        settings = SetSettings(
+            state_dir=folder,
+            devices=devices or (str(DirectorySpec(str(folder / "device"), allocate=self._allocate)),),
+            ram_tier_percent=work.ram_tier_percent,
+            worker_cpus=ANY if work.cpu is None else CLIENTS,
+        )
         embedded = EmbeddedSet(settings)
         try:
             await embedded.start()
@@ -184,6 +195,18 @@ class Farpage(Pager):
         """Attach the toucher, as `farpage client attach --pid` does."""
         assert self._set is not None
         await self._set.hypervisor.attach(CLIENT, ClientAttach(pid=toucher.pid, limit_bytes=work.limit_bytes))
+        if work.cpu is not None:
+            await self._until_worker_on(str(work.cpu))
+
+    async def _until_worker_on(self, cpus: str) -> None:
+        """Wait until the worker has followed the toucher."""
+        async with asyncio.timeout(FOLLOW_SECONDS):
+            while await self._worker_cpus() != [cpus]:  # noqa: ASYNC110
+                await asyncio.sleep(FOLLOW_POLL_SECONDS)
+
+    async def _worker_cpus(self) -> list[str]:
+        info = await self.hypervisor.info()
+        return [worker.cpus for worker in info.workers if worker.clients]
 
     async def page_ins(self) -> int:
         """Return what the client's worker counts."""
@@ -226,6 +249,8 @@ async def measure(pager: Pager, work: Work, seed: int) -> list[Measured]:
         pager.ready(work),
         await Toucher.start(work.program, pager.kind, work.memory_bytes, seed, work.folder) as toucher,
     ):
+        if work.cpu is not None:
+            confine(toucher.pid, frozenset([work.cpu]))  # its threads, which it has yet to start, inherit it
         await pager.take(toucher, work)
         for phase in work.phases:
             if phase.warmed:

@@ -61,6 +61,8 @@ class PagingResult(BenchResult):
 
     machine: str
     placement: str
+    cpu: int | None
+    """The only one that the program ran on; None for any."""
     disk: str
     access: str
     sparse: bool

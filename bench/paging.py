@@ -1,7 +1,11 @@
 """farpage beside the host's own swap, on the same disk and under the same limit.
 
     python -m bench.paging [--rounds 5] [--seconds 2] [--memory 512M] [--limit 128M] [--ram-tier 10%]
+<<<<<<< HEAD
                            [--only PATTERN]... [--sparse] [--dir DIR] [--json] [--out DIR]
+=======
+                           [--only PATTERN]... [--cpu N] [--dir DIR] [--json] [--out DIR]
+>>>>>>> affinity
 
 Every contender pages the memory of the same program, `touch.c`, which checks every page it touches:
 
@@ -11,6 +15,9 @@ Every contender pages the memory of the same program, `touch.c`, which checks ev
 - `swap-3`, `swap-0`: a swap file and a memory cgroup, with vm.page-cluster 3 (the kernel's default) and 0;
 - `zram`, where pages are compressible: a share of the limit as large as farpage's RAM tier for zram with LZ4,
   the same swap file for the rest.
+
+With `--cpu N` the program runs on that CPU alone under every contender, as a guest does whose vCPUs are
+pinned, and farpage's hypervisor with `--worker-cpus clients`.
 
 The exit status is 0, 1 when a page came back wrong, or 6 when host swap could not take part.
 """
@@ -36,6 +43,7 @@ from bench._published import add_options
 from bench._rounds import turns
 from bench._toucher import Pattern, Phase, build
 from farpage.errors import InvalidInput, Unsupported
+from farpage.kernel.affinity import format_cpus, own_cpus
 from farpage.pager.limit import DEFAULT_TIER_PERCENT, LARGEST_TIER_PERCENT
 from farpage.terminal.sizes import parse_percent, parse_size
 
@@ -78,6 +86,8 @@ class Settings:
     """Whether farpage without compiled loops takes part."""
     only: frozenset[Pattern] = frozenset()
     """What is measured, after the memory is populated; empty for everything."""
+    cpu: int | None = None
+    """Where the program runs; None for anywhere."""
 
     def __post_init__(self) -> None:
         check_rounds(self.folder, self.rounds)
@@ -88,6 +98,10 @@ class Settings:
         if not 16 << 20 <= self.limit_bytes < self.memory_bytes:
             raise InvalidInput(
                 "--limit", "it is not from 16M to below the memory", "a quarter of it is usual"
+            )
+        if self.cpu is not None and self.cpu not in own_cpus():
+            raise InvalidInput(
+                "--cpu", f"CPU {self.cpu} may not be used", f"name one of {format_cpus(own_cpus())}"
             )
         free_bytes = shutil.disk_usage(self.folder).free
         needed_bytes = int(self.memory_bytes * (1 + SWAP_SHARE)) + (64 << 20)
@@ -114,6 +128,7 @@ async def run(settings: Settings) -> PagingResult:
             seconds=settings.seconds,
             phases=(),
             ram_tier_percent=settings.ram_tier_percent,
+            cpu=settings.cpu,
         )
         farpage = Farpage(sparse=settings.sparse)
         swaps: list[Pager] = []
@@ -137,7 +152,8 @@ async def run(settings: Settings) -> PagingResult:
         ]
         return PagingResult(
             machine=describe_machine(),
-            placement=f"nothing is pinned: touching threads, workers and VIOSes share {describe_placement()}",
+            placement=_placement(settings.cpu),
+            cpu=settings.cpu,
             disk=describe_disk(folder),
             access=farpage.access,
             sparse=settings.sparse,
@@ -150,6 +166,15 @@ async def run(settings: Settings) -> PagingResult:
             results=tuple(row for phases, rounds in found for row in results(rounds, phases)),
             ratios=tuple(row for phases, rounds in found for row in ratios(rounds, phases, farpage.name)),
         )
+
+
+def _placement(cpu: int | None) -> str:
+    if cpu is None:
+        return f"nothing is pinned: touching threads, workers and VIOSes share {describe_placement()}"
+    return (
+        f"touching threads are pinned to CPU {cpu}, where farpage's worker follows them "
+        f"(--worker-cpus clients); VIOSes and the kernel's threads share {describe_placement()}"
+    )
 
 
 def _chosen(phases: tuple[Phase, ...], only: frozenset[Pattern]) -> tuple[Phase, ...]:
@@ -209,6 +234,12 @@ def main() -> int:
         help="measure just this pattern; may be given again",
     )
     parser.add_argument(
+        "--cpu",
+        type=int,
+        metavar="N",
+        help="have the program run on this CPU alone, and farpage's worker with it (by default anywhere)",
+    )
+    parser.add_argument(
         "--twin", action="store_true", help="have farpage without its compiled loops take part as well"
     )
     parser.add_argument(
@@ -238,6 +269,7 @@ def main() -> int:
                 sparse=options.sparse,
                 twin=options.twin,
                 only=frozenset(map(Pattern, options.only)),
+                cpu=options.cpu,
             )
         )
 

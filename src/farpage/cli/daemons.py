@@ -13,6 +13,8 @@ from farpage.address import UnixAddress, parse_address
 from farpage.api.tls import check_addresses
 from farpage.daemon import begin_to_start
 from farpage.errors import InvalidInput
+from farpage.hypervisor.workercpus import parse_worker_cpus
+from farpage.kernel.affinity import own_cpus
 from farpage.pager.launch import launch_missing, worker_count, workers_folder
 
 
@@ -26,6 +28,7 @@ def run_hypervisor(
     vioses: Sequence[str],
     run_folder: Path | None,
     workers: int | None,
+    worker_cpus: str,
     path_timeout_seconds: float,
     no_path_timeout_seconds: float | None,
     resync_bytes_per_second: int,
@@ -42,8 +45,9 @@ def run_hypervisor(
     folder = _made(folder)
     run_folder = run_folder.expanduser().absolute() if run_folder else folder / "run"
     controls = _controls(control, folder / "control.sock", tls)
+    cpus = parse_worker_cpus(worker_cpus, own_cpus()).listed
     # First of all: clients of an earlier process may wait for a worker, which loads while this one does.
-    launched = launch_missing(workers_folder(run_folder), worker_count(workers))
+    launched = launch_missing(workers_folder(run_folder), worker_count(workers, cpus))
     from farpage.cli.wanted import wanted
     from farpage.hypervisor.daemon import run
     from farpage.hypervisor.settings import HypervisorSettings
@@ -58,6 +62,7 @@ def run_hypervisor(
         vioses=dict(_named_address(text) for text in vioses),
         run_dir=run_folder,
         workers=workers,
+        worker_cpus=worker_cpus,
         path_timeout_seconds=path_timeout_seconds,
         no_path_timeout_seconds=no_path_timeout_seconds,
         resync_bytes_per_second=resync_bytes_per_second,

@@ -107,6 +107,16 @@ Workers: TypeAlias = Annotated[
     int | None, typer.Option("--workers", min=1, max=256, help="Data workers; by default one per core.")
 ]
 
+WorkerCpus: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--worker-cpus",
+        metavar="any|clients|LIST",
+        help="Where data workers run: on any CPU, on those that the threads of their clients are pinned to, "
+        "or on those of a list such as 0-3,8.",
+    ),
+]
+
 DataProcesses: TypeAlias = Annotated[
     int,
     typer.Option(

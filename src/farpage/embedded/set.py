@@ -18,6 +18,8 @@ from farpage.embedded.child import Child, ChildEvent, describe_exit
 from farpage.embedded.control import HypervisorControl, ViosControl
 from farpage.embedded.layout import NoSuchVios, SetDocument, StateLayout
 from farpage.errors import ExitStatus, FarpageError, InvalidInput, Unreachable
+from farpage.hypervisor.workercpus import ANY, parse_worker_cpus
+from farpage.kernel.affinity import own_cpus
 from farpage.pager.limit import DEFAULT_TIER_PERCENT
 from farpage.vios.model import DeviceAdd
 
@@ -77,6 +79,8 @@ class SetSettings:
     run_dir: Path | None = None
     """Run folder of the hypervisor; None for one in `state_dir`."""
     workers: int | None = None
+    worker_cpus: str = ANY
+    """Where data workers run, as `farpage.hypervisor.workercpus` spells it."""
     path_timeout_seconds: float = 1.0
     no_path_timeout_seconds: float | None = None
     lease_seconds: float = 5.0
@@ -94,6 +98,7 @@ class SetSettings:
                 f"{self.vios_count} is not from 1 to {VIOS_COUNT_MAX}",
                 "two make paths redundant",
             )
+        parse_worker_cpus(self.worker_cpus, own_cpus())
 
 
 class _HasPid(Protocol):
@@ -315,6 +320,7 @@ class EmbeddedSet:
             arguments += ["--vios", f"{name}={vios.control}"]
         arguments += ["--path-timeout", f"{settings.path_timeout_seconds * 1000:g}ms"]
         arguments += ["--ram-tier", f"{settings.ram_tier_percent}%"]
+        arguments += ["--worker-cpus", settings.worker_cpus]
         if not settings.direct_reads:
             arguments.append("--no-direct-reads")
         if settings.no_path_timeout_seconds is not None:

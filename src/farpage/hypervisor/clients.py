@@ -147,6 +147,11 @@ class Clients:
         attached.record = record
         self.run.save(record)
 
+    def pid_of(self, client: str) -> int | None:
+        """Return the process of a client that is attached, None for another one."""
+        attached = self.attached.get(client)
+        return attached.memory.pid if attached else None
+
     # What its worker is asked
 
     async def ask(

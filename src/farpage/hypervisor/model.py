@@ -246,6 +246,8 @@ class WorkerInfo(Document):
     index: int
     pid: int
     clients: int
+    cpus: str = ""
+    """Those that it may run on, such as `0-3,8`; empty when it has just ended."""
 
 
 class HypervisorInfo(Document):

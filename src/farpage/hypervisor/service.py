@@ -16,6 +16,7 @@ from farpage.definition.copy import DefinitionCopy
 from farpage.definition.model import Definition, ViosRecord
 from farpage.definition.verification import FoundVolume
 from farpage.errors import FarpageError
+from farpage.hypervisor.affinity import WorkerAffinity
 from farpage.hypervisor.alarms import AlarmLog
 from farpage.hypervisor.attaching import Attaching
 from farpage.hypervisor.clients import Clients
@@ -43,6 +44,7 @@ from farpage.hypervisor.stopping import ViosStops
 from farpage.hypervisor.unstarted import UnstartedReleases
 from farpage.hypervisor.vioses import Vios
 from farpage.hypervisor.workers import WorkerPool
+from farpage.kernel.affinity import cpus_of, format_cpus
 from farpage.log import get_logger
 from farpage.message import Message
 from farpage.pager.launch import LaunchedWorker
@@ -97,6 +99,8 @@ class Hypervisor:
         records = ClientRecords(settings.name, self.keeper, self.vioses)
         handovers = self.handovers = Handovers(self.keeper, self.vioses)
         self.clients = Clients(records, self.pool)
+        affinity = WorkerAffinity(settings.placement, self.workers.all, self.clients.pid_of)
+        self.workers.on_tick = affinity.look
         self.replicas = ClientReplicas(self.clients)
         self.limits = ClientLimits(self.clients, self.pool)
         self.detaching = Detaching(self.clients)
@@ -202,7 +206,12 @@ class Hypervisor:
             definition_revision=self.keeper.current.revision,
             definition_problem=unproven.cause if (unproven := self.keeper.unproven) else "",
             workers=tuple(
-                WorkerInfo(index=worker.index, pid=worker.pid, clients=len(worker.clients))
+                WorkerInfo(
+                    index=worker.index,
+                    pid=worker.pid,
+                    clients=len(worker.clients),
+                    cpus=format_cpus(cpus_of(worker.pid) or ()),
+                )
                 for worker in self.workers.workers
             ),
             clients=len(self.keeper.current.clients),

@@ -7,6 +7,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from farpage.definition.model import Name
+from farpage.hypervisor.workercpus import ANY, WorkerCpus, parse_worker_cpus
+from farpage.kernel.affinity import own_cpus
 from farpage.pager.launch import worker_count
 from farpage.pager.limit import DEFAULT_TIER_PERCENT, LARGEST_TIER_PERCENT
 
@@ -28,6 +30,8 @@ class HypervisorSettings(BaseModel):
     """Control address of every VIOS, by name."""
     workers: int | None = Field(default=None, ge=1)
     """Data workers; None for one per core."""
+    worker_cpus: str = ANY
+    """Where data workers run, as `farpage.hypervisor.workercpus` spells it."""
     run_dir: Path | None = None
     """Folder of what the next process of this hypervisor needs when this one is killed; None for one in
     `state_dir`."""
@@ -55,4 +59,12 @@ class HypervisorSettings(BaseModel):
     @property
     def worker_count(self) -> int:
         """Data workers to start."""
-        return worker_count(self.workers)
+        return worker_count(self.workers, self.placement.listed)
+
+    @property
+    def placement(self) -> WorkerCpus:
+        """What `worker_cpus` means for this process.
+
+        :raise InvalidInput: it means nothing, or none of the CPUs that this process may use.
+        """
+        return parse_worker_cpus(self.worker_cpus, own_cpus())

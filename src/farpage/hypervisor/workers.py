@@ -128,6 +128,8 @@ class WorkerPool:
         """Called when a worker is given up."""
         self.on_dead: Callable[[WorkerProcess], None] = lambda worker: None
         """Called when the process of a lost worker is surely gone."""
+        self.on_tick: Callable[[], None] = lambda: None
+        """Called each `TICK_SECONDS`; it has to raise nothing."""
         self.workers: list[WorkerProcess] = []
         self.spare: WorkerProcess | None = None
         self._on_event = on_event
@@ -250,7 +252,7 @@ class WorkerPool:
             began = loop.time()
             await asyncio.sleep(TICK_SECONDS)
             late = loop.time() - began > 2 * TICK_SECONDS
-            for worker in [*self.workers, *([self.spare] if self.spare else [])]:
+            for worker in self.all():
                 if worker.lost:
                     continue
                 if late:
@@ -259,6 +261,7 @@ class WorkerPool:
                     worker.reason = f"did not answer for {self._timeout_seconds:g} s and was killed"
                     worker.kill()
                     worker.channel.close()
+            self.on_tick()
 
     async def _replace(self, lost: WorkerProcess) -> None:
         """Put another worker in the place of a lost one, once that is surely gone."""
@@ -299,6 +302,10 @@ class WorkerPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def all(self) -> list[WorkerProcess]:
+        """Return the workers and the spare."""
+        return [*self.workers, *([self.spare] if self.spare else [])]
+
     async def stop(self) -> None:
         """End all workers, but one whose clients could not be detached."""
         self._stopping = True
@@ -306,8 +313,7 @@ class WorkerPool:
             self._watch.cancel()
         for task in tuple(self._tasks):
             await asyncio.wait([task])
-        spare = [self.spare] if self.spare else []
-        await asyncio.gather(*(worker.stop() for worker in [*self.workers, *spare]))
+        await asyncio.gather(*(worker.stop() for worker in self.all()))
 
 
 def _sockets(folder: Path) -> list[Path]:

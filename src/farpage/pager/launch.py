@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +34,9 @@ class LaunchedWorker:
             self.child.returncode = 0  # it is nobody's child from now on
 
 
-def worker_count(wanted: int | None) -> int:
-    """Return how many workers to start: one for each processor when nobody says."""
-    return wanted or len(os.sched_getaffinity(0))
+def worker_count(wanted: int | None, cpus: Collection[int] | None = None) -> int:
+    """Return how many workers to start: one for each processor when nobody says, or for each of `cpus`."""
+    return wanted or len(cpus or os.sched_getaffinity(0))
 
 
 def workers_folder(run_folder: Path) -> Path:

@@ -11,6 +11,7 @@ import pytest
 from farpage.definition.model import PAGE_BYTES, Definition
 from farpage.errors import ExitStatus
 from farpage.hypervisor.model import ClientInfo, HypervisorInfo, PathInfo, PoolInfo, ScrubInfo, ViosStatus
+from farpage.kernel.affinity import format_cpus, own_cpus
 from tests.support.running_set import Answer, Farpage, RunningSet, eventually
 
 
@@ -25,7 +26,9 @@ def test_the_daemons_are_shown(farpage: Farpage) -> None:
         True,
     ]
     info = HypervisorInfo.model_validate(farpage("hypervisor", "show", "--json").json)
-    assert len(info.workers) == 1
+    (worker,) = info.workers
+    assert worker.cpus == format_cpus(own_cpus())
+    assert worker.cpus in farpage("hypervisor", "show").out
     assert farpage("vios", "show", "vios2", "--json").json["health"]["vios"] == "vios2"
     for command in (["vios", "list"], ["hypervisor", "show"], ["vios", "show", "vios1"]):
         answer = farpage(*command)

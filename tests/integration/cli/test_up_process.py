@@ -101,6 +101,8 @@ def test_the_daemons_do_not_outlive_a_killed_up(state: Path) -> None:
         (["--path-timeout", "never"], "--path-timeout"),
         (["--limit", "lots"], "--limit"),
         (["--workers", "0"], "--workers"),
+        (["--worker-cpus", "some"], "--worker-cpus"),
+        (["--worker-cpus", "8191"], "--worker-cpus"),
         (["--device", "tape:1"], "tape:1"),
     ],
 )

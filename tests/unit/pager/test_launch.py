@@ -39,3 +39,4 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 def test_one_for_each_processor_when_nobody_says() -> None:
     assert (worker_count(None), worker_count(3)) == (len(os.sched_getaffinity(0)), 3)
+    assert (worker_count(None, {4, 5}), worker_count(3, {4, 5})) == (2, 3)

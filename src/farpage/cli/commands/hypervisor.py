@@ -18,9 +18,11 @@ from farpage.cli.options import (
     PoolSize,
     RamTier,
     State,
+    WorkerCpus,
     Workers,
     size_option,
 )
+from farpage.hypervisor.workercpus import ANY
 from farpage.pager.limit import DEFAULT_TIER_PERCENT
 
 app = typer.Typer(
@@ -59,6 +61,7 @@ def run(
         ),
     ] = None,
     workers: Workers = None,
+    worker_cpus: WorkerCpus = ANY,
     path_timeout: PathTimeout = 1.0,
     resync_bandwidth: Annotated[
         int,
@@ -82,6 +85,7 @@ def run(
         vioses=vioses,
         run_folder=run_folder,
         workers=workers,
+        worker_cpus=worker_cpus,
         path_timeout_seconds=path_timeout,
         no_path_timeout_seconds=no_path_timeout,
         resync_bytes_per_second=resync_bandwidth,

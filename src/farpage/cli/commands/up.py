@@ -17,8 +17,10 @@ from farpage.cli.options import (
     PoolSize,
     RamTier,
     State,
+    WorkerCpus,
     Workers,
 )
+from farpage.hypervisor.workercpus import ANY
 from farpage.pager.limit import DEFAULT_TIER_PERCENT
 
 app = typer.Typer()
@@ -48,6 +50,7 @@ def up(
         ),
     ] = None,
     workers: Workers = None,
+    worker_cpus: WorkerCpus = ANY,
     path_timeout: PathTimeout = 1.0,
     no_path_timeout: NoPathTimeout = None,
     lease: Lease = 5.0,
@@ -71,6 +74,7 @@ def up(
         devices=tuple(devices or ()),
         run_dir=run_folder,
         workers=workers,
+        worker_cpus=worker_cpus,
         path_timeout_seconds=path_timeout,
         no_path_timeout_seconds=no_path_timeout,
         lease_seconds=lease,

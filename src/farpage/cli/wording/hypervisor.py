@@ -29,6 +29,9 @@ def details(info: HypervisorInfo) -> Iterator[RenderableType]:
     )
     yield ""
     yield table(
-        ["worker", "pid", "clients"],
-        ((str(worker.index), str(worker.pid), str(worker.clients)) for worker in info.workers),
+        ["worker", "pid", "clients", "CPUs"],
+        (
+            (str(worker.index), str(worker.pid), str(worker.clients), worker.cpus or "-")
+            for worker in info.workers
+        ),
     )
