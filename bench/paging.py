@@ -1,11 +1,7 @@
 """farpage beside the host's own swap, on the same disk and under the same limit.
 
     python -m bench.paging [--rounds 5] [--seconds 2] [--memory 512M] [--limit 128M] [--ram-tier 10%]
-<<<<<<< HEAD
-                           [--only PATTERN]... [--sparse] [--dir DIR] [--json] [--out DIR]
-=======
-                           [--only PATTERN]... [--cpu N] [--dir DIR] [--json] [--out DIR]
->>>>>>> affinity
+                           [--only PATTERN]... [--sparse] [--cpu N] [--dir DIR] [--json] [--out DIR]
 
 Every contender pages the memory of the same program, `touch.c`, which checks every page it touches:
 
