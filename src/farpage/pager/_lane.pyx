@@ -150,8 +150,8 @@ cdef inline int64_t taken(const lane_t *lane) noexcept nogil:
 
 
 cdef inline int64_t staying(const lane_t *lane) noexcept nogil:
-    """Pages that take room and were not chosen to leave."""
-    return taken(lane) - (lane.victim_end - lane.victim) - lane.others_count
+    """Pages that take room and are not about to leave."""
+    return taken(lane) - (lane.victim_end - lane.victim) - lane.others_count - lane.counts[WRITING]
 
 
 cdef inline bint has_room(const lane_t *lane) noexcept nogil:
@@ -188,11 +188,16 @@ cdef inline bint is_zero(const uint64_t *words) noexcept nogil:
 
 cdef bint of_a_stream(lane_t *lane, int64_t page) noexcept nogil:
     """Tell whether there is more to an access than one that stands alone: for `Streams`, or the RAM tier."""
-    cdef int64_t distance, step, index, at
+    cdef int64_t distance, step, index, other, at
     for index in range(RECENT):
         distance = page - lane.recent[index]
-        if -NEAR <= distance <= NEAR:
+        if not -NEAR <= distance <= NEAR or not distance:
+            continue
+        if distance == 1 or distance == -1:
             return True
+        for other in range(RECENT):
+            if lane.recent[index] - lane.recent[other] == distance:
+                return True
     for index in range(min(lane.marks[MARK_HELD], MOST_HELD)):
         if lane.marks[MARK_HELD + 1 + index] == page:
             return True
@@ -485,6 +490,8 @@ cdef class Hub:
         for fd in range(self._lanes_size):
             if self._lanes[fd] != NULL and self._lanes[fd].victim != self._lanes[fd].victim_end:
                 self._release(self._lanes[fd])
+                if self._lanes[fd].victim == self._lanes[fd].victim_end:
+                    self._press(self._lanes[fd], now_ns())
                 return
         self._victims = 0
 
@@ -741,15 +748,17 @@ cdef class Hub:
         While a client is detached, which turns its lane off, its pages come in whatever the marks say.
         """
         waited(lane, began, now)
-        if lane.on and staying(lane) > lane.marks[MARK_HIGH]:
-            self._choose(lane, min(staying(lane) - lane.marks[MARK_LOW], CHOSEN_TOGETHER))
-            if (
-                lane.others_count >= OTHERS_ENOUGH
-                or staying(lane) > lane.marks[MARK_HIGH]
-                or now - lane.called_at > LONGEST_ALONE_NS  # the marks follow the client's pace
-            ):
-                self._call(lane)
+        self._press(lane, now)
         if lane.marks[MARK_DEFERRED] or lane.stall_count == STALLS:
+            self._call(lane)
+
+    cdef void _press(self, lane_t *lane, int64_t now) noexcept nogil:
+        """Have pages leave when there are too many, and the interpreter see to those that it has to."""
+        if not lane.on or staying(lane) <= lane.marks[MARK_HIGH]:
+            return
+        self._choose(lane, min(staying(lane) - lane.marks[MARK_LOW], CHOSEN_TOGETHER))
+        # The marks follow the client's pace, too.
+        if lane.others_count >= OTHERS_ENOUGH or now - lane.called_at > LONGEST_ALONE_NS:
             self._call(lane)
 
     cdef bint _copy(self, lane_t *lane, int64_t page, const uint8_t *content, bint write, int state) noexcept nogil:

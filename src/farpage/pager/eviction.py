@@ -144,9 +144,7 @@ class Eviction:
             self._release_clean_ones()
             return
         victims = self._next_victims()
-        if not victims:
-            if space.short is not None and space.short.offered:
-                self.wake()
+        if not victims:  # the short way goes on by itself, as long as clean ones are left
             return
         states = space.table.state
         freed = self._release_clean([page for page in victims if states[page] == CLEAN])

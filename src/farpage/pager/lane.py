@@ -16,8 +16,8 @@ from farpage.kernel.io_uring import Ring
 from farpage.log import get_logger
 from farpage.pager.compiled import COMPILED, libraries
 from farpage.pager.space import Space
-from farpage.pager.states import WRITING
 from farpage.pager.streams import Streams
+from farpage.pager.table import PAGE_BYTES
 from farpage.pager.tier import MOST_HELD
 
 if TYPE_CHECKING:
@@ -107,9 +107,13 @@ class ShortWay:
         limit = space.limit
         marks[MOST] = limit.most
         marks[READING] = limit.reading
-        calm = space.paging_out or limit.pages >= space.table.pages
-        marks[HIGH] = _NEVER if calm else limit.high + space.table.counts[WRITING]
-        marks[LOW] = limit.low
+        if space.page_outs_wait or limit.pages >= space.table.pages:
+            marks[HIGH] = _NEVER
+        else:
+            # Held back with a server that failed: those stay, though they are being written.
+            held_pages = space.volume.held_bytes // PAGE_BYTES
+            marks[HIGH] = (limit.low if space.paging_out else limit.high) - held_pages
+            marks[LOW] = limit.low - held_pages
         marks[DEFERRED] = self._deferred()
         if self._lane.taste <= 0 and not space.page_outs_wait:
             self._lane.taste = space.tier.wanted(TASTED_TOGETHER)

@@ -81,8 +81,8 @@ class Streams:
         """Pages that are to be brought in only when they are asked for."""
         self.reach: Final = array("q", [0] * (1 + STREAMS * 3))
         """For who sees the accesses first: the number of streams, then of each the page that it has come to,
-        its step, and within how many steps an access may be of it. One that is of none, and not within
-        LARGEST_STEP_PAGES of the latest CANDIDATES accesses either, makes no difference to any stream."""
+        its step, and within how many steps an access may be of it. One that is of none makes none either,
+        unless it is the neighbour of one of the latest CANDIDATES accesses, or the third with one distance."""
         self._streams: list[_Stream] = []
         self._candidates: dict[int, _Candidate] = {}
         """By page // LARGEST_STEP_PAGES, the newest last."""
@@ -112,12 +112,10 @@ class Streams:
         return self._compare(page, most)
 
     def passed(self, pages: Iterable[int]) -> None:
-        """Take note of accesses that `reach` tells to be of no stream, and that have no neighbours."""
-        candidates = self._candidates
+        """Take note of accesses that `reach` tells to be of no stream, nor to make one."""
         for page in pages:
-            if len(candidates) >= CANDIDATES:
-                del candidates[next(iter(candidates))]
-            candidates[page // LARGEST_STEP_PAGES] = _Candidate(page, 0)
+            step, _ = self._take_nearby(page)
+            self._note(page, step)
 
     def _tell(self) -> None:
         reach = self.reach
@@ -129,27 +127,32 @@ class Streams:
 
     def _compare(self, page: int, most: int) -> Ahead | None:
         """Look for a fault nearby, and begin a stream with it if both are of one."""
-        candidates = self._candidates
+        step, of_a_stream = self._take_nearby(page)
+        if of_a_stream:
+            ahead = self._begin(page, step, most)
+            self._tell()
+            return ahead
+        self._note(page, step)
+        return None
+
+    def _take_nearby(self, page: int) -> tuple[int, bool]:
+        """Take out the candidate that an access may follow; returns the distance, 0 without one, and whether
+        both make a stream."""
         place = page // LARGEST_STEP_PAGES
-        step = 0
         for near in (place, place - 1, place + 1):
-            candidate = candidates.get(near)
+            candidate = self._candidates.get(near)
             if candidate is None:
                 continue
             distance = page - candidate.page
-            if distance and (distance == candidate.step or distance in (1, -1)):
-                del candidates[near]
-                ahead = self._begin(page, distance, most)
-                self._tell()
-                return ahead
             if -LARGEST_STEP_PAGES <= distance <= LARGEST_STEP_PAGES:
-                del candidates[near]
-                step = distance
-                break
-        if len(candidates) >= CANDIDATES:
-            del candidates[next(iter(candidates))]
-        candidates[place] = _Candidate(page, step)
-        return None
+                del self._candidates[near]
+                return distance, distance in (1, -1) or (distance == candidate.step and distance != 0)
+        return 0, False
+
+    def _note(self, page: int, step: int) -> None:
+        if len(self._candidates) >= CANDIDATES:
+            del self._candidates[next(iter(self._candidates))]
+        self._candidates[page // LARGEST_STEP_PAGES] = _Candidate(page, step)
 
     def _begin(self, page: int, step: int, most: int) -> Ahead | None:
         if len(self._streams) >= STREAMS:

@@ -577,13 +577,22 @@ def test_an_access_is_left_when_nothing_may_be_read(client: Client, polled: Poll
     assert client.states(300) == [ON_DEVICE]
 
 
-@pytest.mark.parametrize("near", [236, 301, 364])
-def test_an_access_near_a_recent_one_is_left(client: Client, polled: Polled, near: int) -> None:
-    client.has_read(300)
-    client.read(near)
+@pytest.mark.parametrize("recent", [[300], [302], [173, 237], [365, 333], [429, 365]])
+def test_an_access_that_may_make_a_stream_is_left(client: Client, polled: Polled, recent: list[int]) -> None:
+    for page in recent:
+        client.has_read(page)
+    client.read(301)
     polled.until(lambda: client.left)
-    assert client.accesses_left() == [(near, 0)]
-    assert client.states(near) == [ON_DEVICE]
+    assert client.accesses_left() == [(301, 0)]
+    assert client.states(301) == [ON_DEVICE]
+
+
+@pytest.mark.parametrize("recent", [[299], [303], [290, 296], [365], [500, 401]])
+def test_an_access_that_is_merely_near_recent_ones_is_not_left(
+    client: Client, polled: Polled, recent: list[int]
+) -> None:
+    for page in [*recent, 301]:
+        assert client.has_read(page) == content_of(page)
 
 
 def test_an_access_within_a_streams_reach_is_left(client: Client, polled: Polled) -> None:
@@ -966,9 +975,12 @@ def test_events_of_a_lane_that_is_turned_off_are_left_to_the_loop(client: Client
 @pytest.mark.parametrize("may_look", [False, True])
 @pytest.mark.parametrize("seconds", [0.0, 0.02])
 def test_a_poll_ends_in_time(polled: Polled, seconds: float, may_look: bool) -> None:
-    began = time.monotonic()
-    assert polled.hub.poll(seconds, may_look) == []
-    assert seconds <= time.monotonic() - began < DEADLINE_SECONDS
+    began, polls = time.monotonic(), 0
+    while not polls or time.monotonic() - began < seconds:
+        assert polled.hub.poll(seconds, may_look) == []
+        polls += 1
+    assert time.monotonic() - began < DEADLINE_SECONDS
+    assert polls <= 3  # one that a signal ends, as of a ring that was closed before, is not the last
 
 
 def test_a_poll_ends_in_time_while_a_read_is_in_flight(
