@@ -67,7 +67,7 @@ cdef enum:
 
 cdef enum:
     POLL_NS = 100000
-    LEAST_PAUSE = 16
+    LEAST_PAUSE = 2
     LONGEST_PAUSE = 4096
     MOST_SCORE = 4
     STALL_NOTED_NS = 10000000
@@ -795,8 +795,7 @@ cdef class Hub:
                 slot.lane = NULL
 
     cdef void _found(self) noexcept nogil:
-        if self._pause > LEAST_PAUSE:
-            self._pause -= 1
+        self._pause = max(self._pause // 2, LEAST_PAUSE)
 
     cdef void _missed(self) noexcept nogil:
         self._worthwhile = False
