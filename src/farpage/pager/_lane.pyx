@@ -67,6 +67,7 @@ cdef enum:
 
 cdef enum:
     POLL_NS = 100000
+    SOON_NS = 20000
     LEAST_PAUSE = 2
     LONGEST_PAUSE = 4096
     MOST_SCORE = 4
@@ -233,6 +234,7 @@ cdef class Hub:
     cdef int64_t _look_at
     cdef int64_t _look_every_ns
     cdef bint _attention
+    cdef bint _calls_wait
     cdef int _victims
     cdef lane_t **_lanes
     cdef int64_t _lanes_size
@@ -352,7 +354,7 @@ cdef class Hub:
     def attend(self):
         """Have the lanes that need the interpreter tell so."""
         cdef Lane lane
-        self._attention = False
+        self._attention = self._calls_wait = False
         for lane in list(self._members):
             if lane._lane.attention and lane._on_attention is not None:
                 lane._lane.attention = False
@@ -396,7 +398,7 @@ cdef class Hub:
             if looking and now - looked_since >= POLL_NS:
                 looking = False
                 self._missed()
-            if self._attention or looking or self._victims or (deadline >= 0 and wait <= 0):
+            if self._attention or self._calls_wait or looking or self._victims or (deadline >= 0 and wait <= 0):
                 timeout = 0
             else:
                 timeout = -1 if wait < 0 else <int>((wait + 999999) // 1000000)
@@ -417,6 +419,8 @@ cdef class Hub:
                 self._submit()
             if self._free_count < SLOTS and now >= self._look_at:
                 self._look_for_late(now)
+            if self._calls_wait and (self._free_count < SLOTS or not looking or now - looked_since > SOON_NS):
+                self._calls_wait, self._attention = False, True
             if count or self._attention:
                 if looking:
                     self._found()
@@ -580,6 +584,12 @@ cdef class Hub:
         lane.attention = True
         lane.called_at = now_ns()
         self._attention = True
+
+    cdef void _call_soon(self, lane_t *lane, int64_t now) noexcept nogil:
+        """Call the interpreter while a device is at work, or when no access comes: the client is to ask soon."""
+        lane.attention = True
+        lane.called_at = now
+        self._calls_wait = True
 
     cdef bint _answered(self, lane_t *lane, access_t *access) noexcept nogil:
         cdef int64_t page = access.page
@@ -759,7 +769,7 @@ cdef class Hub:
         self._choose(lane, min(staying(lane) - lane.marks[MARK_LOW], CHOSEN_TOGETHER))
         # The marks follow the client's pace, too.
         if lane.others_count >= OTHERS_ENOUGH or now - lane.called_at > LONGEST_ALONE_NS:
-            self._call(lane)
+            self._call_soon(lane, now)
 
     cdef bint _copy(self, lane_t *lane, int64_t page, const uint8_t *content, bint write, int state) noexcept nogil:
         """Copy a page in that was in a state so far, and wake who waits for it."""
