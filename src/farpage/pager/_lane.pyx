@@ -56,6 +56,7 @@ cdef enum:
     STREAMS = 8
     EVENTS = 64
     SLOTS = 128
+    KEPT_SLOTS = 32     # for what is waited for
     BUCKETS = 26
     STALLS = 64
     VICTIMS = 512
@@ -88,6 +89,7 @@ ctypedef struct lane_t:
     bint on
     bint attention
     int in_flight
+    int ahead
     int64_t origin
     int64_t late_ns
     uint64_t start
@@ -133,6 +135,7 @@ ctypedef struct slot_t:
     int64_t page
     int64_t began
     bint write
+    bint ahead          # nobody waits for it yet
     bint busy
 
 
@@ -347,8 +350,8 @@ cdef class Hub:
             slot = &self._slots[index]
             if slot.busy and slot.lane == lane:
                 slot.lane = NULL
-                found.append((slot.page, slot.write, slot.began / 1e9))
-        lane.in_flight = 0
+                found.append((slot.page, slot.write, -1.0 if slot.ahead else slot.began / 1e9))
+        lane.in_flight = lane.ahead = 0
         return found
 
     def attend(self):
@@ -669,6 +672,10 @@ cdef class Hub:
             slot = &self._slots[index]
             if slot.busy and slot.lane == lane and slot.page == access.page:
                 slot.write = slot.write or (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0
+                if slot.ahead:
+                    slot.ahead = False
+                    slot.began = access.began
+                    lane.ahead -= 1
                 return True
         return False
 
@@ -687,6 +694,7 @@ cdef class Hub:
         slot.lane = lane
         slot.page = access.page
         slot.began = access.began
+        slot.ahead = False
         slot.write = (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0
         tail = self._sq_tail[0]
         entry = &self._sqes[tail & self._sq_mask]
@@ -734,6 +742,8 @@ cdef class Hub:
         if lane == NULL:
             return
         lane.in_flight -= 1
+        if slot.ahead:
+            lane.ahead -= 1
         if lane.state[page] != READING:  # it was given up meanwhile
             return
         if (
@@ -744,7 +754,11 @@ cdef class Hub:
             self._give_back(lane, slot, 0)
             return
         lane.answered += 1
-        self._came(lane, page, slot.began, now)
+        if slot.ahead:
+            (<Order>lane.order).page_returned(page)
+            self._press(lane, now)
+        else:
+            self._came(lane, page, slot.began, now)
 
     cdef void _came(self, lane_t *lane, int64_t page, int64_t began, int64_t now) noexcept nogil:
         (<Order>lane.order).page_returned(page)
@@ -790,7 +804,7 @@ cdef class Hub:
         lane.back_count += 1
         back.page = slot.page
         back.flags = late << 1 | (1 if slot.write else 0)
-        back.began = slot.began
+        back.began = -1 if slot.ahead else slot.began
         self._call(lane)
 
     cdef void _look_for_late(self, int64_t now) noexcept nogil:
@@ -799,7 +813,7 @@ cdef class Hub:
         self._look_at = now + self._look_every_ns
         for index in range(SLOTS):
             slot = &self._slots[index]
-            if slot.busy and slot.lane != NULL and now - slot.began > slot.lane.late_ns:
+            if slot.busy and slot.lane != NULL and not slot.ahead and now - slot.began > slot.lane.late_ns:
                 slot.lane.in_flight -= 1
                 self._give_back(slot.lane, slot, 1)
                 slot.lane = NULL
@@ -884,8 +898,8 @@ cdef class Lane:
 
     @property
     def in_flight(self):
-        """Reads that are not answered yet."""
-        return self._lane.in_flight
+        """Reads that accesses wait for."""
+        return self._lane.in_flight - self._lane.ahead
 
     def turn(self, bint on):
         """Answer events from now on, or leave all to the interpreter."""
@@ -1113,7 +1127,7 @@ cdef class Lane:
         return accesses
 
     def back(self):
-        """Take the reads that have to be repeated, as `(page, write, late, began)`."""
+        """Take the reads that have to be repeated, as `(page, write, late, began)`, negative where nobody waits."""
         cdef int index
         reads = [
             (
@@ -1151,15 +1165,38 @@ cdef class Lane:
         memset(lane.buckets, 0, sizeof(lane.buckets))
         return counted
 
+    def fetch(self, int64_t page, bint write):
+        """Begin to read a page that nobody waits for; False where that cannot be. `push` starts what was begun."""
+        cdef access_t access
+        cdef int index
+        if not self._may() or not self._lane.on or self._lane.file < 0 or self._hub._free_count <= KEPT_SLOTS:
+            return False
+        if not 0 <= page < self._lane.pages or self._lane.state[page] != ON_DEVICE:
+            return False
+        access.page, access.began = page, now_ns()
+        access.flags = UFFD_PAGEFAULT_FLAG_WRITE if write else 0
+        if not self._hub._begin(&self._lane, &access):
+            return False
+        (<Store>self._lane.store).forget_run(<uint64_t>page, 1)
+        index = self._hub._free[self._hub._free_count]
+        self._hub._slots[index].ahead = True
+        self._lane.ahead += 1
+        return True
+
+    def push(self):
+        """Start the reads that were begun."""
+        if self._may() and self._hub._unsubmitted:
+            self._hub._submit()
+
     def join(self, int64_t page, bint write):
         """Let an access wait for a read of the lane's that is in flight; False when there is none of its page."""
         cdef access_t access
-        access.page, access.began = page, 0
+        access.page, access.began = page, now_ns()
         access.flags = UFFD_PAGEFAULT_FLAG_WRITE if write else 0
         return self._hub._joined(&self._lane, &access)
 
     def withdraw(self):
-        """Give up the reads in flight; returns them as `(page, write, began)`."""
+        """Give up the reads in flight; returns them as `(page, write, began)`, negative where nobody waits."""
         return self._hub.withdraw(&self._lane) if self._may() else []
 
     def close(self):

@@ -137,8 +137,12 @@ class Faults:
         self.on_pressure()
 
     def _ask_again(self, page: int, write: bool, began_seconds: float) -> None:
-        """Ask the volume for a page that the short way has begun to read, in vain."""
-        self._waiting[page] = began_seconds
+        """Ask the volume for a page that the short way has begun to read, in vain.
+
+        Nobody waits for one with a negative `began_seconds`, which was read ahead.
+        """
+        if began_seconds >= 0:
+            self._waiting[page] = began_seconds
         if write:
             self._write_wanted.add(page)
         self._space.volume.read(page * PAGE_BYTES, PAGE_BYTES, partial(self._page_arrived, page))
@@ -298,12 +302,23 @@ class Faults:
         self._space.counters.read_ahead_wasted_pages = self._streams.wasted_pages
         for first, count in pieces(ahead):
             for start, length, state in self._space.table.runs(first, count):
-                if state == ON_DEVICE:
-                    self._space.counters.read_ahead_pages += length
-                    if fault.flags & FLAG_WRITE:
-                        # A sequential writer is about to write to what is read ahead for it, too.
-                        self._write_wanted.update(range(start, start + length))
-                    self.fetch(start, length)
+                if state != ON_DEVICE:
+                    continue
+                self._space.counters.read_ahead_pages += length
+                # A sequential writer is about to write to what is read ahead for it, too.
+                write = bool(fault.flags & FLAG_WRITE)
+                if length == 1 and self._fetch_shortly(start, write=write):
+                    continue
+                if write:
+                    self._write_wanted.update(range(start, start + length))
+                self.fetch(start, length)
+        if self._space.short is not None:
+            self._space.short.push()
+
+    def _fetch_shortly(self, page: int, *, write: bool) -> bool:
+        """Read one page ahead the short way; a marker has to be held back when it comes."""
+        short = self._space.short
+        return short is not None and page not in self._streams.markers and short.fetch(page, write=write)
 
     def _room(self, fault: Fault) -> int:
         """Return the pages that may be brought in; with none, the fault waits for page-outs."""

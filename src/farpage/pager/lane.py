@@ -63,7 +63,8 @@ class ShortWay:
     ) -> None:
         """`on_attention` is called when there is something in `left` or `back`, or to be seen to otherwise.
 
-        `ask(page, write, began_seconds)` asks the volume for a page that is READING already; `deferred` tells
+        `ask(page, write, began_seconds)` asks the volume for a page that is READING already, negative where
+        nobody waits for it; `deferred` tells
         how many accesses wait for room.
         """
         assert COMPILED is not None
@@ -202,6 +203,14 @@ class ShortWay:
     def left(self) -> list[tuple[int, int, float]]:
         """Take the accesses that it leaves to the interpreter, as `(page, flags, began_seconds)`."""
         return self._lane.left()
+
+    def fetch(self, page: int, *, write: bool) -> bool:
+        """Begin to read a page ahead; False where that cannot be. `push` starts what was begun."""
+        return self._lane.fetch(page, write)
+
+    def push(self) -> None:
+        """Start those reads."""
+        self._lane.push()
 
     def join(self, page: int, *, write: bool) -> bool:
         """Let an access wait for a read that is in flight here; False when there is none of its page."""

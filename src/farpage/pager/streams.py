@@ -82,7 +82,7 @@ class Streams:
         self.reach: Final = array("q", [0] * (1 + STREAMS * 3))
         """For who sees the accesses first: the number of streams, then of each the page that it has come to,
         its step, and within how many steps an access may be of it. One that is of none makes none either,
-        unless it is the neighbour of one of the latest CANDIDATES accesses, or the third with one distance."""
+        unless it is the neighbour of one of the latest CANDIDATES accesses, or the third at one distance."""
         self._streams: list[_Stream] = []
         self._candidates: dict[int, _Candidate] = {}
         """By page // LARGEST_STEP_PAGES, the newest last."""
