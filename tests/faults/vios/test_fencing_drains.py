@@ -17,6 +17,7 @@ from farpage.definition.store import DefinitionStore, EpochStore
 from farpage.device import volumefile
 from farpage.device.claim import Claim
 from farpage.device.open import open_device
+from farpage.nbd import lane
 from farpage.nbd.client import Connection
 from farpage.nbd.errors import ServerRefused
 from farpage.vios.exports import VolumeExports
@@ -66,6 +67,7 @@ async def test_the_answer_waits_for_a_write_that_hangs_in_the_device(
         really(descriptor, data, offset)
 
     monkeypatch.setattr(volumefile, "write_fully", slow)
+    monkeypatch.setattr(lane, "LANES_MAX", 0)  # the threads of the device write
     database = Database(folder / "vios.db")
     volumes = Volumes("one", DefinitionStore(database), EpochStore(database))
     device = await open_device(f"dir:{folder}/disk?size=16M")
