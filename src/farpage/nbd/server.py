@@ -79,6 +79,11 @@ class ServerConnection:
         """Commands that the export's BlockIO has not finished."""
         return self._transmission.in_flight if self._transmission else 0
 
+    @property
+    def in_flight_past_counters(self) -> int:
+        """Requests under way that the counters do not tell of. Safe to look at from any thread."""
+        return self._transmission.in_flight_past_counters if self._transmission else 0
+
     def disconnect(self) -> None:
         """Close the socket now. Commands in flight go on in the BlockIO; `wait_closed` waits for them."""
         self._hung_up = True

@@ -161,6 +161,12 @@ class Transmission:
         """Commands of this connection that the BlockIO has not finished."""
         return self._commands.in_flight
 
+    @property
+    def in_flight_past_counters(self) -> int:
+        """Requests that the device has not ended and that the counters do not tell of: those of the lane."""
+        lane = self._lane
+        return lane.fast.in_flight if lane is not None and lane.entered else 0
+
     def fence(self) -> None:
         """Answer every further command with ESHUTDOWN."""
         self._commands.fence()

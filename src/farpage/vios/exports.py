@@ -322,8 +322,13 @@ class VolumeExports:
 
     def figures(self) -> Figures:
         """Return what is counted. Safe to call from any thread."""
+        counters = {volume: replace(counters) for volume, counters in self.counters.copy().items()}
+        for connection in self.server.connections:
+            export = connection.export
+            if isinstance(export, VolumeExport) and export.wanted and export.wanted.volume in counters:
+                counters[export.wanted.volume].in_flight += connection.in_flight_past_counters
         return Figures(
-            counters={volume: replace(counters) for volume, counters in self.counters.copy().items()},
+            counters=counters,
             connections=dict(Counter(hold.volume_id for hold in tuple(self._holds))),
             refused=self.refused,
             fenced=self.fenced,

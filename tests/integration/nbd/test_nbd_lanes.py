@@ -186,6 +186,8 @@ async def test_fencing_waits_for_a_write_that_hangs_and_lets_none_begin(tmp_path
             connection.write(number * 4096, memoryview(b"y" * 4096), errors.append)
         connection.push()
         await condition(asked.is_set)
+        (server_side,) = at.server.connections
+        assert (server_side.in_flight_past_counters > 0) == (mode == "direct")
         fencing = asyncio.create_task(at.server.fence(lambda export: True))
         await asyncio.sleep(0.05)
         assert not fencing.done()
