@@ -95,10 +95,7 @@ class Releases:
     async def _release(self, client: str, attached: Attached) -> None:
         self._mark(attached, releasing=True)
         try:
-            paged_out = await self._clients.ask(
-                client, attached, "page_out", PageOut(client=client), PagedOut
-            )
-            await self._record(client, attached, paged_out.epoch)
+            await self._page_out_and_record(client, attached)
         except FarpageError:
             if not await self._is_recorded(client, attached):
                 await self._thaw(client, attached)
@@ -106,6 +103,19 @@ class Releases:
         await self._let_go(client, attached)
         self._handovers.counts["released"] += 1
         log.info("client_released", client=client)
+
+    async def _page_out_and_record(self, client: str, attached: Attached) -> None:
+        """Do both, once more where the worker is replaced in between: the next one has a newer epoch."""
+        while True:
+            order = PageOut(client=client)
+            paged_out = await self._clients.ask(client, attached, "page_out", order, PagedOut)
+            worker = attached.worker
+            try:
+                await self._record(client, attached, paged_out.epoch)
+                return
+            except FarpageError:
+                if attached.worker is worker and attached.paged.is_set():
+                    raise
 
     async def _record(self, client: str, attached: Attached, epoch: int) -> None:
         """Keep the page table at the VIOS, then say in the definition that the client is released."""

@@ -42,6 +42,12 @@ class NotPagedOut(FarpageError):
     hint: str
 
 
+def without_path(client: str) -> NotPagedOut:
+    """Return the error for a client none of whose paths works."""
+    hint = "see 'farpage path list', and start what is missing"
+    return NotPagedOut(client, "no path to its volume works", hint)
+
+
 class Freeze:
     """Stops the answers to one client's accesses, pages it out, and takes that back."""
 
@@ -107,9 +113,7 @@ class Freeze:
         if space.full:
             return NotPagedOut(client, "its device has no room", "make room on the device, then try again")
         if (self._outage.without_path_seconds or 0.0) > PATIENCE_SECONDS:
-            return NotPagedOut(
-                client, "no path to its volume works", "see 'farpage path list', and start what is missing"
-            )
+            return without_path(client)
         if standstill_seconds > STANDSTILL_SECONDS:
             hint = "see 'farpage path list': start the VIOS that hangs, or end its process"
             return NotPagedOut(client, f"no page has left for a while, and {left} are to", hint)

@@ -56,6 +56,7 @@ from farpage.pager.messages import (
     WorkerClients,
 )
 from farpage.pager.received import received
+from farpage.pager.releasing import PATIENCE_SECONDS, without_path
 from farpage.pager.reports import report_of
 from farpage.pager.statefile import StateFile
 from farpage.pager.table import PageTable
@@ -321,7 +322,7 @@ class Worker:
         if attached.detaching is not None:
             raise NotAttached(client)
         if attached.releasing is None:
-            attached.releasing = self._loop.create_task(attached.paged.page_out(client))
+            attached.releasing = self._loop.create_task(self._page_all_out(client, attached))
         # A control process that was started anew joins what an older one has begun.
         releasing = attached.releasing
         try:
@@ -332,6 +333,16 @@ class Worker:
             if releasing.done() and attached.releasing is releasing:
                 attached.releasing = None
         return PagedOut(epoch=attached.paged.space.volume.epoch)
+
+    async def _page_all_out(self, client: str, attached: _Attached) -> None:
+        if attached.opening is not None:
+            # Before that it is not known what epoch the volume of a recovered client comes to.
+            try:
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await asyncio.shield(attached.opening)
+            except TimeoutError:
+                raise without_path(client) from None
+        await attached.paged.page_out(client)
 
     async def _thaw(self, client: str) -> None:
         """Let a frozen client go on; what pages it out for an older control process has ended on return."""

@@ -191,6 +191,7 @@ async def test_a_destination_that_fails_with_the_vioses_leaves_an_adopted_client
     await until_client(
         two.second, name, lambda info: released_by(info) == ("hypervisor", "other"), "released again"
     )
+    await two.first.refresh_devices()  # it may not have heard of the VIOSes' return yet
     second = await two.second_region(name, version=1)
     assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
     assert await second.do("close") == "done"
