@@ -80,6 +80,9 @@ def open_lane(
                 fast = direct_path(socket, buffers, storage, counters, settings, ring, writes)
             else:
                 fast = fast_path(socket, buffers, storage, counters, settings)
+            undo.pop_all()
+            undo.callback(storage.close)
+            undo.callback(fast.close)  # which has taken over ring and writes
             lane = Lane(fast, socket, storage, on_back)
         except (Unsupported, OSError, RuntimeError) as error:  # no io_uring, descriptor, memory or thread
             log.info("no_lane", problem=str(error))
@@ -106,7 +109,10 @@ class Lane:
     """Lanes that are not closed; of all connections of this process."""
 
     def __init__(self, fast: FastPath, socket: int, storage: SharedFile, on_back: Callable[[], None]) -> None:
-        """Take over `fast` and `storage`; the socket stays its owner's."""
+        """Take over `fast` and `storage`; the socket stays its owner's.
+
+        :raise RuntimeError: there can be no thread; both stay the caller's.
+        """
         self.fast = fast
         """The connection's; its bounds are set before `enter` and hold after `on_back`."""
         self.direct: Final = storage.direct
@@ -127,7 +133,11 @@ class Lane:
         self._orders: SimpleQueue[bool] = SimpleQueue()
         self._polling = Polling()
         self._device_polling = Polling(DEVICE_POLL_SECONDS)
-        threading.Thread(target=self._run, name="nbd-lane", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="nbd-lane", daemon=True).start()
+        except RuntimeError:
+            os.close(self._wake)
+            raise
         Lane.made += 1
 
     def enter(self) -> bool:

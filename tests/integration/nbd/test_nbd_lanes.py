@@ -29,6 +29,7 @@ from farpage.nbd.server import Server
 from tests.support.commands import condition, read_bytes, write_bytes
 from tests.support.loopdevice import loop_device
 from tests.support.nbd import Exports, RawClient, short_folder
+from tests.support.processes import descriptors_of
 
 VOLUME_BYTES = 8 << 20
 COMPILED = lane.FAST_PATHS
@@ -268,6 +269,28 @@ async def test_a_block_device_is_written_for_as_long_as_its_claim_is_the_writers
             await server.close()
         await volume.close()
         await device.close()
+
+
+async def test_without_a_thread_the_loop_serves(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "nbd-lane":
+            raise RuntimeError("can't start new thread")
+        started(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    async with served(tmp_path, mode) as at:
+        before = len(descriptors_of(os.getpid()))
+        connection = await Connection.open(at.addresses[0], "v")
+        for number in range(70):
+            assert await write_bytes(connection, number * 4096, b"x" * 4096) == 0
+            assert await read_bytes(connection, number * 4096, 4096) == b"x" * 4096
+        assert not at.in_lane()
+        assert len(descriptors_of(os.getpid())) == before + 2  # both ends of the connection
+        await connection.close()
 
 
 async def test_without_asynchronous_writes_the_loop_writes(
