@@ -47,10 +47,11 @@ class Detaching:
                 raise
             await attached.finishing
             return
-        if self._clients.attached.get(client) is attached:
-            await self._finish(client, attached)
+        await self._finish(client, attached)
 
     async def _finish(self, client: str, attached: Attached) -> None:
+        if self._clients.attached.get(client) is not attached:
+            return  # it has exited meanwhile
         self._clients.forget(client)
         # The record goes last: it tells which descriptor in the process is to be closed.
         await asyncio.to_thread(close_process, attached.memory)

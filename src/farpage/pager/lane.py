@@ -64,8 +64,7 @@ class ShortWay:
         """`on_attention` is called when there is something in `left` or `back`, or to be seen to otherwise.
 
         `ask(page, write, began_seconds)` asks the volume for a page that is READING already, negative where
-        nobody waits for it; `deferred` tells
-        how many accesses wait for room.
+        nobody waits for it; `deferred` tells how many accesses wait for room.
         """
         assert COMPILED is not None
         store, order = space.tier.store, space.replacement
