@@ -34,6 +34,12 @@ from farpage.nbd.codec import ProtocolViolation
 from farpage.nbd.connecting import Negotiated, list_exports
 from farpage.nbd.errors import ConnectionEnded
 from farpage.nbd.replies import Command, ReplyStream
+from farpage.nbd.runs import Bounds, check_range
+
+try:
+    from farpage.nbd._runs import drop_sent, queue_runs
+except ImportError:  # there was no compiler
+    from farpage.nbd.runs import drop_sent, queue_runs
 
 HANDSHAKE_TIMEOUT_SECONDS: Final = 10.0
 _SEGMENTS_MAX: Final = 512
@@ -62,6 +68,8 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._socket = sock
         self._negotiated = negotiated
+        limits = negotiated.limits
+        self._bounds = Bounds(negotiated.size_bytes, limits.minimum, limits.maximum)
         self._read_only = bool(negotiated.flags & p.NBD_FLAG_READ_ONLY)
         self._features = options.features_of(negotiated.flags)
         if negotiated.context_id is not None:
@@ -75,6 +83,7 @@ class Connection:
         )
         self._cookie = 0
         self._unsent: list[bytes | memoryview] = []
+        self._unsent_bytes = 0
         self._has_payload = False
         self._push_scheduled = False
         self._blocked = False
@@ -234,26 +243,25 @@ class Connection:
 
     def write_runs(self, runs: Sequence[Run], done: Done) -> None:
         """Write several runs, with a command for each; `done` is called when all are finished."""
-        if max(len(data) for _, data in runs) > self.limits.maximum:
+        if self._read_only or self._ended:
+            done(errno.EPERM if self._read_only else CONNECTION_LOST)
+            return
+        # The replies of all of them are heard by one, which is not done before the last.
+        started = Command(p.NBD_CMD_WRITE, 0, 0, self._loop.time())
+        started.on_done = done
+        queued = queue_runs(
+            runs,
+            started,
+            self._stream.in_flight,
+            self._unsent,
+            cookie=self._cookie,
+            bounds=self._bounds,
+        )
+        if not queued:
             write_each(self, runs, done)
             return
-        if not self._allowed(Feature.NONE, done, changes=True):
-            return
-        if self._ended:
-            done(CONNECTION_LOST)
-            return
-        in_flight, unsent, cookie = self._stream.in_flight, self._unsent, self._cookie
-        # The replies of all of them are heard by one, which is not done before the last.
-        started = Command(p.NBD_CMD_WRITE, runs[0][0], len(runs[0][1]), self._loop.time())
-        started.on_done = Joined(done, len(runs)).part_done
-        for offset, data in runs:
-            self._check_range(offset, len(data))
-        for offset, data in runs:
-            cookie += 1
-            in_flight[cookie] = started
-            unsent.append(codec.encode_request(p.NBD_CMD_WRITE, 0, cookie, offset, len(data)))
-            unsent.append(data)
-        self._cookie = cookie
+        self._cookie += len(runs)
+        self._unsent_bytes += queued
         self._has_payload = True
         self._push_soon()
 
@@ -320,28 +328,27 @@ class Connection:
             return
         try:
             while self._unsent:
+                unsent = self._unsent
                 if not self._has_payload:
-                    data = b"".join(self._unsent) if len(self._unsent) > 1 else self._unsent[0]
+                    data = b"".join(unsent) if len(unsent) > 1 else unsent[0]
                     sent = self._socket.send(data)
-                    self._unsent = [] if sent == len(data) else [memoryview(data)[sent:]]
+                    if sent < len(data):
+                        self._unsent = [memoryview(data)[sent:]]
+                elif len(unsent) <= _SEGMENTS_MAX:
+                    sent = self._socket.sendmsg(unsent)
                 else:
-                    self._drop(self._socket.sendmsg(self._unsent[:_SEGMENTS_MAX]))
+                    sent = self._socket.sendmsg(unsent[:_SEGMENTS_MAX])
+                self._unsent_bytes -= sent
+                if not self._unsent_bytes:
+                    self._unsent.clear()
+                elif self._has_payload:
+                    drop_sent(self._unsent, sent)
             self._has_payload = False
         except BlockingIOError:
             self._blocked = True
             self._loop.add_writer(self._socket, self._on_writable)
         except OSError as error:
             self._fail(error.strerror or str(error))
-
-    def _drop(self, sent: int) -> None:
-        unsent = self._unsent
-        for index, segment in enumerate(unsent):
-            if sent < len(segment):
-                unsent[index] = memoryview(segment)[sent:]
-                del unsent[:index]
-                return
-            sent -= len(segment)
-        unsent.clear()
 
     def _on_writable(self) -> None:
         self._loop.remove_writer(self._socket)
@@ -360,6 +367,7 @@ class Connection:
         started = Command(command, offset, length, self._loop.time())
         self._stream.in_flight[cookie] = started
         self._unsent.append(codec.encode_request(command, flags, cookie, offset, length))
+        self._unsent_bytes += codec.REQUEST.size
         self._push_soon()
         return started
 
@@ -385,6 +393,7 @@ class Connection:
         started.on_done = done
         if payload is not None:
             self._unsent.append(payload)
+            self._unsent_bytes += len(payload)
             self._has_payload = True
 
     def _split(
@@ -417,14 +426,7 @@ class Connection:
         return p.LENGTH_MAX_BYTES - p.LENGTH_MAX_BYTES % self.limits.minimum
 
     def _check_range(self, offset: int, length: int) -> None:
-        if offset < 0 or length <= 0 or offset + length > self._negotiated.size_bytes:
-            raise ValueError(
-                f"{length} bytes at {offset} are outside of the export's {self._negotiated.size_bytes} bytes"
-            )
-        if (offset | length) & (self._negotiated.limits.minimum - 1):
-            raise ValueError(
-                f"{length} bytes at {offset} are not in blocks of {self._negotiated.limits.minimum}"
-            )
+        check_range(offset, length, self._bounds.size_bytes, self._bounds.minimum_bytes)
 
     def _allowed(self, needed: Feature, done: Done, *, changes: bool = False) -> bool:
         """Return whether a command may be sent; else finish it."""
@@ -471,6 +473,7 @@ class Connection:
             await self._idle.wait()
         if not self._ended:
             self._unsent.append(codec.encode_request(p.NBD_CMD_DISC, 0, 0, 0, 0))
+            self._unsent_bytes += codec.REQUEST.size
             self.push()
             self.abort()
 
@@ -499,7 +502,7 @@ class Connection:
         self._socket.close()
         if self._negotiated.lent is not None:
             self._negotiated.lent.close()
-        self._unsent = []
+        self._unsent, self._unsent_bytes = [], 0
         if self._idle is not None:
             self._idle.set()
 

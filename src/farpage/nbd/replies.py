@@ -10,12 +10,18 @@ from __future__ import annotations
 import asyncio
 import bisect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from farpage.blockio import CONNECTION_LOST, Done, Extent, ExtentsDone, ReadDone
 from farpage.nbd import codec
 from farpage.nbd import protocol as p
 from farpage.nbd.codec import ProtocolViolation
+
+try:
+    from farpage.nbd._runs import take_replies
+except ImportError:  # there was no compiler
+    from farpage.nbd.runs import take_replies
 
 RECEIVE_BYTES: Final = 512 << 10
 _SINK_MIN_BYTES: Final = 32 << 10
@@ -44,6 +50,7 @@ class Command:
         "on_done",
         "on_extents",
         "on_read",
+        "parts",
         "started",
     )
 
@@ -57,6 +64,9 @@ class Command:
         self.on_done: Done | None = None
         self.on_extents: ExtentsDone | None = None
         self.error = 0
+        """The first that it was answered with so far."""
+        self.parts = 0
+        """Replies that are still to come where it stands for several WRITEs; 0 where it is one command."""
         self.into: memoryview | None = None
         """Where a READ's reply is to be put together; None for a buffer of its own."""
         self.data: memoryview | None = None
@@ -126,7 +136,10 @@ class ReplyStream:
         self._sink = self._sink_filled = None
         commands, self.in_flight = self.in_flight, {}
         for command in commands.values():
-            self._finish(command, CONNECTION_LOST)
+            if command.parts:
+                self._finish_part(command, CONNECTION_LOST)
+            else:
+                self._finish(command, CONNECTION_LOST)
 
     def buffers(self) -> Sequence[memoryview]:
         """Return where the next bytes belong, in this order; never empty."""
@@ -167,17 +180,15 @@ class ReplyStream:
                     command = in_flight.get(cookie)
                     if command is None:
                         raise ProtocolViolation("a reply to no command")
-                    position += _SIMPLE_BYTES
-                    if command.command == p.NBD_CMD_READ:
-                        taken = self._simple_read(cookie, command, error, position)
-                        if taken < 0:  # wait for the rest; a sink has taken over what was here
-                            position = 0 if self._sink is not None else position - _SIMPLE_BYTES
-                            return
-                        position += taken
+                    if command.command != p.NBD_CMD_READ:
+                        position = self._simple(cookie, command, error, position)
                         continue
-                    self._check_simple(command)
-                    del in_flight[cookie]
-                    self._finish(command, codec.local_error(error) if error else 0)
+                    position += _SIMPLE_BYTES
+                    taken = self._simple_read(cookie, command, error, position)
+                    if taken < 0:  # wait for the rest; a sink has taken over what was here
+                        position = 0 if self._sink is not None else position - _SIMPLE_BYTES
+                        return
+                    position += taken
                     continue
                 if magic != p.NBD_STRUCTURED_REPLY_MAGIC or not self._structured:
                     raise ProtocolViolation("a reply does not begin with a magic number that was agreed")
@@ -209,11 +220,26 @@ class ReplyStream:
         finally:
             self._start = position
 
-    def _check_simple(self, command: Command) -> None:
+    def _simple(self, cookie: int, command: Command, error: int, position: int) -> int:
+        """Take the reply at `position`, which is not to a READ; return where the next to be looked at is.
+
+        What comes behind it and answers parts without errors is taken with one that does.
+        """
+        if command.parts and not error:
+            position, ended = take_replies(self._buffer, position, self._end, self.in_flight, command)
+            if ended is not None:
+                self._finish(ended, ended.error)
+            return position
         if command.command == p.NBD_CMD_BLOCK_STATUS:
             raise ProtocolViolation("a simple reply to a BLOCK_STATUS")
-        if command.error or command.covered:
+        if not command.parts and (command.error or command.covered):
             raise ProtocolViolation("a simple reply after chunks")
+        del self.in_flight[cookie]
+        if command.parts:
+            self._finish_part(command, codec.local_error(error))
+        else:
+            self._finish(command, codec.local_error(error) if error else 0)
+        return position + _SIMPLE_BYTES
 
     def _simple_read(self, cookie: int, command: Command, error: int, position: int) -> int:
         """Finish a READ whose header ends at `position`; return its payload's length, -1 if incomplete."""
@@ -252,6 +278,8 @@ class ReplyStream:
         command = self.in_flight.get(cookie)
         if command is None:
             raise ProtocolViolation("a chunk that answers no command")
+        if command.parts:
+            command = self._taken_apart(cookie, command)
         last = bool(flags & p.NBD_REPLY_FLAG_DONE)
         at = position + _CHUNK_BYTES
         available = self._end - at
@@ -349,6 +377,19 @@ class ReplyStream:
             raise ProtocolViolation("a BLOCK_STATUS's reply ends without a status")
         del self.in_flight[cookie]
         self._finish(command, error, None if error else command.data)
+
+    def _taken_apart(self, cookie: int, whole: Command) -> Command:
+        """Give a WRITE that is answered in chunks a command of its own, which is a part of `whole`."""
+        part = Command(whole.command, whole.offset, whole.length, whole.started)
+        part.on_done = partial(self._finish_part, whole)
+        self.in_flight[cookie] = part
+        return part
+
+    def _finish_part(self, command: Command, error: int) -> None:
+        command.error = command.error or error
+        command.parts -= 1
+        if not command.parts:
+            self._finish(command, command.error)
 
     def _finish(self, command: Command, error: int, payload: memoryview | None = None) -> None:
         try:
