@@ -15,6 +15,7 @@ from farpage.nbd import protocol as p
 if TYPE_CHECKING:
     from farpage.nbd.replies import Command
 
+_REQUEST_BYTES: Final = codec.REQUEST.size
 _SIMPLE_BYTES: Final = codec.SIMPLE_REPLY.size
 
 
@@ -58,7 +59,7 @@ def queue_runs(
     size_bytes, minimum_bytes, maximum_bytes = bounds
     segments: list[bytes | memoryview] = []
     encode, magic, write = codec.REQUEST.pack, p.NBD_REQUEST_MAGIC, p.NBD_CMD_WRITE
-    queued, longest, own = 0, 0, cookie
+    queued, too_long, own = 0, False, cookie
     for offset, data in runs:
         length = data.nbytes
         if not data.c_contiguous:
@@ -71,12 +72,12 @@ def queue_runs(
         ):
             check_range(offset, length, size_bytes, minimum_bytes)
         own += 1
-        queued += codec.REQUEST.size + length
-        longest = max(longest, length)
-        if longest <= maximum_bytes:
+        queued += _REQUEST_BYTES + length
+        too_long = too_long or length > maximum_bytes
+        if not too_long:
             segments.append(encode(magic, 0, write, own, offset, length))
             segments.append(data)
-    if longest > maximum_bytes:
+    if too_long:
         return 0
     command.parts = own - cookie
     for part in range(cookie + 1, own + 1):
