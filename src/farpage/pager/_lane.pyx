@@ -4,8 +4,8 @@
 `Hub.poll` waits for events in the place of `select.epoll.poll`. What it can answer by itself it answers while
 it waits, without the interpreter's lock; what it cannot it leaves to the interpreter, as its caller's event.
 What it does itself are the plainest cases alone: a page that is on the device or in the RAM tier, and that no
-stream of accesses is near, while there is room for it; a write to a clean page; and to give clean pages back,
-while a device is at work. `farpage.pager.faults` and `eviction` do all that where this was not built.
+stream of accesses is near, while there is room for it; a write to a clean page; and, while nothing else is to
+be done, to give clean pages back and to get dirty ones ready to be written. `farpage.pager.faults` and `eviction` do all that where this was not built.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -47,7 +47,9 @@ cdef enum:
     MARK_HIGH = 2
     MARK_DEFERRED = 3
     MARK_LOW = 4
-    MARK_HELD = 5
+    MARK_WRITING = 5
+    MARK_UNWRITABLE = 6
+    MARK_HELD = 7
     MOST_HELD = 16
     MARKS = MARK_HELD + 1 + MOST_HELD
     # farpage.pager.streams: how near a fault may be to an older one, and how many are remembered
@@ -112,8 +114,21 @@ ctypedef struct lane_t:
     int victim_end
     int64_t victims[VICTIMS]
     bint tasted[VICTIMS]
-    int others_count
+    int other
+    int other_end
+    bint others_rise
     int64_t others[OTHERS]
+    uint8_t *batch      # where dirty pages are read to; NULL: nowhere
+    int batch_pages
+    int batch_at
+    int run_count
+    int64_t runs[RUN][3]
+    int busy_count
+    int64_t busy[RUN]
+    int failed
+    bint ready
+    bint asked
+    int64_t zero_count
     int64_t taste
     int64_t called_at
     access_t left[EVENTS]
@@ -155,7 +170,7 @@ cdef inline int64_t taken(const lane_t *lane) noexcept nogil:
 
 cdef inline int64_t staying(const lane_t *lane) noexcept nogil:
     """Pages that take room and are not about to leave."""
-    return taken(lane) - (lane.victim_end - lane.victim) - lane.others_count - lane.counts[WRITING]
+    return taken(lane) - (lane.victim_end - lane.victim) - (lane.other_end - lane.other) - lane.counts[WRITING]
 
 
 cdef inline bint has_room(const lane_t *lane) noexcept nogil:
@@ -239,6 +254,7 @@ cdef class Hub:
     cdef bint _attention
     cdef bint _calls_wait
     cdef int _victims
+    cdef bint _others_wait
     cdef lane_t **_lanes
     cdef int64_t _lanes_size
     cdef object _owner
@@ -401,7 +417,10 @@ cdef class Hub:
             if looking and now - looked_since >= POLL_NS:
                 looking = False
                 self._missed()
-            if self._attention or self._calls_wait or looking or self._victims or (deadline >= 0 and wait <= 0):
+            if (
+                self._attention or self._calls_wait or looking or self._victims or self._others_wait
+                or (deadline >= 0 and wait <= 0)
+            ):
                 timeout = 0
             else:
                 timeout = -1 if wait < 0 else <int>((wait + 999999) // 1000000)
@@ -431,6 +450,8 @@ cdef class Hub:
                 for _ in range(RUNS_A_POLL):
                     if self._victims:
                         self._release_some()
+                if self._others_wait:
+                    self._prepare_some(False)
                 return count
             if worked:
                 now = now_ns()
@@ -440,6 +461,8 @@ cdef class Hub:
                 looked_since = now
             elif self._victims:
                 self._release_some()
+                now = now_ns()
+            elif self._others_wait and self._prepare_some(not looking):
                 now = now_ns()
             elif looking:
                 relax()
@@ -541,9 +564,13 @@ cdef class Hub:
         cdef int64_t chosen[VICTIMS]
         cdef int64_t page
         cdef int index, found = 0
-        count = min(count, VICTIMS - (lane.victim_end - lane.victim), OTHERS - lane.others_count)
+        cdef int left = lane.other_end - lane.other
+        count = min(count, VICTIMS - (lane.victim_end - lane.victim), OTHERS - left)
         if count <= 0:
             return
+        if lane.other:
+            memmove(lane.others, lane.others + lane.other, left * sizeof(int64_t))
+            lane.other, lane.other_end = 0, left
         (<Order>lane.order).demote(<uint64_t>count)
         while found < count:
             page = (<Order>lane.order).victim()
@@ -558,8 +585,10 @@ cdef class Hub:
                 self._offer(lane, page, lane.taste > 0)
                 lane.taste -= 1
             else:
-                lane.others[lane.others_count] = page
-                lane.others_count += 1
+                lane.others_rise = lane.others_rise and (not lane.other_end or lane.others[lane.other_end - 1] < page)
+                lane.others[lane.other_end] = page
+                lane.other_end += 1
+                self._others_wait = True
 
     cdef void _offer(self, lane_t *lane, int64_t page, bint taste) noexcept nogil:
         """Have a clean page given back while nothing else is to be done."""
@@ -577,6 +606,74 @@ cdef class Hub:
         lane.tasted[lane.victim_end] = taste
         lane.victim_end += 1
         self._victims += 1
+
+    cdef bint _prepare_some(self, bint few) noexcept nogil:
+        """Get pages of the first lane that has any ready to be written, unless they are `few` and need not be."""
+        cdef int64_t fd
+        cdef lane_t *lane
+        cdef int count
+        self._others_wait = False
+        for fd in range(self._lanes_size):
+            lane = self._lanes[fd]
+            if lane == NULL or lane.ready or lane.other == lane.other_end or (lane.batch == NULL and lane.asked):
+                continue
+            if may_write(lane) <= 0:
+                if lane.batch_at:
+                    lane.ready = True
+                    self._call_soon(lane, now_ns())
+                continue
+            count = lane.other_end - lane.other
+            self._others_wait = True
+            if few or count >= OTHERS_ENOUGH or lane.batch_at or lane.marks[MARK_DEFERRED]:
+                if lane.batch != NULL:
+                    self._prepare(lane)
+                else:
+                    lane.asked = True
+                    self._call_soon(lane, now_ns())
+                return True
+        return False
+
+    cdef void _prepare(self, lane_t *lane) noexcept nogil:
+        """Protect the next of the dirty victims that are neighbours, and read them."""
+        cdef int64_t first, page, may = may_write(lane)
+        cdef int count = 0, index
+        if not lane.others_rise:
+            qsort(lane.others + lane.other, lane.other_end - lane.other, sizeof(int64_t), &rising)
+            lane.others_rise = True
+        while lane.other != lane.other_end and not is_writable(lane, lane.others[lane.other]):
+            page = lane.others[lane.other]
+            lane.other += 1
+            if lane.state[page] == CLEAN:
+                self._offer(lane, page, False)
+            elif lane.state[page] == DIRTY:
+                (<Order>lane.order).page_added(page)
+        if lane.other != lane.other_end:
+            first = lane.others[lane.other]
+            while (
+                lane.other + count != lane.other_end and count < lane.batch_pages - lane.batch_at and count < may
+                and lane.others[lane.other + count] == first + count and is_writable(lane, first + count)
+            ):
+                count += 1
+            lane.other += count
+            if not protected(lane, first, count):
+                for index in range(count):
+                    lane.busy[index] = first + index
+                lane.busy_count = count
+            elif pread(
+                lane.memfd, lane.batch + lane.batch_at * PAGE, count * PAGE, lane.memfd_offset + first * PAGE
+            ) != count * PAGE:
+                lane.failed = errno or EIO
+                for page in range(first, first + count):
+                    (<Order>lane.order).page_added(page)
+            else:
+                sealed(lane, first, count)
+        if lane.batch_at or lane.busy_count or lane.failed:
+            lane.ready = (
+                lane.other == lane.other_end or lane.batch_at == lane.batch_pages or may_write(lane) <= 0
+                or lane.busy_count or lane.failed
+            )
+        if lane.ready or (lane.zero_count and lane.marks[MARK_DEFERRED]):
+            self._call_soon(lane, now_ns())
 
     cdef void _keep(self, lane_t *lane, int64_t page) noexcept nogil:
         """Put a page that is about to leave into the RAM tier, if it gets small."""
@@ -781,8 +878,7 @@ cdef class Hub:
         if not lane.on or staying(lane) <= lane.marks[MARK_HIGH]:
             return
         self._choose(lane, min(staying(lane) - lane.marks[MARK_LOW], CHOSEN_TOGETHER))
-        # The marks follow the client's pace, too.
-        if lane.others_count >= OTHERS_ENOUGH or now - lane.called_at > LONGEST_ALONE_NS:
+        if now - lane.called_at > LONGEST_ALONE_NS:  # the marks follow the client's pace
             self._call_soon(lane, now)
 
     cdef bint _copy(self, lane_t *lane, int64_t page, const uint8_t *content, bint write, int state) noexcept nogil:
@@ -837,6 +933,40 @@ cdef class Hub:
             self._worthwhile = self._score > 0
 
 
+cdef inline int64_t may_write(const lane_t *lane) noexcept nogil:
+    """How many more pages may be on their way to the volume."""
+    return lane.marks[MARK_WRITING] - lane.counts[WRITING] - lane.counts[REWRITTEN]
+
+
+cdef inline bint is_writable(const lane_t *lane, int64_t page) noexcept nogil:
+    return lane.state[page] == DIRTY and page != lane.marks[MARK_UNWRITABLE]
+
+
+cdef void sealed(lane_t *lane, int64_t first, int count) noexcept nogil:
+    """Tell pages that were read into the batch, and are about to be written, from zero ones, which are given back."""
+    cdef const uint8_t *content
+    cdef int64_t page
+    cdef int at
+    cdef bint goes_on = False
+    for page in range(first, first + count):
+        at = lane.batch_at
+        lane.batch_at += 1
+        content = lane.batch + at * PAGE
+        if is_zero(<const uint64_t *>content) and punched(lane, page, 1):
+            move(lane, page, DIRTY, ZERO)
+            lane.zero_count += 1
+            goes_on = False
+            continue
+        lane.checksum[page] = <uint32_t>(<Store>lane.store)._digest(content, PAGE)
+        move(lane, page, DIRTY, WRITING)
+        if goes_on:
+            lane.runs[lane.run_count - 1][1] += 1
+        else:
+            lane.runs[lane.run_count][0], lane.runs[lane.run_count][1], lane.runs[lane.run_count][2] = page, 1, at
+            lane.run_count += 1
+            goes_on = True
+
+
 cdef int rising(const void *left, const void *right) noexcept nogil:
     cdef int64_t first = (<const int64_t *>left)[0], second = (<const int64_t *>right)[0]
     return -1 if first < second else 1 if first > second else 0
@@ -860,6 +990,7 @@ cdef class Lane:
     cdef Hub _hub
     cdef object _on_attention
     cdef object _kept
+    cdef Py_buffer _lent
     cdef bint _open
 
     def __cinit__(
@@ -881,6 +1012,7 @@ cdef class Lane:
         self._lane.state, self._lane.checksum = &state[0], &checksum[0]
         self._lane.counts, self._lane.marks, self._lane.reach = &counts[0], &marks[0], &reach[0]
         self._lane.unprotected = -2
+        self._lane.others_rise = True
         for index in range(RECENT):
             self._lane.recent[index] = -2 * NEAR
         # What the pointers point to.
@@ -923,31 +1055,20 @@ cdef class Lane:
         """Pages that are to be given back and have not been yet."""
         return self._lane.victim_end - self._lane.victim
 
+    @property
+    def chosen(self):
+        """Dirty victims that are not being got ready yet."""
+        return self._lane.other_end - self._lane.other
+
     def evict(self, int count, int taste):
-        """Choose victims: clean ones are given back while nothing else is to be done, the others are returned.
+        """Choose victims: clean ones are given back and others got ready while nothing else is to be done.
 
         So many as `taste` says of those that are given back are offered to the RAM tier before. A choice may be
-        of fewer victims than asked for; with those that were left are those of `chosen`.
+        of fewer victims than asked for.
         """
-        if not self._may():
-            return []
-        self._lane.taste = taste
-        self._hub._choose(&self._lane, count)
-        return self.chosen()
-
-    @property
-    def has_chosen(self):
-        """Whether there is something in `chosen`."""
-        return self._lane.others_count > 0
-
-    def chosen(self):
-        """Take the victims, rising, that are not just to be given back."""
-        cdef lane_t *lane = &self._lane
-        cdef int index
-        qsort(lane.others, lane.others_count, sizeof(int64_t), &rising)
-        pages = [lane.others[index] for index in range(lane.others_count)]
-        lane.others_count = 0
-        return pages
+        if self._may():
+            self._lane.taste = taste
+            self._hub._choose(&self._lane, count)
 
     def give_back(self, int64_t pages):
         """Give back so many of the pages that are to be, or all, now."""
@@ -959,102 +1080,82 @@ cdef class Lane:
         while lane.victim != lane.victim_end and taken(lane) > least:
             self._hub._release(lane)
 
-    def begin_writes(self, list pages not None, buffer):
-        """Protect dirty pages, in rising order, and read them into a buffer; zero ones are given back.
+    @property
+    def wants_buffer(self):
+        """Whether there are dirty victims, and nowhere to read them to."""
+        return self._open and self._lane.batch == NULL and self._lane.other != self._lane.other_end
 
-        Returns `(runs, zeros, busy)`: `(first, count, place in the buffer, in pages)` of what is to be written,
-        how many were zero, and those that cannot be protected now.
+    @property
+    def is_ready(self):
+        """Whether there are dirty victims in the buffer, for `take`."""
+        return self._lane.ready
 
-        :raise IndexError: a page is not the client's.
-        :raise ValueError: there are more pages than the buffer holds.
+    def lend(self, buffer):
+        """Have dirty victims read into a buffer, until `take` or `recall`.
+
+        :raise ValueError: there is one already, or it holds no page, or is not aligned.
+        """
+        cdef lane_t *lane = &self._lane
+        if not self._may():
+            return
+        if lane.batch != NULL:
+            raise ValueError("there is a buffer")
+        PyObject_GetBuffer(buffer, &self._lent, PyBUF_WRITABLE)
+        if self._lent.len < PAGE or <uintptr_t>self._lent.buf % sizeof(uint64_t):
+            PyBuffer_Release(&self._lent)
+            raise ValueError("the buffer holds no page, or is not aligned")
+        lane.batch = <uint8_t *>self._lent.buf
+        lane.batch_pages = <int>min(self._lent.len // PAGE, RUN)
+        lane.asked = False
+        self._hub._others_wait = True
+
+    def take(self):
+        """Take what is to be written, and the buffer back.
+
+        Returns `(runs, busy)`: `(first, count, place in the buffer, in pages)` of what was read, rising, and the
+        pages that cannot be protected now.
+
         :raise OSError: the client's memory cannot be read.
         """
-        cdef Py_buffer view
-        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
-        try:
-            return self._begin_writes(pages, <uint8_t *>view.buf, view.len)
-        finally:
-            PyBuffer_Release(&view)
-
-    cdef tuple _begin_writes(self, list pages, uint8_t *buffer, Py_ssize_t buffer_bytes):
         cdef lane_t *lane = &self._lane
-        cdef int64_t wanted[RUN]
-        cdef int64_t run[RUN][3]
-        cdef int total = 0, runs = 0, zeros = 0, failed = 0, at = 0, count, index
+        cdef int index, failed = lane.failed
+        if not self._may() or not lane.ready:
+            return [], []
+        runs = [] if failed else [(lane.runs[index][0], lane.runs[index][1], lane.runs[index][2]) for index in range(lane.run_count)]
+        busy = [] if failed else [lane.busy[index] for index in range(lane.busy_count)]
+        if failed:
+            self._unwrite()
+        self._take_back()
+        if failed:
+            raise OSError(failed, "the client's memory cannot be read")
+        return runs, busy
+
+    cdef void _unwrite(self) noexcept:
+        """Let nobody write what was got ready."""
+        cdef lane_t *lane = &self._lane
         cdef int64_t page
-        cdef int64_t left[RUN]
-        cdef int left_count = 0
-        if <uintptr_t>buffer % sizeof(uint64_t):
-            raise ValueError("the buffer is not aligned")
-        for page in pages:
-            if total == RUN or (total + 1) * PAGE > buffer_bytes:
-                raise ValueError(f"{len(pages)} pages are more than a buffer holds")
-            if not 0 <= page < lane.pages:
-                raise IndexError(f"page {page} of {lane.pages}")
-            wanted[total] = page
-            total += 1
-        if not self._may():
-            return [], 0, []
-        self._hub._at_work = True
-        with nogil:
-            while at < total:
-                count = 1
-                while at + count < total and wanted[at + count] == wanted[at] + count:
-                    count += 1
-                if not protected(lane, wanted[at], count):
-                    for index in range(at, at + count):
-                        left[left_count] = wanted[index]
-                        left_count += 1
-                elif pread(
-                    lane.memfd, buffer + at * PAGE, count * PAGE, lane.memfd_offset + wanted[at] * PAGE
-                ) != count * PAGE:
-                    failed = errno or EIO
-                    break
-                else:
-                    zeros += self._sealed(wanted[at], count, at, buffer, run, &runs)
-                at += count
-        self._hub._at_work = False
-        if failed:  # nobody writes what was got ready before
-            for index in range(runs):
-                for page in range(run[index][0], run[index][0] + run[index][1]):
+        cdef int index
+        for index in range(lane.run_count):
+            for page in range(lane.runs[index][0], lane.runs[index][0] + lane.runs[index][1]):
+                if lane.state[page] == WRITING:
                     move(lane, page, WRITING, DIRTY)
                     (<Order>lane.order).page_added(page)
-            raise OSError(failed, "the client's memory cannot be read")
-        return (
-            [(run[index][0], run[index][1], run[index][2]) for index in range(runs)],
-            zeros,
-            [left[index] for index in range(left_count)],
-        )
+                elif lane.state[page] == REWRITTEN:
+                    move(lane, page, REWRITTEN, DIRTY)
+                    (<Order>lane.order).page_returned(page)
+        for index in range(lane.busy_count):
+            (<Order>lane.order).page_added(lane.busy[index])
 
-    cdef int _sealed(
-        self, int64_t first, int count, int at, const uint8_t *buffer, int64_t[3] *runs, int *run_count
-    ) noexcept nogil:
-        """Tell pages that are about to be written from zero ones, which are given back; returns how many."""
+    cdef void _take_back(self):
         cdef lane_t *lane = &self._lane
-        cdef const uint8_t *content
-        cdef int64_t page
-        cdef int index, zeros = 0
-        cdef bint goes_on = False
-        for index in range(count):
-            page = first + index
-            content = buffer + (at + index) * PAGE
-            if is_zero(<const uint64_t *>content) and punched(lane, page, 1):
-                move(lane, page, DIRTY, ZERO)
-                zeros += 1
-                goes_on = False
-                continue
-            lane.checksum[page] = <uint32_t>(<Store>lane.store)._digest(content, PAGE)
-            move(lane, page, DIRTY, WRITING)
-            if goes_on:
-                runs[run_count[0] - 1][1] += 1
-            else:
-                runs[run_count[0]][0], runs[run_count[0]][1], runs[run_count[0]][2] = page, 1, at + index
-                run_count[0] += 1
-                goes_on = True
-        return zeros
+        if lane.batch != NULL:
+            PyBuffer_Release(&self._lent)
+        lane.batch = NULL
+        lane.batch_at = lane.run_count = lane.busy_count = lane.failed = 0
+        lane.ready = lane.asked = False
 
     def acknowledged(self, list runs not None, buffer, int taste):
-        """Have the pages of `begin_writes`' runs given back, but those that were written to meanwhile.
+        """Have the pages of `take`'s runs given back, but those that were written to meanwhile.
 
         The first `taste` of them, as they were written, are offered to the RAM tier.
 
@@ -1089,23 +1190,26 @@ cdef class Lane:
                         (<Store>lane.store).keep_page(<uint64_t>page, buffer + (at + index) * PAGE)
                         taste -= 1
                     self._hub._offer(lane, page, False)
+        self._hub._others_wait = True  # more may be on their way now
         return 0
 
     def recall(self):
-        """Give back no more; what was to be given back stays."""
+        """Let no more pages leave: what was to be given back or written stays, and the buffer is free."""
         if self._may():
             self._recall()
 
-    cdef void _recall(self) noexcept:
+    cdef void _recall(self):
         cdef lane_t *lane = &self._lane
         while lane.victim != lane.victim_end:
             (<Store>lane.store).forget_run(<uint64_t>lane.victims[lane.victim], 1)
             (<Order>lane.order).page_added(lane.victims[lane.victim])
             lane.victim += 1
             self._hub._victims -= 1
-        while lane.others_count:
-            lane.others_count -= 1
-            (<Order>lane.order).page_added(lane.others[lane.others_count])
+        while lane.other != lane.other_end:
+            (<Order>lane.order).page_added(lane.others[lane.other])
+            lane.other += 1
+        self._unwrite()
+        self._take_back()
 
     @property
     def taste(self):
@@ -1149,18 +1253,18 @@ cdef class Lane:
     def counted(self):
         """Take what has happened since the last time.
 
-        That is `(faults, pages read, pages from the RAM tier, zero pages, pages given back, buckets of waits, seconds waited,
-        the longest of them, stalls)`.
+        That is `(faults, pages read, pages from the RAM tier, pages filled with zeros, clean pages given back, zero
+        ones given back, buckets of waits, seconds waited, the longest of them, stalls)`.
         """
         cdef int index
         cdef lane_t *lane = &self._lane
         counted = (
-            lane.faults, lane.answered, lane.from_tier, lane.zeroed, lane.given_back,
+            lane.faults, lane.answered, lane.from_tier, lane.zeroed, lane.given_back, lane.zero_count,
             [lane.buckets[index] for index in range(BUCKETS)],
             lane.waited_ns / 1e9, lane.longest_ns / 1e9,
             [(lane.stalls[index][0] / 1e9, lane.stalls[index][1] / 1e9) for index in range(lane.stall_count)],
         )
-        lane.faults = lane.answered = lane.from_tier = lane.zeroed = lane.given_back = 0
+        lane.faults = lane.answered = lane.from_tier = lane.zeroed = lane.given_back = lane.zero_count = 0
         lane.waited_ns = lane.longest_ns = lane.stall_count = 0
         memset(lane.buckets, 0, sizeof(lane.buckets))
         return counted

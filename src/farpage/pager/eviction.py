@@ -3,6 +3,8 @@
 The way of a slice: victims -> clean ones are given back at once -> the others are write-protected, read
 from the memfd and checked for zeros -> zero pages are given back without I/O -> runs of the rest are written
 to the volume -> when a write is acknowledged, the pages that nobody wrote to meanwhile are given back.
+
+On the short way (`farpage.pager.lane`) all of that but the writes is done between events, one run at a time.
 """
 
 from __future__ import annotations
@@ -30,10 +32,7 @@ that come meanwhile wait for its end."""
 PACE_SECONDS: Final = 0.1
 """The marks of the limit follow the client's pace at least so often, while it has one."""
 CHOSEN_PAGES: Final = 256
-"""Victims that are chosen at a time where the clean ones among them take no part in a slice."""
-RUNS_A_WAITER: Final = 8
-MOST_SLICE_RUNS: Final = 32
-"""It is longer while accesses wait for the device anyway, which makes fewer and larger sends."""
+"""Victims that the short way chooses at a time when it is told to."""
 RETRY_SECONDS: Final = 0.001
 
 
@@ -54,18 +53,37 @@ class Eviction:
         self._paced_pages = 0
         self._victims: list[int] = []
         """Chosen and rising, for the next slices: they are in no queue."""
+        self._lent: SharedBuffer | None = None
+        """Where the short way gets pages ready to be written."""
+        self._taking = False
 
     def wake(self) -> None:
         """Page out when the client is above its mark; returns at once."""
         if self._scheduled is not None:
             return
-        short = self._space.short
-        if short is not None and self._loop.time() - self._paced_seconds > PACE_SECONDS:
-            self._follow_pace()
-        if not self._stopped and (self._excess() > 0 or (short is not None and short.has_chosen)):
+        space = self._space
+        short = None if space.page_outs_wait else space.short
+        if short is not None:
+            self._wake_shortly(short)
+        elif not self._stopped and self._excess() > 0:
             self._scheduled = self._loop.call_soon(self._slice)
-        self._space.paging_out = self._running
-        self._space.changed()
+        space.paging_out = self._running
+        space.changed()
+
+    def _wake_shortly(self, short: ShortWay) -> None:
+        if self._loop.time() - self._paced_seconds > PACE_SECONDS:
+            self._follow_pace()
+        if self._stopped:
+            return
+        if (excess := self._excess()) > 0:
+            count = min(excess, CHOSEN_PAGES)
+            short.evict(count, self._tier_wants(count))
+        if short.wants_buffer:
+            self._lent = SharedBuffer(self._space.buffers)
+            short.lend(self._lent.view)
+        if short.is_ready and not self._taking:
+            self._taking = True
+            eventloop.defer(self._loop, self._write_shortly)
 
     def stop(self) -> None:
         """Page out no more; pages whose write is in flight stay in memory."""
@@ -73,16 +91,18 @@ class Eviction:
         if self._scheduled:
             self._scheduled.cancel()
             self._scheduled = None
-        if self._space.short is not None:
-            self._space.short.recall()
         self._put_back()
 
     def _put_back(self) -> None:
+        """Let the victims stay that have not left."""
         victims, self._victims = self._victims, []
-        if self._space.short is not None:
-            victims += self._space.short.chosen()
         for first, count in runs_of(victims):
             self._space.replacement.added(first, count)
+        if self._space.short is not None:
+            self._space.short.recall()
+        lent, self._lent = self._lent, None
+        if lent is not None:
+            lent.release()
 
     def resume(self) -> None:
         """Take back `stop`."""
@@ -92,9 +112,8 @@ class Eviction:
     def drain(self, *, on: bool) -> None:
         """Page out all that there is, whatever the limit; or no more than that again."""
         self._draining = on
-        if on and self._space.short is not None:
-            self._space.short.recall()
         if on:
+            self._put_back()
             self._space.tier.clear()
         self.wake()
 
@@ -111,7 +130,7 @@ class Eviction:
             return 0
         leaving = 0 if space.page_outs_wait else max(space.table.counts[WRITING] - self._held_pages, 0)
         if space.short is not None:
-            leaving += space.short.offered
+            leaving += space.short.leaving
         staying = taken - leaving
         if self._draining:
             return staying
@@ -144,8 +163,6 @@ class Eviction:
             self._release_clean_ones()
             return
         victims = self._next_victims()
-        if not victims:  # the short way goes on by itself, as long as clean ones are left
-            return
         states = space.table.state
         freed = self._release_clean([page for page in victims if states[page] == CLEAN])
         dirty = [page for page in victims if states[page] == DIRTY]
@@ -163,25 +180,16 @@ class Eviction:
         """Return the pages of the next slice, rising."""
         space = self._space
         victims = self._victims
-        if not victims and space.short is not None:
-            victims = space.short.chosen()
         if not victims:
             counts = space.table.counts
             waiting = self._held_pages + space.doubtful_pages
             budget = space.limit.in_flight + waiting - counts[WRITING] - counts[REWRITTEN]
-            count = max(min(self._excess(), CHOSEN_PAGES if space.short else SLICE_PAGES, budget), 0)
-            if space.short is not None and not self._draining:
-                victims = space.short.evict(count, self._tier_wants(count))
-            else:
-                victims = space.replacement.victims(count)
-                victims.sort()
-        most = SLICE_RUNS
-        if space.short is not None:
-            most = min(RUNS_A_WAITER * (1 + space.short.in_flight), MOST_SLICE_RUNS)
-        slice_of = victims[:SLICE_PAGES]
+            victims = space.replacement.victims(max(min(self._excess(), SLICE_PAGES, budget), 0))
+            victims.sort()
+        slice_of = victims
         runs = runs_of(slice_of)
-        if len(runs) > most:
-            slice_of = slice_of[: bisect_left(slice_of, runs[most][0])]
+        if len(runs) > SLICE_RUNS:
+            slice_of = slice_of[: bisect_left(slice_of, runs[SLICE_RUNS][0])]
         self._victims = victims[len(slice_of) :]
         return slice_of
 
@@ -225,11 +233,6 @@ class Eviction:
     def _write(self, pages: list[int]) -> int:
         """Start to write pages out; returns how many were zero and are given back already."""
         buffer = SharedBuffer(self._space.buffers)
-        if self._space.short is not None:
-            freed = self._write_shortly(pages, buffer, self._space.short)
-            buffer.release()
-            self._space.volume.push()
-            return freed
         offset = freed = 0
         for first, count in runs_of(pages):
             freed += self._write_run(first, count, buffer, offset)
@@ -238,22 +241,30 @@ class Eviction:
         self._space.volume.push()
         return freed
 
-    def _write_shortly(self, pages: list[int], buffer: SharedBuffer, short: ShortWay) -> int:
-        """Do what `_write` does, all system calls in one go."""
-        space = self._space
-        runs, zeros, busy = short.begin_writes(pages, buffer.view)
-        space.counters.zero_evict_pages += zeros
-        if busy:  # the client's mappings are changing
-            for page in busy:
-                space.replacement.added(page)
-            self._loop.call_later(RETRY_SECONDS, self.wake)
-        if runs:
-            buffer.use()
-            written = partial(self._shortly_written, runs, buffer)
-            space.volume.write_runs(
-                [(first * PAGE_BYTES, buffer.content(at, count)) for first, count, at in runs], written
-            )
-        return zeros
+    @ends_with_client
+    def _write_shortly(self) -> None:
+        """Write what the short way has got ready."""
+        self._taking = False
+        space, short, buffer = self._space, self._space.short, self._lent
+        if short is None or buffer is None or not short.is_ready:
+            return
+        self._lent = None
+        try:
+            runs, busy = short.take()
+            if busy:  # the client's mappings are changing
+                for page in busy:
+                    space.replacement.added(page)
+                self._loop.call_later(RETRY_SECONDS, self.wake)
+            if runs:
+                buffer.use()
+                written = partial(self._shortly_written, runs, buffer)
+                space.volume.write_runs(
+                    [(first * PAGE_BYTES, buffer.content(at, count)) for first, count, at in runs], written
+                )
+                space.volume.push()
+        finally:
+            buffer.release()
+        self.wake()
 
     def _shortly_written(self, runs: list[tuple[int, int, int]], buffer: SharedBuffer, error: int) -> None:
         space = self._space

@@ -31,7 +31,7 @@ TASTED_TOGETHER: Final = 256
 _NEVER: Final = 1 << 60
 
 
-MOST, READING, HIGH, DEFERRED, LOW, HELD = range(6)
+MOST, READING, HIGH, DEFERRED, LOW, WRITABLE, UNWRITABLE, HELD = range(8)
 """Places in the array of numbers that the loop goes by. Behind the last, which tells how many pages the RAM
 tier holds as they are, are those pages."""
 
@@ -105,13 +105,15 @@ class ShortWay:
         """Tell the loop how much room there is now, and who waits for some."""
         space, marks = self._space, self._marks
         limit = space.limit
+        held_pages = space.volume.held_bytes // PAGE_BYTES
         marks[MOST] = limit.most
         marks[READING] = limit.reading
+        marks[WRITABLE] = limit.in_flight + held_pages + space.doubtful_pages
+        marks[UNWRITABLE] = -1 if space.unwritable_page is None else space.unwritable_page
         if space.page_outs_wait or limit.pages >= space.table.pages:
             marks[HIGH] = _NEVER
         else:
             # Held back with a server that failed: those stay, though they are being written.
-            held_pages = space.volume.held_bytes // PAGE_BYTES
             marks[HIGH] = (limit.low if space.paging_out else limit.high) - held_pages
             marks[LOW] = limit.low - held_pages
         marks[DEFERRED] = self._deferred()
@@ -150,33 +152,45 @@ class ShortWay:
     # Pages that are to be given back
 
     @property
-    def offered(self) -> int:
-        """Clean pages that are about to be given back."""
-        return self._lane.offered
+    def leaving(self) -> int:
+        """Pages that are about to be given back or got ready to be written."""
+        return self._lane.offered + self._lane.chosen
 
-    def evict(self, count: int, taste: int) -> list[int]:
-        """Choose victims; returns those, rising, that are not just to be given back.
+    def evict(self, count: int, taste: int) -> None:
+        """Choose victims, which leave while nothing else is to be done.
 
-        Of the others, `taste` are offered to the RAM tier before.
+        Of those that are just given back, `taste` are offered to the RAM tier before.
         """
-        return self._lane.evict(count, taste)
+        self._lane.evict(count, taste)
 
-    def begin_writes(
-        self, pages: list[int], buffer: memoryview
-    ) -> tuple[list[tuple[int, int, int]], int, list[int]]:
-        """Protect dirty pages, in rising order, and read them into a buffer.
+    @property
+    def wants_buffer(self) -> bool:
+        """Whether there are dirty victims, and nowhere to read them to."""
+        return self._lane.wants_buffer
 
-        Zero ones are given back. Returns `(first, count, place in the buffer, in pages)` for each run to be
-        written, how many pages were zero, and those that cannot be protected at the moment.
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is something in the buffer to be written."""
+        return self._lane.is_ready
+
+    def lend(self, buffer: memoryview) -> None:
+        """Have dirty victims got ready in a buffer, until `take` or `recall`."""
+        self._lane.lend(buffer)
+
+    def take(self) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """Take what is to be written, which is protected, and the buffer back.
+
+        Returns `(first, count, place in the buffer, in pages)` for each run, rising, and the pages that
+        cannot be protected at the moment, which are in no queue.
 
         :raise OSError: the client's memory cannot be read.
         """
-        return self._lane.begin_writes(pages, buffer)
+        return self._lane.take()
 
     def acknowledged(self, runs: list[tuple[int, int, int]], buffer: memoryview, taste: int) -> None:
         """Have pages given back whose write was acknowledged, but those that were written to meanwhile.
 
-        `runs` are those of `begin_writes`. The first `taste` pages are offered to the RAM tier.
+        `runs` are those of `take`. The first `taste` pages are offered to the RAM tier.
         """
         self._lane.acknowledged(runs, buffer, taste)
 
@@ -184,17 +198,8 @@ class ShortWay:
         """Give back so many of the pages that are to be, or all, now: there is little room."""
         self._lane.give_back(pages)
 
-    @property
-    def has_chosen(self) -> bool:
-        """Whether victims were chosen that are not just to be given back."""
-        return self._lane.has_chosen
-
-    def chosen(self) -> list[int]:
-        """Take those, rising."""
-        return self._lane.chosen()
-
     def recall(self) -> None:
-        """Give back no more; the pages stay in memory."""
+        """Let no more pages leave: the victims stay in memory, and the buffer is free."""
         self._lane.recall()
 
     # What it has done
@@ -226,9 +231,12 @@ class ShortWay:
     def settle(self) -> None:
         """Count what it has done, and tell who follows the accesses."""
         space, counters = self._space, self._space.counters
-        faults, read, from_tier, zeroed, given_back, buckets, waited, longest, stalls = self._lane.counted()
+        faults, read, from_tier, zeroed, given_back, zeros, buckets, waited, longest, stalls = (
+            self._lane.counted()
+        )
         counters.faults += faults
         counters.clean_evict_pages += given_back
+        counters.zero_evict_pages += zeros
         if not (read or from_tier or zeroed):
             return
         self._streams.passed(self._lane.passed())

@@ -35,7 +35,18 @@ from farpage.kernel.userfaultfd import FLAG_WP, FLAG_WRITE, Mode, Userfaultfd
 from farpage.nbd import eventloop
 from farpage.pager.checksum import page_checksum
 from farpage.pager.compiled import COMPILED, libraries
-from farpage.pager.lane import DEFERRED, HELD, HIGH, LOW, MOST, READING, READS_IN_FLIGHT, open_hub
+from farpage.pager.lane import (
+    DEFERRED,
+    HELD,
+    HIGH,
+    LOW,
+    MOST,
+    READING,
+    READS_IN_FLIGHT,
+    UNWRITABLE,
+    WRITABLE,
+    open_hub,
+)
 from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, REWRITTEN, STATE_COUNT, WRITING, ZERO
 from farpage.pager.states import READING as READING_STATE
 from farpage.pager.streams import Streams
@@ -113,6 +124,7 @@ class Client:
         self.streams = Streams(pages)
         self.marks = array("q", [0] * (HELD + 1 + MOST_HELD))
         self.marks[MOST], self.marks[READING], self.marks[HIGH] = pages, pages, 1 << 60
+        self.marks[WRITABLE], self.marks[UNWRITABLE] = pages, -1
         self.calls = 0
         self.left: list[tuple[int, int, float]] = []
         self.back: list[tuple[int, bool, bool, float]] = []
@@ -199,6 +211,15 @@ class Client:
         """Take what is left to the interpreter."""
         self.left += self.lane.left()
         self.back += self.lane.back()
+
+    def got_ready(
+        self, buffer: AlignedBuffer, victims: int = 0
+    ) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """Have victims chosen, and take those that are to be written."""
+        self.lane.evict(victims, 0)
+        self.lane.lend(buffer.view)
+        self.polled.until(lambda: self.lane.is_ready)
+        return self.lane.take()
 
     def _attention(self) -> None:
         self.calls += 1
@@ -390,7 +411,7 @@ def test_a_page_on_the_device_comes_in_clean_and_protected(
 def test_what_has_come_in_is_counted_once(client: Client) -> None:
     for page in (100, 300, 500):
         client.has_read(page)
-    faults, read, from_tier, zeroed, given_back, buckets, waited, longest, _ = client.lane.counted()
+    faults, read, from_tier, zeroed, given_back, _, buckets, waited, longest, _ = client.lane.counted()
     assert (faults, read, from_tier, zeroed, given_back, sum(buckets)) == (3, 3, 0, 0, 0, 3)
     assert 0 < longest < waited
     assert client.lane.passed() == [100, 300, 500]
@@ -734,13 +755,32 @@ def test_above_the_high_mark_clean_victims_leave_without_the_interpreter(
     assert client.states(100, 200, 400, 500) == [ON_DEVICE, ON_DEVICE, CLEAN, CLEAN]
 
 
-def test_dirty_victims_are_chosen_for_the_interpreter(client: Client) -> None:
+def test_above_the_high_mark_dirty_victims_are_got_ready_without_the_interpreter(
+    client: Client, polled: Polled
+) -> None:
     client.resident([400, 100, 200], DIRTY)
     client.marks[HIGH], client.marks[LOW] = 3, 1
-    client.has_read(500)
-    assert client.lane.has_chosen
-    assert client.lane.chosen() == [100, 200, 400]
-    assert not client.lane.has_chosen
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        client.lane.lend(buffer.view)
+        client.has_read(500)
+        polled.until(lambda: client.lane.is_ready)
+        assert client.lane.take() == ([(100, 1, 0), (200, 1, 1), (400, 1, 2)], [])
+    assert client.calls
+
+
+def test_the_interpreter_is_asked_once_for_a_buffer(client: Client, polled: Polled) -> None:
+    client.resident([100], DIRTY)
+    assert not client.lane.wants_buffer
+    client.lane.evict(1, 0)
+    assert client.lane.wants_buffer
+    polled.until(lambda: client.calls)
+    polled.poll(OFTEN)
+    assert (client.calls, client.lane.is_ready) == (1, False)
+    with AlignedBuffer(PAGE_SIZE) as buffer:
+        client.lane.lend(buffer.view)
+        assert not client.lane.wants_buffer
+        polled.until(lambda: client.lane.is_ready)
+        assert (client.calls, client.lane.take()) == (2, ([(100, 1, 0)], []))
 
 
 def test_pages_that_are_to_be_given_back_are_so_at_once_on_demand(client: Client) -> None:
@@ -799,7 +839,8 @@ def test_the_interpreter_is_told_when_more_is_in_memory_than_can_leave_without_i
     client.marks[HIGH] = client.marks[LOW] = 1
     assert client.calls == 0
     polled.until(client.write(500, b"new").ended)
-    assert client.calls == 1
+    polled.until(lambda: client.calls)
+    assert client.lane.wants_buffer
 
 
 def test_nothing_leaves_of_a_client_whose_lane_was_turned_off_when_a_read_comes(
@@ -814,7 +855,7 @@ def test_nothing_leaves_of_a_client_whose_lane_was_turned_off_when_a_read_comes(
     client.lane.turn(on=False)
     device.answer(content_of(500))
     polled.until(access.ended)
-    assert (client.lane.offered, client.lane.has_chosen) == (0, False)
+    assert (client.lane.offered, client.lane.chosen) == (0, 0)
     assert client.states(100, 200, 400, 500) == [CLEAN, CLEAN, DIRTY, CLEAN]
 
 
@@ -858,8 +899,8 @@ def test_clean_victims_are_given_back_while_nothing_else_is_to_be_done(
 ) -> None:
     client.resident([100, 101, 102, 300], CLEAN)
     client.resident([500, 400], DIRTY)
-    assert client.lane.evict(8, 0) == [400, 500]
-    assert client.lane.offered == 4
+    client.lane.evict(8, 0)
+    assert (client.lane.offered, client.lane.chosen) == (4, 2)
     polled.until(lambda: not client.lane.offered)
     assert client.states(100, 101, 102, 300) == [ON_DEVICE] * 4
     assert resident_bytes(client.memfd) == 2 * PAGE_SIZE
@@ -870,7 +911,7 @@ def test_clean_victims_are_given_back_while_nothing_else_is_to_be_done(
 
 def test_no_more_victims_are_chosen_than_asked_for(client: Client, polled: Polled) -> None:
     client.resident([100, 300, 500], CLEAN)
-    assert client.lane.evict(2, 0) == []
+    client.lane.evict(2, 0)
     assert client.lane.offered == 2
     polled.until(lambda: not client.lane.offered)
     assert client.states(100, 300, 500) == [ON_DEVICE, ON_DEVICE, CLEAN]
@@ -879,7 +920,7 @@ def test_no_more_victims_are_chosen_than_asked_for(client: Client, polled: Polle
 def test_more_victims_are_given_back_than_are_remembered_at_a_time(client: Client, polled: Polled) -> None:
     client.resident(list(range(700)), CLEAN)
     while len(client.order):
-        assert client.lane.evict(300, 0) == []
+        client.lane.evict(300, 0)
         polled.poll()
     polled.until(lambda: not client.lane.offered)
     assert client.table.counts[ON_DEVICE] == PAGES
@@ -888,7 +929,7 @@ def test_more_victims_are_given_back_than_are_remembered_at_a_time(client: Clien
 
 def test_a_victim_that_is_written_to_stays(client: Client, polled: Polled) -> None:
     client.resident([100, 101, 102], CLEAN)
-    assert client.lane.evict(3, 3) == []
+    client.lane.evict(3, 3)
     client.write(101, b"new")
     client.waits()
     polled.until(lambda: not client.lane.offered)
@@ -901,7 +942,7 @@ def test_a_victim_that_is_written_to_stays(client: Client, polled: Polled) -> No
 def test_an_access_with_no_room_takes_a_victims_place(client: Client, polled: Polled) -> None:
     client.resident([100, 200, 300], CLEAN)
     client.marks[MOST] = 3
-    assert client.lane.evict(2, 0) == []
+    client.lane.evict(2, 0)
     access = client.read(500)
     client.waits()
     polled.until(access.ended)
@@ -937,7 +978,7 @@ def test_victims_that_are_called_back_stay(client: Client, polled: Polled) -> No
 
 def test_as_many_victims_as_are_asked_for_go_to_the_ram_tier(client: Client, polled: Polled) -> None:
     client.resident([100, 101, 300], CLEAN)
-    assert client.lane.evict(3, 2) == []
+    client.lane.evict(3, 2)
     polled.until(lambda: not client.lane.offered)
     assert [page in client.store for page in (100, 101, 300)] == [True, True, False]
     client.lane.use(-1, 0, 0.0)
@@ -955,13 +996,12 @@ def test_the_interpreter_is_told_of_room_when_accesses_wait_for_it(client: Clien
 # Page-outs
 
 
-def test_dirty_pages_are_protected_and_read_and_zero_ones_given_back(client: Client) -> None:
-    client.resident([100, 101, 103, 104, 300], DIRTY, lambda page: content_of(page, 2))
-    client.resident([102, 301], DIRTY, lambda _page: bytes(PAGE_SIZE))
+def test_dirty_victims_are_protected_and_read_and_zero_ones_given_back(client: Client) -> None:
+    client.resident([300, 301, 104, 100, 101, 103], DIRTY, lambda page: content_of(page, 2))
+    client.resident([102, 302], DIRTY, lambda _page: bytes(PAGE_SIZE))
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
-        pages = [100, 101, 102, 103, 104, 300, 301]
-        runs, zeros, busy = client.lane.begin_writes(pages, buffer.view)
-        assert (runs, zeros, busy) == ([(100, 2, 0), (103, 2, 3), (300, 1, 5)], 2, [])
+        runs, busy = client.got_ready(buffer, 8)
+        assert (runs, busy) == ([(100, 2, 0), (103, 2, 3), (300, 2, 5)], [])
         for first, count, place in runs:
             for index in range(count):
                 page, at = first + index, (place + index) * PAGE_SIZE
@@ -969,33 +1009,123 @@ def test_dirty_pages_are_protected_and_read_and_zero_ones_given_back(client: Cli
                 assert client.table.checksum[page] == page_checksum(memoryview(content_of(page, 2)))
                 assert client.states(page) == [WRITING]
                 assert client.protected(page)
-    assert client.states(102, 301) == [ZERO, ZERO]
-    assert (client.held(102), client.held(301)) == (None, None)
+    assert client.states(102, 302) == [ZERO, ZERO]
+    assert (client.held(102), client.held(302)) == (None, None)
+    assert client.lane.counted()[5] == 2
+    assert client.lane.counted()[5] == 0
 
 
-def test_pages_that_cannot_be_protected_now_are_busy(client: Client) -> None:
-    client.resident([100, 101, 300], DIRTY)
-    client.uffd.unregister(client.start + 100 * PAGE_SIZE, 2 * PAGE_SIZE)
+def test_victims_that_cannot_be_protected_now_are_busy(client: Client) -> None:
+    client.resident([100, 300, 301], DIRTY)
+    client.uffd.unregister(client.start + 300 * PAGE_SIZE, 2 * PAGE_SIZE)
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
-        runs, zeros, busy = client.lane.begin_writes([100, 101, 300], buffer.view)
-    assert (runs, zeros, busy) == ([(300, 1, 2)], 0, [100, 101])
-    assert client.states(100, 101, 300) == [DIRTY, DIRTY, WRITING]
+        assert client.got_ready(buffer, 3) == ([(100, 1, 0)], [300, 301])
+    assert client.states(100, 300, 301) == [WRITING, DIRTY, DIRTY]
 
 
-def test_more_pages_than_a_buffer_holds_are_not_written(client: Client) -> None:
-    with AlignedBuffer(65 * PAGE_SIZE) as buffer, pytest.raises(ValueError, match="65 pages"):
-        client.lane.begin_writes(list(range(65)), buffer.view)
-    with AlignedBuffer(PAGE_SIZE) as buffer, pytest.raises(ValueError, match="2 pages"):
-        client.lane.begin_writes([0, 1], buffer.view)
+def test_victims_whose_content_cannot_be_read_go_back_into_the_order(client: Client) -> None:
+    client.resident([100, 700], DIRTY)
+    client.lane.evict(2, 0)
+    os.ftruncate(client.memfd, 200 * PAGE_SIZE)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        with pytest.raises(OSError, match="cannot be read"):
+            client.got_ready(buffer)
+        assert not client.lane.is_ready
+    assert client.states(100, 700) == [DIRTY, DIRTY]
+    assert sorted(client.order.victims(3)) == [100, 700]
+
+
+def test_no_more_victims_are_got_ready_than_the_buffer_holds(client: Client) -> None:
+    client.resident([*range(100, 170), 300], DIRTY)
+    with AlignedBuffer(80 * PAGE_SIZE) as buffer:
+        assert client.got_ready(buffer, 71) == ([(100, 64, 0)], [])
+        assert client.got_ready(buffer) == ([(164, 6, 0), (300, 1, 6)], [])
+    with AlignedBuffer(PAGE_SIZE) as buffer:
+        client.resident([500, 501], DIRTY)
+        assert client.got_ready(buffer, 2) == ([(500, 1, 0)], [])
+
+
+def test_no_more_victims_are_got_ready_than_may_be_on_their_way(client: Client, polled: Polled) -> None:
+    client.resident([100, 101, 102, 300], DIRTY)
+    client.marks[WRITABLE] = 2
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        assert client.got_ready(buffer, 4) == ([(100, 2, 0)], [])
+        client.lane.lend(buffer.view)
+        polled.poll(OFTEN)
+        assert (client.lane.is_ready, client.lane.chosen) == (False, 2)
+        client.lane.acknowledged([(100, 2, 0)], buffer.view, 0)
+        polled.until(lambda: client.lane.is_ready)
+        assert client.lane.take() == ([(102, 1, 0), (300, 1, 1)], [])
+
+
+def test_what_is_ready_is_told_of_when_no_more_may_be_on_its_way(client: Client, polled: Polled) -> None:
+    client.resident(list(range(0, 128, 2)), DIRTY)
+    client.marks[DEFERRED] = 1
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        client.lane.evict(64, 0)
+        client.lane.lend(buffer.view)
+        other = os.eventfd(1, os.EFD_NONBLOCK)
+        polled.watch(other)
+        polled.poll()  # the loop is busy: just one run is got ready
+        assert (client.lane.is_ready, client.table.counts[WRITING]) == (False, 1)
+        polled.unwatch(other)
+        os.close(other)
+        client.marks[WRITABLE] = 1
+        polled.until(lambda: client.lane.is_ready)
+        assert client.lane.take() == ([(0, 1, 0)], [])
+
+
+def test_a_page_that_is_not_to_be_written_stays(client: Client) -> None:
+    client.resident([100, 101, 102], DIRTY)
+    client.marks[UNWRITABLE] = 101
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        assert client.got_ready(buffer, 3) == ([(100, 1, 0), (102, 1, 1)], [])
+    assert client.states(101) == [DIRTY]
+    assert client.order.victims(3) == [101]
+
+
+def test_victims_that_are_not_dirty_any_more_are_not_written(client: Client, polled: Polled) -> None:
+    client.resident([100, 101, 102], DIRTY)
+    client.lane.evict(3, 0)
+    client.table.put(100, CLEAN)
+    client.table.put(102, ZERO)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        assert client.got_ready(buffer) == ([(101, 1, 0)], [])
+    polled.until(lambda: not client.lane.offered)
+    assert client.states(100, 101, 102) == [ON_DEVICE, WRITING, ZERO]
+
+
+def test_what_was_got_ready_is_called_back(client: Client, polled: Polled) -> None:
+    client.resident([100, 101, 200, 300], DIRTY)
+    client.uffd.unregister(client.start + 300 * PAGE_SIZE, PAGE_SIZE)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        client.lane.evict(4, 0)
+        client.lane.lend(buffer.view)
+        polled.until(lambda: client.lane.is_ready)
+        client.table.put(101, REWRITTEN)
+        client.lane.recall()
+        assert not client.lane.is_ready
+        assert client.lane.take() == ([], [])
+    assert client.states(100, 101, 200, 300) == [DIRTY] * 4
+    assert sorted(client.order.victims(5)) == [100, 101, 200, 300]
+
+
+def test_there_is_one_buffer_at_a_time(client: Client) -> None:
+    with AlignedBuffer(PAGE_SIZE) as buffer:
+        client.lane.lend(buffer.view)
+        with pytest.raises(ValueError, match="there is a buffer"):
+            client.lane.lend(buffer.view)
+        client.lane.recall()
+        client.lane.lend(buffer.view)
+        client.lane.close()
 
 
 def test_written_pages_are_given_back_but_those_that_were_written_to_meanwhile(
     client: Client, polled: Polled
 ) -> None:
     client.resident([100, 101, 102, 300], DIRTY)
-    client.order.victims(4)
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
-        runs, _, _ = client.lane.begin_writes([100, 101, 102, 300], buffer.view)
+        runs, _ = client.got_ready(buffer, 4)
         client.table.put(101, REWRITTEN)
         client.lane.acknowledged(runs, buffer.view, 1)
     assert client.states(101) == [DIRTY]
@@ -1012,12 +1142,13 @@ def test_more_written_pages_are_given_back_than_are_remembered_at_a_time(
     client: Client, polled: Polled
 ) -> None:
     client.resident(list(range(700)), DIRTY)
-    client.order.victims(700)
+    taken: list[tuple[int, int, int]] = []
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
-        for first in range(0, 700, 50):
-            pages = list(range(first, first + 50))
-            runs, _, _ = client.lane.begin_writes(pages, buffer.view)
-            client.lane.acknowledged(runs, buffer.view, 0)
+        while len(client.order) or client.lane.chosen:
+            runs, _ = client.got_ready(buffer, 50)
+            taken += [(first, count, 0) for first, count, _ in runs]
+        for run in taken:
+            client.lane.acknowledged([run], buffer.view, 0)
     polled.until(lambda: not client.lane.offered)
     assert client.table.counts[ON_DEVICE] == PAGES
     assert resident_bytes(client.memfd) == 0
@@ -1199,16 +1330,18 @@ def test_a_lane_that_is_closed_does_nothing(client: Client, polled: Polled) -> N
     client.lane.turn(on=True)
     client.use_file()
     assert descriptors() == opened
-    assert client.lane.evict(3, 3) == client.lane.chosen() == []
+    client.lane.evict(3, 3)
     assert client.lane.withdraw() == []
     client.lane.give_back(10)
     client.lane.recall()
     assert not client.lane.join(300, True)
     with AlignedBuffer(PAGE_SIZE) as buffer:
-        assert client.lane.begin_writes([200], buffer.view) == ([], 0, [])
+        client.lane.lend(buffer.view)
+        assert (client.lane.wants_buffer, client.lane.is_ready) == (False, False)
+        assert client.lane.take() == ([], [])
         client.lane.acknowledged([(200, 1, 0)], buffer.view, 1)
     assert (client.lane.left(), client.lane.back(), client.lane.passed()) == ([], [], [])
-    assert (client.lane.offered, client.lane.in_flight, client.lane.has_chosen) == (0, 0, False)
+    assert (client.lane.offered, client.lane.in_flight, client.lane.chosen) == (0, 0, 0)
     client.lane.close()
     polled.poll()
     assert (bytes(client.table.state), len(client.order)) == (before[0], before[1] + 1)
@@ -1216,15 +1349,12 @@ def test_a_lane_that_is_closed_does_nothing(client: Client, polled: Polled) -> N
 
 
 @pytest.mark.parametrize("page", [-1, PAGES, 1 << 40])
-def test_pages_that_are_not_the_clients_are_not_written(client: Client, page: int) -> None:
-    client.resident([100], DIRTY)
-    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
-        with pytest.raises(IndexError, match=f"page {page} of {PAGES}"):
-            client.lane.begin_writes([100, page], buffer.view)
-        with pytest.raises(IndexError, match=f"1 pages from {page} on"):
-            client.lane.acknowledged([(page, 1, 0)], buffer.view, 1)
-    assert client.states(100) == [DIRTY]
-    assert not client.protected(100)
+def test_pages_that_are_not_the_clients_are_not_acknowledged(client: Client, page: int) -> None:
+    with (
+        AlignedBuffer(64 * PAGE_SIZE) as buffer,
+        pytest.raises(IndexError, match=f"1 pages from {page} on"),
+    ):
+        client.lane.acknowledged([(page, 1, 0)], buffer.view, 1)
 
 
 @pytest.mark.parametrize(
@@ -1235,40 +1365,34 @@ def test_runs_that_the_buffer_does_not_hold_are_not_acknowledged(
 ) -> None:
     client.resident([100, 101], DIRTY)
     with AlignedBuffer(2 * PAGE_SIZE) as buffer:
-        client.lane.begin_writes([100, 101], buffer.view)
+        client.got_ready(buffer, 2)
         with pytest.raises(IndexError, match="pages into 2"):
             client.lane.acknowledged([run], buffer.view, 2)
     assert client.states(100, 101) == [WRITING, WRITING]
     assert len(client.store) == 0
 
 
-def test_only_memory_that_may_be_written_to_is_read_into(client: Client) -> None:
+def test_only_memory_that_may_be_written_to_is_read_into(client: Client, polled: Polled) -> None:
     client.resident([100], DIRTY)
+    client.lane.evict(1, 0)
     content = bytes(PAGE_SIZE)
     with pytest.raises(BufferError):
-        client.lane.begin_writes([100], memoryview(content))
+        client.lane.lend(memoryview(content))
     with pytest.raises(ValueError, match="aligned"):
-        client.lane.begin_writes([100], memoryview(bytearray(PAGE_SIZE + 1))[1:])
+        client.lane.lend(memoryview(bytearray(PAGE_SIZE + 1))[1:])
+    with pytest.raises(ValueError, match="no page"):
+        client.lane.lend(memoryview(bytearray(PAGE_SIZE - 8)))
+    polled.poll(OFTEN)
     assert content == bytes(PAGE_SIZE)
-
-
-def test_a_list_that_grows_while_it_is_read_is_no_longer_than_a_buffer(client: Client) -> None:
-    pages: list[Any] = list(range(63))
-    pages.append(Number(63, lambda: pages.extend(range(64, 128))))
-    with (
-        AlignedBuffer(128 * PAGE_SIZE) as buffer,
-        pytest.raises(ValueError, match="more than a buffer holds"),
-    ):
-        client.lane.begin_writes(pages, buffer.view)
+    assert (client.lane.wants_buffer, client.states(100)) == (True, [DIRTY])
 
 
 def test_a_lane_that_is_closed_in_the_middle_of_a_list_goes_no_further(client: Client) -> None:
     client.resident([100, 101], DIRTY)
     closing: Any = Number(101, client.lane.close)
     with AlignedBuffer(2 * PAGE_SIZE) as buffer:
-        runs, _, _ = client.lane.begin_writes([100], buffer.view)
+        runs, _ = client.got_ready(buffer, 1)
         client.lane.acknowledged([*runs, (closing, 1, 1)], buffer.view, 0)
-        assert client.lane.begin_writes([closing], buffer.view) == ([], 0, [])
     assert client.states(100, 101) == [CLEAN, DIRTY]
 
 
