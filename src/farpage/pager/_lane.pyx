@@ -57,7 +57,7 @@ cdef enum:
     RECENT = 16
     STREAMS = 8
     EVENTS = 64
-    SLOTS = 128
+    SLOTS = 256
     KEPT_SLOTS = 32     # for what is waited for
     BUCKETS = 26
     STALLS = 64
@@ -1269,28 +1269,37 @@ cdef class Lane:
         memset(lane.buckets, 0, sizeof(lane.buckets))
         return counted
 
-    def fetch(self, int64_t page, bint write):
-        """Begin to read a page that nobody waits for; False where that cannot be. `push` starts what was begun."""
-        cdef access_t access
-        cdef int index
-        if not self._may() or not self._lane.on or self._lane.file < 0 or self._hub._free_count <= KEPT_SLOTS:
-            return False
-        if not 0 <= page < self._lane.pages or self._lane.state[page] != ON_DEVICE:
-            return False
-        access.page, access.began = page, now_ns()
-        access.flags = UFFD_PAGEFAULT_FLAG_WRITE if write else 0
-        if not self._hub._begin(&self._lane, &access):
-            return False
-        (<Store>self._lane.store).forget_run(<uint64_t>page, 1)
-        index = self._hub._free[self._hub._free_count]
-        self._hub._slots[index].ahead = True
-        self._lane.ahead += 1
-        return True
+    def fetch(self, pages not None, int64_t but, bint write):
+        """Read those of a range of pages that are on the device, `but` one, though nobody waits for them.
 
-    def push(self):
-        """Start the reads that were begun."""
-        if self._may() and self._hub._unsubmitted:
+        Returns how many that are, and those for which no read can be begun here.
+        """
+        cdef access_t access
+        cdef int64_t page
+        cdef int index, begun = 0
+        left = []
+        if not self._may():
+            return 0, left
+        access.began = now_ns()
+        access.flags = UFFD_PAGEFAULT_FLAG_WRITE if write else 0
+        for page in pages:
+            if not 0 <= page < self._lane.pages or self._lane.state[page] != ON_DEVICE:
+                continue
+            access.page = page
+            if (
+                page == but or not self._lane.on or self._lane.file < 0 or self._hub._free_count <= KEPT_SLOTS
+                or not self._hub._begin(&self._lane, &access)
+            ):
+                left.append(page)
+                continue
+            (<Store>self._lane.store).forget_run(<uint64_t>page, 1)
+            index = self._hub._free[self._hub._free_count]
+            self._hub._slots[index].ahead = True
+            self._lane.ahead += 1
+            begun += 1
+        if begun:
             self._hub._submit()
+        return begun, left
 
     def join(self, int64_t page, bint write):
         """Let an access wait for a read of the lane's that is in flight; False when there is none of its page."""

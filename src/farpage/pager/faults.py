@@ -300,25 +300,26 @@ class Faults:
         if ahead is None:
             return
         self._space.counters.read_ahead_wasted_pages = self._streams.wasted_pages
-        for first, count in pieces(ahead):
-            for start, length, state in self._space.table.runs(first, count):
-                if state != ON_DEVICE:
-                    continue
-                self._space.counters.read_ahead_pages += length
-                # A sequential writer is about to write to what is read ahead for it, too.
-                write = bool(fault.flags & FLAG_WRITE)
-                if length == 1 and self._fetch_shortly(start, write=write):
-                    continue
-                if write:
-                    self._write_wanted.update(range(start, start + length))
-                self.fetch(start, length)
-        if self._space.short is not None:
-            self._space.short.push()
-
-    def _fetch_shortly(self, page: int, *, write: bool) -> bool:
-        """Read one page ahead the short way; a marker has to be held back when it comes."""
+        # A sequential writer is about to write to what is read ahead for it, too.
+        write = bool(fault.flags & FLAG_WRITE)
         short = self._space.short
-        return short is not None and page not in self._streams.markers and short.fetch(page, write=write)
+        if short is not None and ahead.step not in (1, -1):
+            # A marker has to be held back when it comes.
+            begun, left = short.fetch(ahead.pages(), ahead.marker, write=write)
+            self._space.counters.read_ahead_pages += begun
+            found = [(page, 1) for page in left]
+        else:
+            found = [
+                (start, length)
+                for first, count in pieces(ahead)
+                for start, length, state in self._space.table.runs(first, count)
+                if state == ON_DEVICE
+            ]
+        for start, length in found:
+            self._space.counters.read_ahead_pages += length
+            if write:
+                self._write_wanted.update(range(start, start + length))
+            self.fetch(start, length)
 
     def _room(self, fault: Fault) -> int:
         """Return the pages that may be brought in; with none, the fault waits for page-outs."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
-READS_IN_FLIGHT: Final = 128
+READS_IN_FLIGHT: Final = 256
 TASTED_TOGETHER: Final = 256
 """The RAM tier is asked what it wants of so many victims at a time."""
 _NEVER: Final = 1 << 60
@@ -208,13 +208,12 @@ class ShortWay:
         """Take the accesses that it leaves to the interpreter, as `(page, flags, began_seconds)`."""
         return self._lane.left()
 
-    def fetch(self, page: int, *, write: bool) -> bool:
-        """Begin to read a page ahead; False where that cannot be. `push` starts what was begun."""
-        return self._lane.fetch(page, write)
+    def fetch(self, pages: range, but: int, *, write: bool) -> tuple[int, list[int]]:
+        """Read those of a range of pages ahead that are on the device, `but` one.
 
-    def push(self) -> None:
-        """Start those reads."""
-        self._lane.push()
+        Returns how many that are, and those for which no read can be begun here.
+        """
+        return self._lane.fetch(pages, but, write)
 
     def join(self, page: int, *, write: bool) -> bool:
         """Let an access wait for a read that is in flight here; False when there is none of its page."""

@@ -36,11 +36,15 @@ WASTED_SHARE: Final = 10
 
 
 class Ahead(NamedTuple):
-    """Pages to read ahead: `length` of them, from `first` on in steps of `step`, which may be negative."""
+    """Pages to read ahead: `length` of them, from `first` on in steps of `step`, which may be negative.
+
+    `marker` is the marker among them, negative without one.
+    """
 
     first: int
     step: int
     length: int
+    marker: int = -1
 
     def pages(self) -> range:
         """Return the pages in the order in which they are expected."""
@@ -203,7 +207,7 @@ class Streams:
             self.markers.add(stream.marker)
         else:
             stream.marker = -1
-        return Ahead(first, stream.step, count)
+        return Ahead(first, stream.step, count, stream.marker)
 
     def _left(self, first: int, step: int) -> int:
         """Return how many pages from `first` on are within the memory."""

@@ -599,10 +599,9 @@ def test_an_access_is_left_when_nothing_may_be_read(client: Client, polled: Poll
 
 
 def test_a_page_that_is_read_ahead_comes_and_counts_as_no_wait(client: Client, polled: Polled) -> None:
-    assert client.lane.fetch(300, False)
-    assert client.lane.fetch(307, True)
+    assert client.lane.fetch(range(300, 301), -1, False) == (1, [])
+    assert client.lane.fetch(range(307, 300, -7), -1, True) == (1, [])
     assert (client.states(300, 307), client.lane.in_flight) == ([READING_STATE] * 2, 0)
-    client.lane.push()
     polled.until(lambda: client.states(300, 307) == [CLEAN, DIRTY])
     faults, read, *_, buckets, waited, longest, _ = client.lane.counted()
     assert (faults, read, sum(buckets), waited, longest) == (0, 2, 0, 0.0, 0.0)
@@ -617,8 +616,7 @@ def test_a_page_that_is_read_ahead_comes_and_counts_as_no_wait(client: Client, p
 
 def test_an_access_waits_for_the_read_ahead_of_its_page(client: Client, polled: Polled) -> None:
     device = PipeDevice(client)
-    assert client.lane.fetch(300, False)
-    client.lane.push()
+    assert client.lane.fetch(range(300, 301), -1, False) == (1, [])
     access = client.write(300, b"written")
     polled.until(lambda: client.lane.in_flight == 1)
     device.answer(content_of(300))
@@ -631,8 +629,7 @@ def test_an_access_waits_for_the_read_ahead_of_its_page(client: Client, polled: 
 
 def test_a_read_ahead_is_late_only_once_it_is_waited_for(client: Client, polled: Polled) -> None:
     device = PipeDevice(client, late_seconds=0.02)
-    assert client.lane.fetch(300, False)
-    client.lane.push()
+    assert client.lane.fetch(range(300, 301), -1, False) == (1, [])
     end = time.monotonic() + 0.1
     while time.monotonic() < end:
         polled.poll(OFTEN)
@@ -648,8 +645,7 @@ def test_reads_ahead_that_nobody_waits_for_are_told_so_when_they_are_given_up(
     client: Client, polled: Polled
 ) -> None:
     device = PipeDevice(client)
-    assert client.lane.fetch(300, True)
-    client.lane.push()
+    assert client.lane.fetch(range(300, 301), -1, True) == (1, [])
     assert client.lane.withdraw() == [(300, True, -1.0)]
     assert client.lane.in_flight == 0
     device.answer(content_of(300))
@@ -660,29 +656,35 @@ def test_reads_ahead_that_nobody_waits_for_are_told_so_when_they_are_given_up(
 
 def test_reads_ahead_leave_room_for_those_that_are_waited_for(client: Client, polled: Polled) -> None:
     device = PipeDevice(client)
-    begun = [page for page in range(0, 7 * READS_IN_FLIGHT, 7) if client.lane.fetch(page, False)]
-    assert len(begun) < READS_IN_FLIGHT
-    client.lane.push()
-    client.read(900)
-    polled.until(lambda: client.states(900) == [READING_STATE])
+    begun, left = client.lane.fetch(range(0, PAGES, 3), -1, False)
+    assert begun < READS_IN_FLIGHT
+    assert left == list(range(3 * begun, PAGES, 3))
+    client.read(901)
+    polled.until(lambda: client.states(901) == [READING_STATE])
     device.close()
-    polled.until(lambda: len(client.back) == len(begun) + 1)
-    assert sorted(began < 0 for *_, began in client.back) == [False] + [True] * len(begun)
+    polled.until(lambda: len(client.back) == begun + 1)
+    assert sorted(began < 0 for *_, began in client.back) == [False] + [True] * begun
 
 
-@pytest.mark.parametrize("page", [-1, PAGES, 1 << 40])
-def test_no_page_that_the_client_does_not_have_is_read_ahead(client: Client, page: int) -> None:
-    assert not client.lane.fetch(page, False)
+def test_one_page_of_those_that_are_read_ahead_is_left(client: Client, polled: Polled) -> None:
+    assert client.lane.fetch(range(300, 321, 7), 307, False) == (2, [307])
+    polled.until(lambda: client.states(300, 307, 314) == [CLEAN, ON_DEVICE, CLEAN])
+
+
+def test_no_page_that_the_client_does_not_have_is_read_ahead(client: Client) -> None:
+    assert client.lane.fetch(range(-10, 0), -1, False) == (0, [])
+    assert client.lane.fetch(range(PAGES, PAGES + 10), -1, False) == (0, [])
+    assert client.lane.fetch(range(1 << 40, 1 << 41, 1 << 39), -1, False) == (0, [])
 
 
 def test_nothing_is_read_ahead_that_is_not_on_the_device_alone_or_that_may_not_be(client: Client) -> None:
     client.resident([300], CLEAN)
-    assert not client.lane.fetch(300, False)
+    assert client.lane.fetch(range(300, 301), -1, False) == (0, [])
     client.lane.turn(on=False)
-    assert not client.lane.fetch(301, False)
+    assert client.lane.fetch(range(300, 302), -1, False) == (0, [301])
     client.lane.turn(on=True)
     client.lane.use(-1, 0, 0.0)
-    assert not client.lane.fetch(301, False)
+    assert client.lane.fetch(range(300, 302), -1, False) == (0, [301])
 
 
 @pytest.mark.parametrize("recent", [[300], [302], [173, 237], [365, 333], [429, 365]])

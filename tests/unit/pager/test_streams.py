@@ -62,11 +62,12 @@ def test_the_windows_double_and_each_of_some_size_has_one_marker() -> None:
 def test_the_next_window_is_asked_for_when_the_marker_is_touched() -> None:
     streams = Streams(PAGES)
     streams.fault(0, PLENTY)
-    assert streams.fault(1, PLENTY) == (2, 1, 1)
-    assert streams.fault(3, PLENTY) == (4, 1, 3)
-    assert streams.fault(7, PLENTY) == (8, 1, 7)
+    assert streams.fault(1, PLENTY) == (2, 1, 1, -1)
+    assert streams.fault(3, PLENTY) == (4, 1, 3, -1)
+    ahead = streams.fault(7, PLENTY)
     (marker,) = streams.markers
-    assert streams.fault(marker, PLENTY) == (15, 1, 16)
+    assert ahead == (8, 1, 7, marker)
+    assert streams.fault(marker, PLENTY) == (15, 1, 16, 15)
     assert streams.markers == {15}
 
 
