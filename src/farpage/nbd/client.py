@@ -42,8 +42,8 @@ except ImportError:  # there was no compiler
     from farpage.nbd.runs import drop_sent, queue_runs
 
 HANDSHAKE_TIMEOUT_SECONDS: Final = 10.0
-_SEGMENTS_MAX: Final = 512
-"""Buffers in one sendmsg; IOV_MAX is 1024 (readv(2))."""
+_SEGMENTS_MAX: Final = 32
+"""Buffers in one sendmsg, and in a turn of the loop: to send 16 pages takes some 35 us, and faults wait."""
 
 __all__ = ["Connection", "list_exports"]
 
@@ -86,6 +86,7 @@ class Connection:
         self._unsent_bytes = 0
         self._has_payload = False
         self._push_scheduled = False
+        self._rest_scheduled = False
         self._blocked = False
         self._ended = False
         self._idle: asyncio.Event | None = None
@@ -323,8 +324,8 @@ class Connection:
     # Sending
 
     def push(self) -> None:
-        """Send what was started, now, as far as the socket takes it."""
-        if self._blocked or self._ended:
+        """Send what was started, now, as far as the socket takes it; what is much in several turns."""
+        if self._blocked or self._ended or self._rest_scheduled:
             return
         try:
             while self._unsent:
@@ -343,12 +344,19 @@ class Connection:
                     self._unsent.clear()
                 elif self._has_payload:
                     drop_sent(self._unsent, sent)
+                    self._rest_scheduled = True
+                    self._loop.call_soon(self._push_rest)
+                    return
             self._has_payload = False
         except BlockingIOError:
             self._blocked = True
             self._loop.add_writer(self._socket, self._on_writable)
         except OSError as error:
             self._fail(error.strerror or str(error))
+
+    def _push_rest(self) -> None:
+        self._rest_scheduled = False
+        self.push()
 
     def _on_writable(self) -> None:
         self._loop.remove_writer(self._socket)

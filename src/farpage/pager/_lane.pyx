@@ -64,7 +64,6 @@ cdef enum:
     VICTIMS = 512
     OTHERS = 512
     CHOSEN_TOGETHER = 64
-    OTHERS_ENOUGH = 16
     RUNS_A_POLL = 2
     RUN = 64
 
@@ -615,16 +614,13 @@ cdef class Hub:
         self._others_wait = False
         for fd in range(self._lanes_size):
             lane = self._lanes[fd]
-            if lane == NULL or lane.ready or lane.other == lane.other_end or (lane.batch == NULL and lane.asked):
+            if lane == NULL or lane.ready:
                 continue
-            if may_write(lane) <= 0:
-                if lane.batch_at:
-                    lane.ready = True
-                    self._call_soon(lane, now_ns())
+            count = lane.batch_at + lane.other_end - lane.other
+            if not count or (lane.batch == NULL and lane.asked) or (not lane.batch_at and may_write(lane) <= 0):
                 continue
-            count = lane.other_end - lane.other
             self._others_wait = True
-            if few or count >= OTHERS_ENOUGH or lane.batch_at or lane.marks[MARK_DEFERRED]:
+            if few or count >= enough(lane) or lane.marks[MARK_DEFERRED]:
                 if lane.batch != NULL:
                     self._prepare(lane)
                 else:
@@ -647,7 +643,7 @@ cdef class Hub:
                 self._offer(lane, page, False)
             elif lane.state[page] == DIRTY:
                 (<Order>lane.order).page_added(page)
-        if lane.other != lane.other_end:
+        if lane.other != lane.other_end and may > 0:
             first = lane.others[lane.other]
             while (
                 lane.other + count != lane.other_end and count < lane.batch_pages - lane.batch_at and count < may
@@ -938,6 +934,11 @@ cdef inline int64_t may_write(const lane_t *lane) noexcept nogil:
     return lane.marks[MARK_WRITING] - lane.counts[WRITING] - lane.counts[REWRITTEN]
 
 
+cdef inline int64_t enough(const lane_t *lane) noexcept nogil:
+    """How many dirty victims are worth the interpreter's while: a small part of the room that there is."""
+    return max(min((lane.marks[MARK_MOST] - lane.marks[MARK_HIGH]) // 8, RUN), 1)
+
+
 cdef inline bint is_writable(const lane_t *lane, int64_t page) noexcept nogil:
     return lane.state[page] == DIRTY and page != lane.marks[MARK_UNWRITABLE]
 
@@ -1108,6 +1109,13 @@ cdef class Lane:
         lane.batch_pages = <int>min(self._lent.len // PAGE, RUN)
         lane.asked = False
         self._hub._others_wait = True
+
+    def give_up_buffer(self):
+        """Have the buffer back where nothing is in it; tells whether it is back."""
+        if self._lane.batch != NULL and not self._lane.batch_at and not self._lane.ready:
+            self._take_back()
+            return True
+        return False
 
     def take(self):
         """Take what is to be written, and the buffer back.

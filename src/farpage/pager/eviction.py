@@ -78,12 +78,19 @@ class Eviction:
         if (excess := self._excess()) > 0:
             count = min(excess, CHOSEN_PAGES)
             short.evict(count, self._tier_wants(count))
-        if short.wants_buffer:
-            self._lent = SharedBuffer(self._space.buffers)
-            short.lend(self._lent.view)
+        self._lend(short)
         if short.is_ready and not self._taking:
             self._taking = True
-            eventloop.defer(self._loop, self._write_shortly)
+            self._loop.call_soon(self._write_shortly)  # after the accesses that came meanwhile
+
+    def _lend(self, short: ShortWay) -> None:
+        """See that there is a buffer for dirty victims while page-outs go on, and none while they do not."""
+        if self._lent is None and (self._running or short.wants_buffer):
+            self._lent = SharedBuffer(self._space.buffers)
+            short.lend(self._lent.view)
+        elif self._lent is not None and not self._running and not short.leaving and short.give_up_buffer():
+            self._lent.release()
+            self._lent = None
 
     def stop(self) -> None:
         """Page out no more; pages whose write is in flight stay in memory."""
@@ -264,7 +271,7 @@ class Eviction:
                 space.volume.push()
         finally:
             buffer.release()
-        self.wake()
+        self._lend(short)
 
     def _shortly_written(self, runs: list[tuple[int, int, int]], buffer: SharedBuffer, error: int) -> None:
         space = self._space

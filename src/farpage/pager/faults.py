@@ -127,6 +127,8 @@ class Faults:
             return
         short.settle()
         left = short.left()
+        if left:
+            short.follow()
         if not self.frozen:  # else who waits asks again when it is not any more
             for page, flags, began_seconds in left:
                 self._answer(Fault(page, flags, began_seconds))

@@ -177,6 +177,10 @@ class ShortWay:
         """Have dirty victims got ready in a buffer, until `take` or `recall`."""
         self._lane.lend(buffer)
 
+    def give_up_buffer(self) -> bool:
+        """Have the buffer back where nothing is in it; tells whether it is back."""
+        return self._lane.give_up_buffer()
+
     def take(self) -> tuple[list[tuple[int, int, int]], list[int]]:
         """Take what is to be written, which is protected, and the buffer back.
 
@@ -208,6 +212,10 @@ class ShortWay:
         """Take the accesses that it leaves to the interpreter, as `(page, flags, began_seconds)`."""
         return self._lane.left()
 
+    def follow(self) -> None:
+        """Tell who follows the accesses of the last ones; before an access that was left is looked at."""
+        self._streams.passed(self._lane.passed())
+
     def fetch(self, pages: range, but: int, *, write: bool) -> tuple[int, list[int]]:
         """Read those of a range of pages ahead that are on the device, `but` one.
 
@@ -228,7 +236,7 @@ class ShortWay:
             self._ask(page, write, began_seconds)
 
     def settle(self) -> None:
-        """Count what it has done, and tell who follows the accesses."""
+        """Count what it has done."""
         space, counters = self._space, self._space.counters
         faults, read, from_tier, zeroed, given_back, zeros, buckets, waited, longest, stalls = (
             self._lane.counted()
@@ -238,7 +246,6 @@ class ShortWay:
         counters.zero_evict_pages += zeros
         if not (read or from_tier or zeroed):
             return
-        self._streams.passed(self._lane.passed())
         counters.page_in_pages += read
         counters.tier_hit_pages += from_tier
         counters.zero_fill_pages += zeroed

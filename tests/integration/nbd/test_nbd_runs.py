@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import random
 import socket
+import struct
+import termios
 from collections.abc import Iterator
 
 import pytest
@@ -209,6 +212,19 @@ async def test_more_runs_than_one_system_call_takes_are_sent() -> None:
     assert ends.connection.in_flight == 12 * 64
     ends.close()
     assert answers == [CONNECTION_LOST] * 12
+
+
+async def test_much_is_sent_in_several_turns_of_the_loop() -> None:
+    ends = Ends(4 << 20)
+    ends.connection.write_runs(runs_at([PAGE * n for n in range(64)], PAGE), lambda error: None)
+    waiting = []
+    for _ in range(6):
+        ends.connection.push()
+        ends.connection.push()
+        waiting.append(struct.unpack("i", fcntl.ioctl(ends.other, termios.FIONREAD, bytes(4)))[0])
+        await asyncio.sleep(0)
+    assert waiting == [16 * WRITE_BYTES * turns for turns in (1, 2, 3, 4, 4, 4)]
+    ends.close()
 
 
 async def test_a_reply_that_comes_twice_ends_the_connection() -> None:

@@ -1112,6 +1112,39 @@ def test_what_was_got_ready_is_called_back(client: Client, polled: Polled) -> No
     assert sorted(client.order.victims(5)) == [100, 101, 200, 300]
 
 
+def test_a_few_victims_wait_until_nothing_else_is_to_be_done(client: Client, polled: Polled) -> None:
+    client.resident([100, 101, 300], DIRTY)
+    client.marks[HIGH] = client.pages - 8 * 4
+    other = os.eventfd(1, os.EFD_NONBLOCK)
+    polled.watch(other)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        client.lane.evict(3, 0)
+        client.lane.lend(buffer.view)
+        polled.poll()
+        assert client.states(100, 101, 300) == [DIRTY] * 3
+        client.resident([500], DIRTY)
+        client.lane.evict(1, 0)
+        polled.poll()
+        assert client.states(100, 101, 300) == [WRITING, WRITING, DIRTY]
+        polled.unwatch(other)
+        os.close(other)
+        polled.until(lambda: client.lane.is_ready)
+        assert client.lane.take() == ([(100, 2, 0), (300, 1, 2), (500, 1, 3)], [])
+
+
+def test_a_buffer_that_nothing_is_in_is_given_up(client: Client, polled: Polled) -> None:
+    with AlignedBuffer(PAGE_SIZE) as buffer:
+        client.lane.lend(buffer.view)
+        assert client.lane.give_up_buffer()
+        assert not client.lane.give_up_buffer()
+        client.resident([100], DIRTY)
+        client.lane.evict(1, 0)
+        client.lane.lend(buffer.view)
+        polled.until(lambda: client.lane.is_ready)
+        assert not client.lane.give_up_buffer()
+        assert client.lane.take() == ([(100, 1, 0)], [])
+
+
 def test_there_is_one_buffer_at_a_time(client: Client) -> None:
     with AlignedBuffer(PAGE_SIZE) as buffer:
         client.lane.lend(buffer.view)
