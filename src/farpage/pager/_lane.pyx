@@ -115,7 +115,6 @@ ctypedef struct lane_t:
     bint tasted[VICTIMS]
     int other
     int other_end
-    bint others_rise
     int64_t others[OTHERS]
     uint8_t *batch      # where dirty pages are read to; NULL: nowhere
     int batch_pages
@@ -562,7 +561,7 @@ cdef class Hub:
         """Take victims out of the order: have clean ones given back, and keep the others for the interpreter."""
         cdef int64_t chosen[VICTIMS]
         cdef int64_t page
-        cdef int index, found = 0
+        cdef int index, found = 0, dirty = 0
         cdef int left = lane.other_end - lane.other
         count = min(count, VICTIMS - (lane.victim_end - lane.victim), OTHERS - left)
         if count <= 0:
@@ -584,10 +583,12 @@ cdef class Hub:
                 self._offer(lane, page, lane.taste > 0)
                 lane.taste -= 1
             else:
-                lane.others_rise = lane.others_rise and (not lane.other_end or lane.others[lane.other_end - 1] < page)
-                lane.others[lane.other_end] = page
-                lane.other_end += 1
-                self._others_wait = True
+                chosen[dirty] = page
+                dirty += 1
+        if dirty:
+            merge(lane.others, left, chosen, dirty)
+            lane.other_end += dirty
+            self._others_wait = True
 
     cdef void _offer(self, lane_t *lane, int64_t page, bint taste) noexcept nogil:
         """Have a clean page given back while nothing else is to be done."""
@@ -633,9 +634,6 @@ cdef class Hub:
         """Protect the next of the dirty victims that are neighbours, and read them."""
         cdef int64_t first, page, may = may_write(lane)
         cdef int count = 0, index
-        if not lane.others_rise:
-            qsort(lane.others + lane.other, lane.other_end - lane.other, sizeof(int64_t), &rising)
-            lane.others_rise = True
         while lane.other != lane.other_end and not is_writable(lane, lane.others[lane.other]):
             page = lane.others[lane.other]
             lane.other += 1
@@ -973,6 +971,19 @@ cdef int rising(const void *left, const void *right) noexcept nogil:
     return -1 if first < second else 1 if first > second else 0
 
 
+cdef void merge(int64_t *pages, int count, const int64_t *more, int more_count) noexcept nogil:
+    """Put rising pages among others that rise."""
+    cdef int at = count + more_count
+    while more_count:
+        at -= 1
+        if count and pages[count - 1] > more[more_count - 1]:
+            count -= 1
+            pages[at] = pages[count]
+        else:
+            more_count -= 1
+            pages[at] = more[more_count]
+
+
 cdef void waited(lane_t *lane, int64_t began, int64_t ended) noexcept nogil:
     cdef int64_t ns = ended - began
     lane.buckets[min(bit_length(<uint64_t>(ns // 1000)), BUCKETS - 1)] += 1
@@ -1013,7 +1024,6 @@ cdef class Lane:
         self._lane.state, self._lane.checksum = &state[0], &checksum[0]
         self._lane.counts, self._lane.marks, self._lane.reach = &counts[0], &marks[0], &reach[0]
         self._lane.unprotected = -2
-        self._lane.others_rise = True
         for index in range(RECENT):
             self._lane.recent[index] = -2 * NEAR
         # What the pointers point to.

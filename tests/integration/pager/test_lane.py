@@ -1112,6 +1112,19 @@ def test_what_was_got_ready_is_called_back(client: Client, polled: Polled) -> No
     assert sorted(client.order.victims(5)) == [100, 101, 200, 300]
 
 
+@pytest.mark.parametrize("later", [[200, 301, 600], [1, 2], [700, 800], [99, 101, 299, 501]])
+def test_victims_that_are_chosen_later_are_got_ready_among_those_before(
+    client: Client, later: list[int]
+) -> None:
+    client.resident([300, 100, 500], DIRTY)
+    client.lane.evict(3, 0)
+    client.resident(later, DIRTY)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        runs, _ = client.got_ready(buffer, 5)
+    pages = [page for first, count, _ in runs for page in range(first, first + count)]
+    assert pages == sorted([100, 300, 500, *later])
+
+
 def test_a_few_victims_wait_until_nothing_else_is_to_be_done(client: Client, polled: Polled) -> None:
     client.resident([100, 101, 300], DIRTY)
     client.marks[HIGH] = client.pages - 8 * 4
