@@ -167,6 +167,11 @@ class _Operations:
             handovers=hypervisor.handovers.counts,
             replacements=hypervisor.replacements.left(),
             moves=MoveFigures(hypervisor.moves.counts, hypervisor.moves.figures()),
+            compiled={
+                worker.index: worker.compiled
+                for worker in hypervisor.workers.workers
+                if worker.compiled is not None
+            },
         )
 
 

@@ -82,8 +82,10 @@ class _Collector(Collector):
         handovers: Mapping[str, int],
         replacements: Sequence[ReplacementLeft],
         moves: MoveFigures,
+        compiled: Mapping[int, bool],
     ) -> None:
         self._moves = moves
+        self._compiled = compiled
         self._recovery = recovery
         self._handovers = handovers
         self._replacements = replacements
@@ -111,7 +113,7 @@ class _Collector(Collector):
         yield alarms
         yield from self._definitions()
         yield GaugeMetricFamily("farpage_pool_bytes", "Size of the memory pool", value=self._pool_bytes)
-        yield from self._recoveries()
+        yield from self._workers()
         yield from self._under_way()
         handovers = CounterMetricFamily(
             "farpage_handovers",
@@ -172,7 +174,13 @@ class _Collector(Collector):
                 up.add_metric([client], float(seen is not None and seen < SEEN_SECONDS))
         yield from (pages, waiting, up)
 
-    def _recoveries(self) -> Iterator[Metric]:
+    def _workers(self) -> Iterator[Metric]:
+        compiled = GaugeMetricFamily(
+            "farpage_worker_compiled", "Whether a data worker has the compiled loops", labels=["worker"]
+        )
+        for worker, has_them in self._compiled.items():
+            compiled.add_metric([str(worker)], float(has_them))
+        yield compiled
         counts = self._recovery
         yield CounterMetricFamily(
             "farpage_workers_lost", "Data workers that ended or hung", value=counts.workers_lost
@@ -370,9 +378,10 @@ def render(
     recovery: RecoveryCounts,
     handovers: Mapping[str, int],
     moves: MoveFigures,
+    compiled: Mapping[int, bool],
     replacements: Sequence[ReplacementLeft] = (),
 ) -> bytes:
-    """Return the text of one scrape."""
+    """Return the text of one scrape; `compiled` tells by their numbers which workers have compiled loops."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(
         _Collector(
@@ -385,6 +394,7 @@ def render(
             handovers=handovers,
             replacements=replacements,
             moves=moves,
+            compiled=compiled,
         )
     )
     return generate_latest(registry)

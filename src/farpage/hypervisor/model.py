@@ -248,6 +248,8 @@ class WorkerInfo(Document):
     clients: int
     cpus: str = ""
     """Those that it may run on, such as `0-3,8`; empty when it has just ended."""
+    compiled: bool | None = None
+    """Whether it has the compiled loops; null before it has told."""
 
 
 class HypervisorInfo(Document):

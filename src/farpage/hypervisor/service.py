@@ -211,6 +211,7 @@ class Hypervisor:
                     pid=worker.pid,
                     clients=len(worker.clients),
                     cpus=format_cpus(cpus_of(worker.pid) or ()),
+                    compiled=worker.compiled,
                 )
                 for worker in self.workers.workers
             ),

@@ -20,7 +20,7 @@ from farpage.log import get_logger
 from farpage.pager.channel import Channel, Handler
 from farpage.pager.control import socket_path
 from farpage.pager.launch import SOCKET_SUFFIX, LaunchedWorker, launch
-from farpage.pager.messages import Nothing, WorkerClients
+from farpage.pager.messages import Nothing, Pong, WorkerClients
 
 log = get_logger()
 
@@ -51,6 +51,8 @@ class WorkerProcess:
         """Why it was lost."""
         self.answered = False
         """It has answered at least once, so it is up."""
+        self.compiled: bool | None = None
+        """Whether it has the compiled loops; None before it has told."""
         self.dead = asyncio.Event()
         """Its process is gone: it touches no client's memory any more."""
         self.channel: Channel
@@ -89,7 +91,7 @@ class WorkerProcess:
 
     async def _pinged(self) -> None:
         with suppress(FarpageError):
-            await self.channel.call("ping", Nothing(), Nothing)
+            self.compiled = (await self.channel.call("ping", Nothing(), Pong)).compiled
             self.answered = True
 
     async def stop(self) -> None:

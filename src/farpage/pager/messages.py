@@ -211,6 +211,13 @@ class Nothing(Message, frozen=True, kw_only=True):
     """The answer of a request that has none, and the parameters of one without."""
 
 
+class Pong(Message, frozen=True, kw_only=True):
+    """The answer to `ping`."""
+
+    compiled: bool | None = None
+    """Whether the worker has the compiled loops; None when it is too old to tell."""
+
+
 class PathReport(Message, frozen=True, kw_only=True):
     """One path of a client; times are loop seconds (CLOCK_MONOTONIC)."""
 

@@ -45,6 +45,7 @@ from farpage.pager.messages import (
     OutageChanged,
     PagedOut,
     PageOut,
+    Pong,
     Query,
     Rejoin,
     RetireReplica,
@@ -165,7 +166,7 @@ class Worker:
         """Answer a request that waits for nothing."""
         match method:
             case "ping":
-                pass
+                return Pong(compiled=self._hub is not None)
             case "set_limit":
                 order = SetLimit.model_validate(parameters)
                 self._attached(order.client).paged.set_limit(order.limit_pages)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from farpage.hypervisor.model import HypervisorInfo
 
+_LOOPS = {True: "compiled", False: "in Python", None: "-"}
+
 
 def details(info: HypervisorInfo) -> Iterator[RenderableType]:
     """Return the daemon and its workers."""
@@ -29,9 +31,15 @@ def details(info: HypervisorInfo) -> Iterator[RenderableType]:
     )
     yield ""
     yield table(
-        ["worker", "pid", "clients", "CPUs"],
+        ["worker", "pid", "clients", "CPUs", "loops"],
         (
-            (str(worker.index), str(worker.pid), str(worker.clients), worker.cpus or "-")
+            (
+                str(worker.index),
+                str(worker.pid),
+                str(worker.clients),
+                worker.cpus or "-",
+                _LOOPS[worker.compiled],
+            )
             for worker in info.workers
         ),
     )
