@@ -12,24 +12,27 @@ Work = Literal["read", "write", "mixed", "sequential"]
 Storage = Literal["warm", "direct"]
 Transport = Literal["unix", "tcp"]
 Placement = Literal["free", "apart", "together"]
+Client = Literal["fio", "load"]
 
 WORKS: Final[tuple[Work, ...]] = get_args(Work)
 STORAGES: Final[tuple[Storage, ...]] = get_args(Storage)
 TRANSPORTS: Final[tuple[Transport, ...]] = get_args(Transport)
 PLACEMENTS: Final[tuple[Placement, ...]] = get_args(Placement)
+CLIENTS: Final[tuple[Client, ...]] = get_args(Client)
 
 CORES: Final[dict[Placement, tuple[int | None, int | None]]] = {
     "free": (None, None),
     "apart": (0, 1),
     "together": (0, 0),
 }
-"""Cores of fio and of the server: the kernel's choice, one each, one for both."""
+"""Cores of the client and of the server: the kernel's choice, one each, one for both."""
 FIO_OPTIONS: Final[dict[Work, tuple[str, ...]]] = {
     "read": ("--rw=randread", "--bs=4k"),
     "write": ("--rw=randwrite", "--bs=4k"),
     "mixed": ("--rw=randrw", "--rwmixread=50", "--bs=4k"),
     "sequential": ("--rw=read", "--bs=256k"),
 }
+BLOCK_BYTES: Final[dict[Work, int]] = {"read": 4096, "write": 4096, "mixed": 4096, "sequential": 256 << 10}
 _WORDS: Final[dict[Work, str]] = {
     "read": "4 KiB random reads",
     "write": "4 KiB random writes",

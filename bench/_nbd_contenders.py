@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from bench._nbd_load import stamped
 from farpage.device.open import open_device
 from farpage.nbd import options
 from farpage.nbd import protocol as p
@@ -83,6 +84,11 @@ class Place:
         """Of a server that leaves the foreground and cannot be kept from it."""
 
     @property
+    def address(self) -> str:
+        """How farpage names it."""
+        return f"tcp:127.0.0.1:{self.port}" if self.port else f"unix:{self.socket}"
+
+    @property
     def uri(self) -> str:
         """How an NBD client names it."""
         if self.port:
@@ -110,9 +116,8 @@ def command(name: str, served: Served, place: Place) -> list[str]:
     image, unix, port = str(served.image), str(place.socket), str(place.port)
     cache = "direct" if served.direct else "buffered"
     if name == OURS:
-        address = f"tcp:127.0.0.1:{port}" if served.tcp else f"unix:{unix}"
         device = f"dir:{served.folder / 'device'}?cache={cache}"
-        return [sys.executable, "-m", "bench._nbd_server", address, device, EXPORT]
+        return [sys.executable, "-m", "bench._nbd_server", place.address, device, EXPORT]
     if name == "nbdkit":
         where = ["-i", "127.0.0.1", "-p", port] if served.tcp else ["-U", unix]
         return ["nbdkit", "-f", *where, "file", image]
@@ -143,13 +148,13 @@ def command(name: str, served: Served, place: Place) -> list[str]:
 
 
 async def make_volume(folder: Path, size_bytes: int) -> None:
-    """Make a volume of incompressible data and leave it in the page cache."""
+    """Make a volume of incompressible data, with its stamps, and leave it in the page cache."""
     device = await open_device(f"dir:{folder / 'device'}?cache=buffered", size_bytes=2 * size_bytes)
     device.create_volume(EXPORT, size_bytes)
     await device.close()
     with (folder / "device" / "volumes" / EXPORT).open("r+b") as file:
-        for _ in range(size_bytes >> 20):
-            file.write(os.urandom(1 << 20))
+        for offset in range(0, size_bytes, 1 << 20):
+            file.write(stamped(offset, 1 << 20, os.urandom(1 << 20)))
         file.flush()
         os.fsync(file.fileno())  # nothing is left to be written back while others are measured
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from bench._nbd_cases import Case
+from bench._nbd_cases import Case, Client
 from bench._nbd_contenders import OURS
 from bench._published import BenchResult, Panel, Summary
 from bench._rounds import Spread, ratio
@@ -44,6 +44,7 @@ class NbdResult(BenchResult):
     machine: str
     placement: str
     disk: str
+    client: Client = "fio"
     rounds: int
     seconds: float
     size_bytes: int
@@ -55,7 +56,7 @@ class NbdResult(BenchResult):
     def _conditions(self) -> str:
         return (
             f"{self.rounds} rounds of {self.seconds:g} s; {self.size_bytes >> 20} MiB on {self.disk};"
-            f" commands a second, median (range)"
+            f" commands a second with {self.client}, median (range)"
         )
 
     def as_text(self) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from farpage.errors import FarpageError, Unsupported
+from bench._compile import compiled
+from farpage.errors import FarpageError
 
-SOURCE = Path(__file__).with_name("touch.c")
-FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread")
 SWEEP_SECONDS = 300.0
 """A sequential phase ends after one sweep; this only ends one that makes no progress."""
 END_SECONDS = 10.0
@@ -139,20 +136,7 @@ def build(folder: Path) -> Path:
 
     :raise Unsupported: there is no C compiler, or it refuses.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise Unsupported("a C compiler", "neither cc nor gcc is in PATH", "install gcc and libc6-dev")
-    program = folder / "touch"
-    done = subprocess.run(
-        [compiler, *FLAGS, "-o", str(program), str(SOURCE), "-lm"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        first = (done.stderr.strip().splitlines() or ["it says nothing"])[0]
-        raise Unsupported("the touching process", f"{compiler} fails: {first}", "install libc6-dev")
-    return program
+    return compiled("touch", folder, ["-lm"])
 
 
 class Toucher:

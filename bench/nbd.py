@@ -1,13 +1,16 @@
 """How fast farpage's NBD server is, beside nbdkit, qemu-nbd, nbd-server and qemu-storage-daemon.
 
     python -m bench.nbd [--rounds 5] [--seconds 0.7] [--peer NAME ...] [--realtime] [--json | --markdown]
-                        [--out DIR]
+                        [--out DIR] [--client fio|load]
     python -m bench.nbd --work read --depth 1 --depth 16 --placement apart
 
 All serve the same file, each from a process of its own, and take turns; fio is the client. Without options
 that choose work, a selection of about two minutes is measured; with such options, all their combinations.
 Where the file is opened with O_DIRECT, fio with io_uring on the file itself is a further contender; nbdkit
 and nbd-server cannot do that and sit it out.
+
+fio needs most of a core for itself. `--client load` is a client that needs a fifth of that (nbd_load.c), so
+the servers' own speed is seen; it checks what it reads.
 
 With --realtime all that is measured runs before everything else on the machine.
 """
@@ -21,16 +24,30 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from bench import _nbd_load
 from bench._command import carry_out, check_rounds
 from bench._machine import describe_disk, describe_machine, describe_placement, put_ahead
-from bench._nbd_cases import CHOSEN, CORES, FIO_OPTIONS, PLACEMENTS, STORAGES, TRANSPORTS, WORKS, Case
+from bench._nbd_cases import (
+    BLOCK_BYTES,
+    CHOSEN,
+    CLIENTS,
+    CORES,
+    FIO_OPTIONS,
+    PLACEMENTS,
+    STORAGES,
+    TRANSPORTS,
+    WORKS,
+    Case,
+    Client,
+)
 from bench._nbd_contenders import (
+    EXPORT,
     OURS,
     PEERS,
     RAW,
@@ -58,10 +75,38 @@ class Settings:
     cases: tuple[Case, ...]
     folder: Path
     realtime: bool
+    client: Client = "fio"
 
 
-async def one_turn(case: Case, place: Place | None, served: Served, settings: Settings) -> float:
-    """Return the commands a second that fio got from a server, or without one from the file."""
+Turn: TypeAlias = Callable[[Case, Place | None, Served, Settings], Awaitable[float]]
+"""Returns the commands a second that a client got from a server, or without one from the file."""
+
+
+def load_turns(program: Path) -> Turn:
+    """Return turns of the lean client, the program."""
+    seeds = itertools.count(1)
+
+    async def turn(case: Case, place: Place | None, _: Served, settings: Settings) -> float:
+        assert place is not None
+        load = await _nbd_load.run(
+            program,
+            place.address,
+            EXPORT,
+            case.work,
+            block_bytes=BLOCK_BYTES[case.work],
+            depth=case.depth,
+            connections=case.connections,
+            seconds=settings.seconds,
+            seed=next(seeds),
+            before=on_core(CORES[case.placement][0]),
+        )
+        return load.per_second
+
+    return turn
+
+
+async def fio_turn(case: Case, place: Place | None, served: Served, settings: Settings) -> float:
+    """Have a turn of fio."""
     way = (
         ["--ioengine=nbd", f"--uri={place.uri}"]
         if place is not None
@@ -91,7 +136,7 @@ async def one_turn(case: Case, place: Place | None, served: Served, settings: Se
     return float(job["read"]["iops"]) + float(job["write"]["iops"])
 
 
-async def one_case(case: Case, settings: Settings, folder: Path) -> CaseResult:
+async def one_case(case: Case, settings: Settings, folder: Path, turn: Turn) -> CaseResult:
     """Run every contender of a case, round by round; tells of each turn on standard error."""
     served = Served(folder, direct=case.storage == "direct", tcp=case.transport == "tcp")
     names = [OURS, *(name for name in settings.peers if PEERS[name].direct or not served.direct)]
@@ -101,12 +146,12 @@ async def one_case(case: Case, settings: Settings, folder: Path) -> CaseResult:
             assert place is not None
             arguments = command(name, served, place)
             await stack.enter_async_context(running(arguments, place, CORES[case.placement][1]))
-        if served.direct and case.transport == "unix":
+        if served.direct and case.transport == "unix" and settings.client == "fio":
             places[RAW] = None
         measured: dict[str, list[float]] = {name: [] for name in places}
         for round_ in range(settings.rounds):
             for name in turns(list(places), round_):
-                figure = await one_turn(case, places[name], served, settings)
+                figure = await turn(case, places[name], served, settings)
                 measured[name].append(figure)
                 print(f"{case.text}: round {round_ + 1}: {name:20} {figure:>10,.0f}", file=sys.stderr)
     return case_result(case, measured)
@@ -116,11 +161,13 @@ async def measure(settings: Settings, folder: Path) -> NbdResult:
     """Run all cases."""
     peers = installed(settings.peers)
     await make_volume(folder, settings.size_bytes)
-    cases = [await one_case(case, settings, folder) for case in settings.cases]
+    turn = fio_turn if settings.client == "fio" else load_turns(_nbd_load.build(folder))
+    cases = [await one_case(case, settings, folder, turn) for case in settings.cases]
     return NbdResult(
         machine=describe_machine(),
         placement=describe_placement() + (", measured with SCHED_RR" if settings.realtime else ""),
         disk=describe_disk(settings.folder),
+        client=settings.client,
         rounds=settings.rounds,
         seconds=settings.seconds,
         size_bytes=settings.size_bytes,
@@ -165,6 +212,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> tuple[Settings, argpa
     parser.add_argument(
         "--placement", choices=PLACEMENTS, action="append", help="of cores; repeatable (free)"
     )
+    parser.add_argument("--client", choices=CLIENTS, default="fio", help="fio, or nbd_load.c (fio)")
     parser.add_argument("--dir", type=Path, default=Path("/tmp"), help="where to put the file (/tmp)")
     parser.add_argument("--realtime", action="store_true", help="run before everything else on the machine")
     output = parser.add_mutually_exclusive_group()
@@ -180,6 +228,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> tuple[Settings, argpa
         cases=chosen_cases(arguments),
         folder=arguments.dir,
         realtime=arguments.realtime,
+        client=arguments.client,
     )
     return settings, arguments
 
@@ -195,7 +244,7 @@ async def run(settings: Settings) -> NbdResult:
 def main() -> int:
     """Run the command line."""
     settings, options = parse_arguments()
-    for program in ("fio", "taskset"):
+    for program in ("fio", "taskset") if settings.client == "fio" else ("taskset",):
         if shutil.which(program) is None:
             raise SystemExit(f"{program} is not installed: apt.txt names the packages")
     text = NbdResult.as_markdown if options.markdown else NbdResult.as_text
