@@ -118,6 +118,7 @@ cdef class FastPath:
 
     cdef int _turn(self) noexcept nogil:
         cdef int outcome, received
+        cdef bint alone
         cdef long served_before = self.served
         self._cost = 0
         if self._output_end:
@@ -133,14 +134,12 @@ cdef class FastPath:
             outcome = self._carry_out()
             if outcome == OVER:
                 break
-            if outcome == FULL or self._output_end >= GATHERED_BYTES or self._cost >= TURN_COST_MAX:
+            alone = self.served - served_before < 2 and self._input_start == self._input_end
+            if alone or outcome == FULL or self._cost >= TURN_COST_MAX:
                 outcome = self._push()
-                if outcome != GO_ON:
-                    return outcome
+                if outcome != GO_ON or alone:
+                    return WAIT_READ if outcome == GO_ON else outcome
                 self._cost = 0
-            elif self.served - served_before < 2 and self._input_start == self._input_end:
-                outcome = self._push()
-                return WAIT_READ if outcome == GO_ON else outcome
         outcome = self._push()
         return OVER
 
@@ -235,6 +234,8 @@ cdef class FastPath:
             self._input_start += self._whole_bytes(&request)
             self.served += 1
             self._cost += 1 + (request.length >> COST_SHIFT)
+            if self._output_end + self._written_bytes >= GATHERED_BYTES:
+                return FULL
         if self._cost < TURN_COST_MAX and self._is_whole():
             return OVER  # what is next is not for here
         return GO_ON

@@ -22,8 +22,9 @@ from farpage.nbd.export import Counters
 TURN_COST_MAX: Final = 64
 """Requests that are carried out before the answers are sent; each 16 KiB of one count as one more."""
 GATHERED_BYTES: Final = 32 << 10
-"""Replies are gathered over several receives up to here: waking the other end for each few costs it more
-than it gains by having them early."""
+"""Replies are gathered over several receives until they, and what was written, come to this: waking the other
+end for each few costs it more than it gains by having them early, and with all of them late it has nothing to
+do while others are carried out."""
 _COST_SHIFT: Final = 14
 _REQUEST_BYTES: Final = codec.REQUEST.size
 _SIMPLE_BYTES: Final = codec.SIMPLE_REPLY.size
@@ -119,7 +120,7 @@ class FastPath:
             if not self._carry_out():
                 break
             alone = self.served - served_before < 2 and self.input_start == self.input_end
-            if alone or self.output_end >= GATHERED_BYTES or self._cost >= TURN_COST_MAX:
+            if alone or self._cost >= TURN_COST_MAX:
                 outcome = self._push()
                 if outcome is not None or alone:
                     return Outcome.WAIT_READ if outcome is None else outcome
@@ -198,6 +199,9 @@ class FastPath:
             self.input_start += whole_bytes
             self.served += 1
             self._cost += 1 + (length >> _COST_SHIFT)
+            if self.output_end + self._written_bytes >= GATHERED_BYTES:
+                self._cost = TURN_COST_MAX
+                return True
         return self._cost >= TURN_COST_MAX or not self._is_whole()
 
     def _payload(self, length: int) -> memoryview:

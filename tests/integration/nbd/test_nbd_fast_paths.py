@@ -212,6 +212,28 @@ def test_who_has_requests_is_asked_about_what_was_received(made: Made) -> None:
     assert os.pread(made.storage.descriptor, VOLUME_BYTES, 0)[16:] == before[16:]
 
 
+def test_writes_that_came_together_are_answered_in_groups(made: Made) -> None:
+    """The other end goes on with the first of them while the rest is carried out."""
+    together = fastpath.GATHERED_BYTES // PAGE_SIZE
+    there: list[int] = []
+
+    def refusal() -> int:
+        with suppress(BlockingIOError):
+            there.append(len(made.other.recv(AREA_BYTES)) // REPLY_BYTES)
+        return 0
+
+    made.storage.refusal = refusal
+    path = made.fast()
+    for number in range(2 * together):
+        made.ask(p.NBD_CMD_WRITE, number * PAGE_SIZE, PAGE_SIZE, bytes([number + 1]) * PAGE_SIZE)
+    assert path.turn() == Outcome.WAIT_READ
+    assert there == [together]
+    assert len(made.other.recv(AREA_BYTES)) == together * REPLY_BYTES
+    assert made.counters.writes == 2 * together
+    expected = b"".join(bytes([number + 1]) * PAGE_SIZE for number in range(2 * together))
+    assert os.pread(made.storage.descriptor, len(expected), 0) == expected
+
+
 class Ending(BaseException):
     """What ends a program, as far as anybody knows."""
 
