@@ -1172,6 +1172,30 @@ cdef class Lane:
         lane.batch_at = lane.run_count = lane.busy_count = lane.failed = 0
         lane.ready = lane.asked = False
 
+    def checksums(self, content):
+        """Return the checksum of each whole page of some content."""
+        cdef Py_buffer view
+        cdef uint32_t found[RUN]
+        cdef Py_ssize_t at = 0, pages
+        cdef int count, index
+        checksums = []
+        if not self._may():
+            return checksums
+        PyObject_GetBuffer(content, &view, PyBUF_SIMPLE)
+        try:
+            pages = view.len // PAGE
+            while at < pages and self._open:
+                count = <int>min(pages - at, <Py_ssize_t>RUN)
+                for index in range(count):
+                    found[index] = <uint32_t>(<Store>self._lane.store)._digest(
+                        <const uint8_t *>view.buf + (at + index) * PAGE, PAGE
+                    )
+                checksums += [found[index] for index in range(count)]
+                at += count
+        finally:
+            PyBuffer_Release(&view)
+        return checksums
+
     def acknowledged(self, list runs not None, buffer, int taste):
         """Have the pages of `take`'s runs given back, but those that were written to meanwhile.
 
@@ -1288,7 +1312,7 @@ cdef class Lane:
         return counted
 
     def fetch(self, pages not None, int64_t but, bint write):
-        """Read those of a range of pages that are on the device, `but` one, though nobody waits for them.
+        """Read those of some pages that are on the device, `but` one, though nobody waits for them.
 
         Returns how many that are, and those for which no read can be begun here.
         """

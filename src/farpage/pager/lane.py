@@ -8,7 +8,7 @@ what it has done is taken over before anybody decides by it.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from farpage.errors import Unsupported
@@ -198,6 +198,10 @@ class ShortWay:
         """
         self._lane.acknowledged(runs, buffer, taste)
 
+    def checksums(self, content: memoryview) -> list[int]:
+        """Return the checksum of each page in a run of whole pages."""
+        return self._lane.checksums(content)
+
     def give_back(self, pages: int) -> None:
         """Give back so many of the pages that are to be, or all, now: there is little room."""
         self._lane.give_back(pages)
@@ -216,8 +220,8 @@ class ShortWay:
         """Tell who follows the accesses of the last ones; before an access that was left is looked at."""
         self._streams.passed(self._lane.passed())
 
-    def fetch(self, pages: range, but: int, *, write: bool) -> tuple[int, list[int]]:
-        """Read those of a range of pages ahead that are on the device, `but` one.
+    def fetch(self, pages: Sequence[int], but: int, *, write: bool) -> tuple[int, list[int]]:
+        """Read those of some pages ahead that are on the device, `but` one.
 
         Returns how many that are, and those for which no read can be begun here.
         """

@@ -1204,6 +1204,12 @@ def test_more_written_pages_are_given_back_than_are_remembered_at_a_time(
     assert len(client.store) == 0
 
 
+@pytest.mark.parametrize("pages", [0, 1, 64, 150])
+def test_checksums_are_those_of_whole_pages(client: Client, pages: int) -> None:
+    content = memoryview(b"".join(content_of(page) for page in range(pages)) + b"rest")
+    assert client.lane.checksums(content) == [page_checksum(memoryview(content_of(n))) for n in range(pages)]
+
+
 # The hub
 
 
