@@ -452,8 +452,8 @@ class Transmission:
         return received
 
     def _parse(self) -> None:
-        """Carry out the requests in the receive buffer, as far as the limits allow."""
-        if self._parsing or self._phase is not _Phase.OPEN:
+        """Carry out the requests in the receive buffer, as far as the limits allow, but none of a lane."""
+        if self._parsing or self._phase is not _Phase.OPEN or self._entering or self._in_lane:
             return
         self._parsing = True
         try:

@@ -142,6 +142,27 @@ async def test_a_connection_is_in_its_lane_again_after_enough_that_suits_it(
     await condition(lambda: not any(thread.name == "nbd-lane" for thread in threading.enumerate()))
 
 
+async def test_a_turn_that_was_due_before_the_connection_goes_over_leaves_it_alone(
+    tmp_path: Path, mode: str
+) -> None:
+    async with served(tmp_path, mode) as at:
+        connection = await Connection.open(at.addresses[0], "v")
+        assert await write_bytes(connection, 0, b"a" * 8192) == 0
+        await condition(at.in_lane)
+        assert await wait_done(connection.flush) == 0
+        (served_connection,) = at.server.connections
+        transmission = served_connection._transmission
+        assert transmission is not None
+        transmission._suited_requests = 1 << 20
+        asyncio.get_running_loop().call_soon(transmission._resume)
+        transmission._consider_lane()
+        await condition(at.in_lane)
+        assert not transmission._reading
+        for number in range(70):
+            assert await read_bytes(connection, number % 2 * 4096, 4096) == b"a" * 4096
+        await connection.close()
+
+
 async def test_writes_of_a_lease_that_is_over_are_refused(tmp_path: Path, mode: str) -> None:
     over = [False]
     async with served(tmp_path, mode, lambda: over[0]) as at:
