@@ -1091,6 +1091,11 @@ cdef class Lane:
         while lane.victim != lane.victim_end and taken(lane) > least:
             self._hub._release(lane)
 
+    def look(self):
+        """Take note that the marks are others: more may leave now."""
+        if self._may():
+            self._hub._others_wait = True
+
     @property
     def wants_buffer(self):
         """Whether there are dirty victims, and nowhere to read them to."""

@@ -123,6 +123,7 @@ class ShortWay:
         marks[HELD] = len(held)
         for at, page in enumerate(held, HELD + 1):
             marks[at] = page
+        self._lane.look()
 
     def turn(self, *, on: bool) -> None:
         """Let the loop answer accesses, or leave all of them to the interpreter."""

@@ -1060,6 +1060,20 @@ def test_no_more_victims_are_got_ready_than_may_be_on_their_way(client: Client, 
         assert client.lane.take() == ([(102, 1, 0), (300, 1, 1)], [])
 
 
+def test_more_victims_are_got_ready_when_more_may_be_on_their_way(client: Client, polled: Polled) -> None:
+    """As when a server fails that has some, which do not count any more."""
+    client.resident([100, 200, 300], DIRTY)
+    client.marks[WRITABLE] = 1
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        assert client.got_ready(buffer, 3) == ([(100, 1, 0)], [])
+        client.lane.lend(buffer.view)
+        polled.poll(OFTEN)
+        client.marks[WRITABLE] = 3
+        client.lane.look()
+        polled.until(lambda: client.lane.is_ready)
+        assert client.lane.take() == ([(200, 1, 0), (300, 1, 1)], [])
+
+
 def test_what_is_ready_is_told_of_when_no_more_may_be_on_its_way(client: Client, polled: Polled) -> None:
     client.resident(list(range(0, 128, 2)), DIRTY)
     client.marks[DEFERRED] = 1
