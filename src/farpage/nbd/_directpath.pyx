@@ -215,7 +215,7 @@ cdef class DirectPath(FastPath):
                 return NOT_FOR_HERE
             if not self._free_count:
                 return MORE
-            if request.command == CMD_WRITE and self._writing_bytes and (
+            if request.command == CMD_WRITE and (
                 self._writing_bytes + <Py_ssize_t> request.length > WRITTEN_TOGETHER_BYTES
             ):
                 return MORE

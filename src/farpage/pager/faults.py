@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -37,9 +37,6 @@ LITTLE_ROOM_PAGES: Final = 512
 
 NEAR_PAGES: Final = 8
 """Pages that are brought in with the one that is waited for; the rest of a window comes behind them."""
-
-LONE_PAGES: Final = 2
-"""So many neighbours are read one by one the short way, for less processor time than together."""
 
 WRITE_AHEAD_PAGES: Final = 32
 """Most clean pages that are given to a sequential writer at one fault; each is paged out again if it isn't
@@ -308,23 +305,18 @@ class Faults:
         # A sequential writer is about to write to what is read ahead for it, too.
         write = bool(fault.flags & FLAG_WRITE)
         short = self._space.short
-        lone: Sequence[int] = ahead.pages()
-        found: list[tuple[int, int]] = []
-        if short is None or ahead.step in (1, -1):
+        if short is not None and ahead.step not in (1, -1):
+            # A marker has to be held back when it comes.
+            begun, left = short.fetch(ahead.pages(), ahead.marker, write=write)
+            self._space.counters.read_ahead_pages += begun
+            found = [(page, 1) for page in left]
+        else:
             found = [
                 (start, length)
                 for first, count in pieces(ahead)
                 for start, length, state in self._space.table.runs(first, count)
                 if state == ON_DEVICE
             ]
-        if short is not None:
-            if found:
-                lone = [page for run in found if run[1] <= LONE_PAGES for page in range(run[0], sum(run))]
-                found = [run for run in found if run[1] > LONE_PAGES]
-            # A marker has to be held back when it comes.
-            begun, left = short.fetch(lone, ahead.marker, write=write)
-            self._space.counters.read_ahead_pages += begun
-            found += [(page, 1) for page in left]
         for start, length in found:
             self._space.counters.read_ahead_pages += length
             if write:

@@ -8,7 +8,7 @@ what it has done is taken over before anybody decides by it.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from farpage.errors import Unsupported
@@ -221,7 +221,7 @@ class ShortWay:
         """Tell who follows the accesses of the last ones; before an access that was left is looked at."""
         self._streams.passed(self._lane.passed())
 
-    def fetch(self, pages: Sequence[int], but: int, *, write: bool) -> tuple[int, list[int]]:
+    def fetch(self, pages: range, but: int, *, write: bool) -> tuple[int, list[int]]:
         """Read those of some pages ahead that are on the device, `but` one.
 
         Returns how many that are, and those for which no read can be begun here.
