@@ -73,9 +73,13 @@ cdef extern from *:
     #define load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define store_release(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
     #define bit_length(v) ((v) ? 64 - __builtin_clzll(v) : 0)
+    #define lowest_bit(v) __builtin_ctzll(v)
+    #define count_bits(v) __builtin_popcountll(v)
     #define relax() __builtin_ia32_pause()
     """
     uint32_t load_acquire(uint32_t *p) nogil
     void store_release(uint32_t *p, uint32_t v) nogil
     int bit_length(uint64_t v) nogil
+    int lowest_bit(uint64_t v) nogil
+    int count_bits(uint64_t v) nogil
     void relax() nogil

@@ -3,6 +3,7 @@ from collections.abc import Callable
 
 from farpage.kernel.io_uring import Ring
 from farpage.pager._order import Order
+from farpage.pager._readahead import ReadAhead
 from farpage.pager._store import Store
 
 class Hub:
@@ -26,6 +27,8 @@ class Lane:
         reach: array[int],
         store: Store,
         order: Order,
+        zero_ahead: ReadAhead,
+        write_ahead: ReadAhead,
         on_attention: Callable[[], object],
     ) -> None: ...
     @property
@@ -60,6 +63,10 @@ class Lane:
         self,
     ) -> tuple[int, int, int, int, int, int, list[int], float, float, list[tuple[float, float]]]: ...
     def fetch(self, pages: range, but: int, write: bool) -> tuple[int, list[int]]: ...
+    def fetch_near(self, page: int, count: int, but: int, write: bool, began: float) -> int: ...
+    def fetch_run(
+        self, first: int, count: int, but: int, write: bool
+    ) -> tuple[int, list[tuple[int, int]]]: ...
     def join(self, page: int, write: bool) -> bool: ...
     def withdraw(self) -> list[tuple[int, bool, float]]: ...
     def close(self) -> None: ...

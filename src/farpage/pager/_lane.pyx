@@ -21,13 +21,14 @@ from posix.unistd cimport close, pread, read
 import os
 
 from farpage.kernel._abi cimport (
-    bit_length, epoll_event, epoll_wait, EPOLLIN, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate,
-    io_uring_cqe, io_uring_sqe, IORING_OP_READ, load_acquire, relax, store_release, SYS_io_uring_enter,
+    bit_length, count_bits, epoll_event, epoll_wait, EPOLLIN, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate,
+    io_uring_cqe, io_uring_sqe, IORING_OP_READ, load_acquire, lowest_bit, relax, store_release, SYS_io_uring_enter,
     syscall, uffd_msg, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE,
     uffdio_copy, UFFDIO_COPY, UFFDIO_COPY_MODE_WP, uffdio_writeprotect, UFFDIO_WRITEPROTECT,
     UFFDIO_WRITEPROTECT_MODE_WP, uffdio_zeropage, UFFDIO_ZEROPAGE,
 )
 from farpage.pager._order cimport Order
+from farpage.pager._readahead cimport ReadAhead
 from farpage.pager._store cimport Store
 
 cdef enum:
@@ -66,6 +67,9 @@ cdef enum:
     CHOSEN_TOGETHER = 64
     RUNS_A_POLL = 2
     RUN = 64
+    RUN_SLOTS = 16      # for reads of neighbours
+    GAP = 8             # pages that are read in vain rather than leave a read in two
+    GIVEN_BACK = SLOTS + RUN_SLOTS * RUN
 
 cdef enum:
     POLL_NS = 100000
@@ -103,9 +107,10 @@ ctypedef struct lane_t:
     const int64_t *reach
     void *store
     void *order
+    void *zero_ahead
+    void *write_ahead
     int64_t recent[RECENT]
     int recent_at
-    int64_t unprotected
     int left_count
     int back_count
     int stall_count
@@ -130,7 +135,7 @@ ctypedef struct lane_t:
     int64_t taste
     int64_t called_at
     access_t left[EVENTS]
-    access_t back[2 * SLOTS]
+    access_t back[GIVEN_BACK]
     int64_t passed[RECENT]
     int64_t stalls[STALLS][2]
     int64_t faults
@@ -142,6 +147,17 @@ ctypedef struct lane_t:
     int64_t buckets[BUCKETS]
     int64_t waited_ns
     int64_t longest_ns
+
+ctypedef struct run_t:
+    lane_t *lane
+    int64_t first
+    int count
+    bint busy
+    # A bit for each page: those that are READING because of this, are to be written to, are waited for.
+    uint64_t wanted
+    uint64_t write
+    uint64_t waited
+    int64_t began[RUN]
 
 ctypedef struct slot_t:
     lane_t *lane
@@ -246,6 +262,9 @@ cdef class Hub:
     cdef slot_t _slots[SLOTS]
     cdef int _free[SLOTS]
     cdef int _free_count
+    cdef run_t _runs[RUN_SLOTS]
+    cdef uint8_t *_run_buffers
+    cdef int _runs_busy
     cdef int _unsubmitted
     cdef int64_t _look_at
     cdef int64_t _look_every_ns
@@ -282,7 +301,7 @@ cdef class Hub:
         self._cq_tail = <uint32_t *>&queues[<Py_ssize_t>layout.cq_tail]
         self._cqes = <io_uring_cqe *>&queues[<Py_ssize_t>layout.cqes]
         self._sq_mask, self._cq_mask = layout.sq_mask, layout.cq_mask
-        if ring.entries < SLOTS:
+        if ring.entries < SLOTS + RUN_SLOTS:
             raise ValueError("the queue is too short")
         self._members, self._retired = [], []
         memory = mmap(NULL, (SLOTS + 1) * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0)
@@ -290,7 +309,12 @@ cdef class Hub:
             raise MemoryError
         self._buffers = <uint8_t *>memory
         self._scratch = self._buffers + SLOTS * PAGE
+        memory = mmap(NULL, RUN_SLOTS * RUN * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if memory == MAP_FAILED:
+            raise MemoryError
+        self._run_buffers = <uint8_t *>memory
         memset(self._slots, 0, sizeof(self._slots))
+        memset(self._runs, 0, sizeof(self._runs))
         for index in range(SLOTS):
             self._free[index] = index
         self._free_count = SLOTS
@@ -301,6 +325,8 @@ cdef class Hub:
         # Reads that are in flight write to the buffers: those stay until the process ends.
         if self._buffers != NULL and self._free_count == SLOTS:
             munmap(self._buffers, (SLOTS + 1) * PAGE)
+        if self._run_buffers != NULL and not self._runs_busy:
+            munmap(self._run_buffers, RUN_SLOTS * RUN * PAGE)
         free(self._lanes)
 
     def fileno(self):
@@ -357,14 +383,23 @@ cdef class Hub:
 
     cdef list withdraw(self, lane_t *lane):
         """Count the reads of a lane that are in flight as nobody's, and return them."""
-        cdef int index
+        cdef int index, at
         cdef slot_t *slot
+        cdef run_t *run
         found = []
         for index in range(SLOTS):
             slot = &self._slots[index]
             if slot.busy and slot.lane == lane:
                 slot.lane = NULL
                 found.append((slot.page, slot.write, -1.0 if slot.ahead else slot.began / 1e9))
+        for index in range(RUN_SLOTS):
+            run = &self._runs[index]
+            if run.busy and run.lane == lane:
+                run.lane = NULL
+                for at in range(run.count):
+                    if run.wanted >> at & 1:
+                        began = run.began[at] / 1e9 if run.waited >> at & 1 else -1.0
+                        found.append((run.first + at, bool(run.write >> at & 1), began))
         lane.in_flight = lane.ahead = 0
         return found
 
@@ -424,7 +459,7 @@ cdef class Hub:
                 timeout = -1 if wait < 0 else <int>((wait + 999999) // 1000000)
                 if self._unsubmitted and (timeout < 0 or timeout > 1):
                     timeout = 1
-                if self._free_count < SLOTS and (timeout < 0 or timeout > self._look_every_ns // 1000000):
+                if self._reads() and (timeout < 0 or timeout > self._look_every_ns // 1000000):
                     timeout = <int>(self._look_every_ns // 1000000)
             began = now
             count = epoll_wait(self._epoll, events, EVENTS, timeout)
@@ -437,9 +472,9 @@ cdef class Hub:
             count = self._sort(events, count, now, &worked)
             if self._unsubmitted:
                 self._submit()
-            if self._free_count < SLOTS and now >= self._look_at:
+            if self._reads() and now >= self._look_at:
                 self._look_for_late(now)
-            if self._calls_wait and (self._free_count < SLOTS or not looking or now - looked_since > SOON_NS):
+            if self._calls_wait and (self._reads() or not looking or now - looked_since > SOON_NS):
                 self._calls_wait, self._attention = False, True
             if count or self._attention:
                 if looking:
@@ -466,6 +501,10 @@ cdef class Hub:
                 relax()
             if deadline >= 0 and now >= deadline:
                 return 0
+
+    cdef inline bint _reads(self) noexcept nogil:
+        """Whether a device is at work."""
+        return self._free_count < SLOTS or self._runs_busy
 
     cdef int _sort(self, epoll_event *events, int count, int64_t now, bint *worked) noexcept nogil:
         """See to the events of lanes; returns how many are left for the interpreter, which come first."""
@@ -698,35 +737,51 @@ cdef class Hub:
             return False
         if state == READING:
             return self._joined(lane, access)
-        if state != ON_DEVICE and state != ZERO:
+        if state == ZERO:
+            return self._made_room(lane) and self._zero(lane, access)
+        if state != ON_DEVICE:
             return False
         alone = not of_a_stream(lane, page)
         lane.recent[lane.recent_at] = page
         lane.recent_at = (lane.recent_at + 1) % RECENT
-        if not alone:
+        if not alone or not self._made_room(lane):
             return False
-        while not has_room(lane):
-            if lane.victim == lane.victim_end or lane.counts[READING] >= lane.marks[MARK_READING]:
-                return False
-            self._release(lane)
-        if state == ZERO:
-            return self._zero(lane, access)
         if self._from_tier(lane, access):
             return True
         return lane.file >= 0 and self._begin(lane, access)
 
+    cdef bint _made_room(self, lane_t *lane) noexcept nogil:
+        """See that there is room for a page, at the cost of one that leaves soon; tells whether there is."""
+        while not has_room(lane):
+            if lane.victim == lane.victim_end or lane.counts[READING] >= lane.marks[MARK_READING]:
+                return False
+            self._release(lane)
+        return True
+
     cdef bint _zero(self, lane_t *lane, const access_t *access) noexcept nogil:
-        """Answer a first touch."""
+        """Answer a first touch, and ahead of a sequential writer those that follow."""
         cdef uffdio_zeropage argument
+        cdef int64_t page, count = 0, done
+        cdef int64_t most = (<ReadAhead>lane.zero_ahead).next_window(access.page)
+        while lane.marks[MARK_MOST] - taken(lane) < most and lane.victim != lane.victim_end:
+            self._release(lane)
+        most = min(min(most, lane.marks[MARK_MOST] - taken(lane)), lane.pages - access.page)
+        while count < most and lane.state[access.page + count] == ZERO:
+            count += 1
         argument.range.start = lane.start + <uint64_t>access.page * PAGE
-        argument.range.len = PAGE
+        argument.range.len = <uint64_t>count * PAGE
         argument.mode = 0
         argument.zeropage = 0
-        if ioctl(lane.uffd, UFFDIO_ZEROPAGE, &argument) != 0:
+        if ioctl(lane.uffd, UFFDIO_ZEROPAGE, &argument) == 0:
+            done = count
+        else:  # those before one that is in memory already, and the like
+            done = max(argument.zeropage, <int64_t>0) // PAGE
+        if not done:
             return False
-        move(lane, access.page, ZERO, DIRTY)
-        (<Order>lane.order).page_added(access.page)
-        lane.zeroed += 1
+        for page in range(access.page, access.page + done):
+            move(lane, page, ZERO, DIRTY)
+            (<Order>lane.order).page_added(page)
+        lane.zeroed += done
         self._answered_one(lane, access.began, now_ns())
         return True
 
@@ -743,15 +798,17 @@ cdef class Hub:
         return True
 
     cdef bint _unprotect(self, lane_t *lane, int64_t page, uint8_t state) noexcept nogil:
-        """Let a write to a clean page through, unless it may be one of a sequence."""
+        """Let a write to a clean page through, and ahead of a sequential writer those to the next ones."""
         cdef uffdio_writeprotect argument
-        cdef int64_t distance = page - lane.unprotected
-        lane.unprotected = page
-        if state != CLEAN or -1 <= distance <= 1:
+        cdef int64_t most, count = 0
+        if state != CLEAN:
             return False
-        move(lane, page, CLEAN, DIRTY)
+        most = min((<ReadAhead>lane.write_ahead).next_window(page), lane.pages - page)
+        while count < most and lane.state[page + count] == CLEAN:
+            move(lane, page + count, CLEAN, DIRTY)
+            count += 1
         argument.range.start = lane.start + <uint64_t>page * PAGE
-        argument.range.len = PAGE
+        argument.range.len = <uint64_t>count * PAGE
         argument.mode = 0
         return ioctl(lane.uffd, UFFDIO_WRITEPROTECT, &argument) == 0
 
@@ -759,6 +816,8 @@ cdef class Hub:
         """Let an access wait for a read that another one has begun here."""
         cdef int index
         cdef slot_t *slot
+        cdef run_t *run
+        cdef uint64_t bit
         for index in range(SLOTS):
             slot = &self._slots[index]
             if slot.busy and slot.lane == lane and slot.page == access.page:
@@ -768,15 +827,25 @@ cdef class Hub:
                     slot.began = access.began
                     lane.ahead -= 1
                 return True
+        for index in range(RUN_SLOTS):
+            run = &self._runs[index]
+            if run.busy and run.lane == lane and run.first <= access.page < run.first + run.count:
+                bit = <uint64_t>1 << (access.page - run.first)
+                if run.wanted & bit:
+                    if access.flags & UFFD_PAGEFAULT_FLAG_WRITE:
+                        run.write |= bit
+                    if not run.waited & bit:
+                        run.waited |= bit
+                        run.began[access.page - run.first] = access.began
+                        lane.ahead -= 1
+                    return True
         return False
 
     cdef bint _begin(self, lane_t *lane, const access_t *access) noexcept nogil:
         cdef int index
         cdef slot_t *slot
-        cdef io_uring_sqe *entry
-        cdef uint32_t tail
         # Each may have to be given back, at last, and perhaps nobody takes those that were.
-        if not self._free_count or lane.back_count + lane.in_flight >= 2 * SLOTS:
+        if not self._free_count or lane.back_count + lane.in_flight >= GIVEN_BACK:
             return False
         self._free_count -= 1
         index = self._free[self._free_count]
@@ -787,20 +856,44 @@ cdef class Hub:
         slot.began = access.began
         slot.ahead = False
         slot.write = (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0
-        tail = self._sq_tail[0]
-        entry = &self._sqes[tail & self._sq_mask]
-        memset(entry, 0, 64)
-        entry.opcode = IORING_OP_READ
-        entry.fd = lane.file
-        entry.off = <uint64_t>(lane.origin + access.page * PAGE)
-        entry.addr = <uint64_t><uintptr_t>(self._buffers + index * PAGE)
-        entry.len = PAGE
-        entry.user_data = index
-        store_release(self._sq_tail, tail + 1)
-        self._unsubmitted += 1
+        self._queue(lane, access.page, 1, self._buffers + index * PAGE, index)
         lane.in_flight += 1
         move(lane, access.page, ON_DEVICE, READING)
         return True
+
+    cdef run_t *_begin_run(self, lane_t *lane, int64_t first, int count, uint64_t wanted) noexcept nogil:
+        """Begin to read pages of which some are wanted, which nobody waits for yet; NULL where that cannot be."""
+        cdef int index = 0, pages = count_bits(wanted), at
+        cdef run_t *run
+        if self._runs_busy == RUN_SLOTS or lane.back_count + lane.in_flight + pages > GIVEN_BACK:
+            return NULL
+        while self._runs[index].busy:
+            index += 1
+        run = &self._runs[index]
+        run.lane, run.first, run.count, run.busy = lane, first, count, True
+        run.wanted, run.write, run.waited = wanted, 0, 0
+        self._runs_busy += 1
+        self._queue(lane, first, count, self._run_buffers + index * RUN * PAGE, SLOTS + index)
+        for at in range(count):
+            if wanted >> at & 1:
+                move(lane, first + at, ON_DEVICE, READING)
+                (<Store>lane.store).forget_run(<uint64_t>(first + at), 1)
+        lane.in_flight += pages
+        lane.ahead += pages
+        return run
+
+    cdef void _queue(self, lane_t *lane, int64_t first, int count, uint8_t *buffer, int token) noexcept nogil:
+        cdef uint32_t tail = self._sq_tail[0]
+        cdef io_uring_sqe *entry = &self._sqes[tail & self._sq_mask]
+        memset(entry, 0, 64)
+        entry.opcode = IORING_OP_READ
+        entry.fd = lane.file
+        entry.off = <uint64_t>(lane.origin + first * PAGE)
+        entry.addr = <uint64_t><uintptr_t>buffer
+        entry.len = <uint32_t>count * PAGE
+        entry.user_data = <uint64_t>token
+        store_release(self._sq_tail, tail + 1)
+        self._unsubmitted += 1
 
     cdef void _submit(self) noexcept nogil:
         """Start what was begun; what the kernel has no memory for is tried again."""
@@ -822,6 +915,11 @@ cdef class Hub:
                 self._arrived(&self._slots[index], self._buffers + index * PAGE, entry.res, now)
                 self._free[self._free_count] = <int>index
                 self._free_count += 1
+            elif SLOTS <= index < SLOTS + RUN_SLOTS and self._runs[index - SLOTS].busy:
+                self._runs_busy -= 1
+                self._run_arrived(
+                    &self._runs[index - SLOTS], self._run_buffers + (index - SLOTS) * RUN * PAGE, entry.res, now
+                )
             head += 1
         store_release(self._cq_head, head)
         return True
@@ -842,7 +940,7 @@ cdef class Hub:
             or <uint32_t>(<Store>lane.store)._digest(content, PAGE) != lane.checksum[page]
             or not self._copy(lane, page, content, slot.write, READING)
         ):
-            self._give_back(lane, slot, 0)
+            self._give_back(lane, page, slot.write, -1 if slot.ahead else slot.began, 0)
             return
         lane.answered += 1
         if slot.ahead:
@@ -850,6 +948,57 @@ cdef class Hub:
             self._press(lane, now)
         else:
             self._came(lane, page, slot.began, now)
+
+    cdef void _run_arrived(self, run_t *run, const uint8_t *content, int32_t result, int64_t now) noexcept nogil:
+        cdef lane_t *lane = run.lane
+        cdef uint64_t good = 0, bit
+        cdef int at, length, done
+        cdef bint write
+        run.busy = False
+        if lane == NULL:
+            return
+        self._no_more_reading(run)
+        for at in range(run.count):
+            bit = <uint64_t>1 << at
+            if not run.wanted & bit or lane.state[run.first + at] != READING:  # or it was given up meanwhile
+                continue
+            if (
+                result >= (at + 1) * PAGE
+                and <uint32_t>(<Store>lane.store)._digest(content + at * PAGE, PAGE) == lane.checksum[run.first + at]
+            ):
+                good |= bit
+            else:
+                self._give_page_back(run, at, 0)
+        while good:
+            at = lowest_bit(good)
+            write = run.write >> at & 1
+            length = 1
+            while at + length < run.count and good >> (at + length) & 1 and (run.write >> (at + length) & 1) == write:
+                length += 1
+            done = self._copied(lane, run.first + at, length, content + at * PAGE, write)
+            lane.answered += done
+            for at in range(at, at + done):
+                move(lane, run.first + at, READING, DIRTY if write else CLEAN)
+                (<Order>lane.order).page_returned(run.first + at)
+                good &= ~(<uint64_t>1 << at)
+                if run.waited >> at & 1:
+                    waited(lane, run.began[at], now)
+            if done < length:
+                at = lowest_bit(good)
+                good &= good - 1
+                self._give_page_back(run, at, 0)
+        self._press(lane, now)
+        if lane.marks[MARK_DEFERRED] or lane.stall_count == STALLS:
+            self._call(lane)
+
+    cdef void _no_more_reading(self, run_t *run) noexcept nogil:
+        run.lane.in_flight -= count_bits(run.wanted)
+        run.lane.ahead -= count_bits(run.wanted & ~run.waited)
+
+    cdef void _give_page_back(self, run_t *run, int at, uint64_t late) noexcept nogil:
+        self._give_back(
+            run.lane, run.first + at, run.write >> at & 1, run.began[at] if run.waited >> at & 1 else -1, late
+        )
 
     cdef void _came(self, lane_t *lane, int64_t page, int64_t began, int64_t now) noexcept nogil:
         (<Order>lane.order).page_returned(page)
@@ -877,36 +1026,61 @@ cdef class Hub:
 
     cdef bint _copy(self, lane_t *lane, int64_t page, const uint8_t *content, bint write, int state) noexcept nogil:
         """Copy a page in that was in a state so far, and wake who waits for it."""
-        cdef uffdio_copy argument
-        argument.dst = lane.start + <uint64_t>page * PAGE
-        argument.src = <uint64_t><uintptr_t>content
-        argument.len = PAGE
-        argument.mode = 0 if write else UFFDIO_COPY_MODE_WP
-        argument.copy = 0
-        if ioctl(lane.uffd, UFFDIO_COPY, &argument) != 0:
+        if not self._copied(lane, page, 1, content, write):
             return False
         move(lane, page, state, DIRTY if write else CLEAN)
         return True
 
-    cdef void _give_back(self, lane_t *lane, const slot_t *slot, uint64_t late) noexcept nogil:
+    cdef int _copied(self, lane_t *lane, int64_t first, int count, const uint8_t *content, bint write) noexcept nogil:
+        """Copy pages in, as far as that is possible, and wake who waits for them; returns how many."""
+        cdef uffdio_copy argument
+        argument.dst = lane.start + <uint64_t>first * PAGE
+        argument.src = <uint64_t><uintptr_t>content
+        argument.len = <uint64_t>count * PAGE
+        argument.mode = 0 if write else UFFDIO_COPY_MODE_WP
+        argument.copy = 0
+        if ioctl(lane.uffd, UFFDIO_COPY, &argument) == 0:
+            return count
+        return <int>(max(argument.copy, <int64_t>0) // PAGE)
+
+    cdef void _give_back(
+        self, lane_t *lane, int64_t page, bint write, int64_t began, uint64_t late
+    ) noexcept nogil:
         """Leave a read that has not come, or not as it should, to the interpreter, which repeats it."""
         cdef access_t *back = &lane.back[lane.back_count]
         lane.back_count += 1
-        back.page = slot.page
-        back.flags = late << 1 | (1 if slot.write else 0)
-        back.began = -1 if slot.ahead else slot.began
+        back.page = page
+        back.flags = late << 1 | (1 if write else 0)
+        back.began = began
         self._call(lane)
 
     cdef void _look_for_late(self, int64_t now) noexcept nogil:
-        cdef int index
+        cdef int index, at
         cdef slot_t *slot
+        cdef run_t *run
+        cdef uint64_t waited, late
         self._look_at = now + self._look_every_ns
         for index in range(SLOTS):
             slot = &self._slots[index]
             if slot.busy and slot.lane != NULL and not slot.ahead and now - slot.began > slot.lane.late_ns:
                 slot.lane.in_flight -= 1
-                self._give_back(slot.lane, slot, 1)
+                self._give_back(slot.lane, slot.page, slot.write, slot.began, 1)
                 slot.lane = NULL
+        for index in range(RUN_SLOTS):
+            run = &self._runs[index]
+            if not run.busy or run.lane == NULL:
+                continue
+            waited, late = run.waited, 0
+            while waited and not late:
+                late = now - run.began[lowest_bit(waited)] > run.lane.late_ns
+                waited &= waited - 1
+            if late:
+                self._no_more_reading(run)
+                for at in range(run.count):
+                    if run.wanted >> at & 1:
+                        self._give_page_back(run, at, late)
+                        late = 0  # it is one read
+                run.lane = NULL
 
     cdef void _found(self) noexcept nogil:
         self._pause = max(self._pause // 2, LEAST_PAUSE)
@@ -995,6 +1169,11 @@ cdef void waited(lane_t *lane, int64_t began, int64_t ended) noexcept nogil:
         lane.stall_count += 1
 
 
+cdef inline uint64_t all_of(int count) noexcept nogil:
+    """So many bits."""
+    return <uint64_t>-1 >> (64 - count) if count else 0
+
+
 cdef class Lane:
     """One client's. Once it is closed its methods do nothing."""
 
@@ -1009,7 +1188,7 @@ cdef class Lane:
         self, Hub hub not None, int uffd, uint64_t start, int memfd, int64_t memfd_offset,
         uint8_t[::1] state not None, uint32_t[::1] checksum not None, int64_t[::1] counts not None,
         const int64_t[::1] marks not None, const int64_t[::1] reach not None, Store store not None,
-        Order order not None, object on_attention
+        Order order not None, ReadAhead zero_ahead not None, ReadAhead write_ahead not None, object on_attention
     ):
         cdef int index
         if (
@@ -1023,12 +1202,12 @@ cdef class Lane:
         self._lane.pages = state.shape[0]
         self._lane.state, self._lane.checksum = &state[0], &checksum[0]
         self._lane.counts, self._lane.marks, self._lane.reach = &counts[0], &marks[0], &reach[0]
-        self._lane.unprotected = -2
         for index in range(RECENT):
             self._lane.recent[index] = -2 * NEAR
         # What the pointers point to.
-        self._kept = (state, checksum, counts, marks, reach, store, order)
+        self._kept = (state, checksum, counts, marks, reach, store, order, zero_ahead, write_ahead)
         self._lane.store, self._lane.order = <void *>store, <void *>order
+        self._lane.zero_ahead, self._lane.write_ahead = <void *>zero_ahead, <void *>write_ahead
         self._on_attention = on_attention
         self._hub = hub
         hub.enter(self)
@@ -1348,6 +1527,84 @@ cdef class Lane:
             self._hub._submit()
         return begun, left
 
+    def fetch_near(self, int64_t page, int count, int64_t but, bint write, double began):
+        """Read a page that somebody waits for since `began`, in seconds, and up to `count` neighbours behind it.
+
+        Those end at the first that is not on the device, and before `but`. Returns how many pages that are, 0 when
+        no read can be begun here.
+        """
+        cdef lane_t *lane = &self._lane
+        cdef run_t *run
+        cdef int length = 0
+        if not self._may() or not lane.on or lane.file < 0:
+            return 0
+        count = min(count, <int>RUN)
+        while (
+            length < count and 0 <= page + length < lane.pages and page + length != but
+            and lane.state[page + length] == ON_DEVICE
+        ):
+            length += 1
+        if not length:
+            return 0
+        run = self._hub._begin_run(lane, page, length, all_of(length))
+        if run == NULL:
+            return 0
+        run.waited = 1
+        run.began[0] = <int64_t>(began * 1e9)
+        if write:
+            run.write = run.wanted
+        lane.ahead -= 1
+        self._hub._submit()
+        return length
+
+    def fetch_run(self, int64_t first, int count, int64_t but, bint write):
+        """Read those of a run of at most 64 pages that are on the device, `but` one, though nobody waits for them.
+
+        Returns how many that are, and those for which no read can be begun here, as runs `(first, count)`.
+
+        :raise IndexError: the run is too long, or not the client's.
+        """
+        cdef lane_t *lane = &self._lane
+        cdef run_t *run
+        cdef uint64_t wanted = 0
+        cdef int64_t page, start = 0
+        cdef int at, lowest, highest, length = 0, begun = 0
+        left = []
+        if not self._may():
+            return 0, left
+        if not 0 <= count <= RUN or not 0 <= first <= lane.pages - count:
+            raise IndexError(f"{count} pages from {first} on")
+        for at in range(count):
+            page = first + at
+            if lane.state[page] != ON_DEVICE:
+                continue
+            if page != but and lane.on and lane.file >= 0:
+                wanted |= <uint64_t>1 << at
+            elif length and start + length == page:
+                length += 1
+            else:
+                if length:
+                    left.append((start, length))
+                start, length = page, 1
+        if length:
+            left.append((start, length))
+        while wanted:
+            lowest = highest = lowest_bit(wanted)
+            # Up to the first gap that is too large.
+            while highest < 63 and wanted >> (highest + 1) and lowest_bit(wanted >> (highest + 1)) <= GAP:
+                highest += 1 + lowest_bit(wanted >> (highest + 1))
+            run = self._hub._begin_run(lane, first + lowest, highest - lowest + 1, (wanted & all_of(highest + 1)) >> lowest)
+            if run == NULL:
+                left += [(first + at, 1) for at in range(lowest, count) if wanted >> at & 1]
+                break
+            if write:
+                run.write = run.wanted
+            begun += count_bits(run.wanted)
+            wanted &= ~all_of(highest + 1)
+        if begun:
+            self._hub._submit()
+        return begun, left
+
     def join(self, int64_t page, bint write):
         """Let an access wait for a read of the lane's that is in flight; False when there is none of its page."""
         cdef access_t access
@@ -1370,7 +1627,7 @@ cdef class Lane:
         if self._lane.file >= 0:
             self._hub.retire(self._lane.file)
             self._lane.file = -1
-        self._lane.store = self._lane.order = NULL
+        self._lane.store = self._lane.order = self._lane.zero_ahead = self._lane.write_ahead = NULL
         self._lane.state = NULL
         self._lane.checksum = NULL
         self._lane.counts = NULL

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from farpage.pager._lane import Hub, Lane
     from farpage.pager._order import Order
+    from farpage.pager._readahead import ReadAhead
     from farpage.pager._store import Store
 
 WITHOUT_VARIABLE: Final = "FARPAGE_WITHOUT_COMPILED"
@@ -35,6 +36,7 @@ class Compiled(NamedTuple):
     hub: type[Hub]
     lane: type[Lane]
     order: type[Order]
+    read_ahead: type[ReadAhead]
     store: type[Store]
 
 
@@ -44,10 +46,11 @@ def _load() -> Compiled | None:
     try:
         from farpage.pager._lane import Hub, Lane
         from farpage.pager._order import Order
+        from farpage.pager._readahead import ReadAhead
         from farpage.pager._store import Store
     except ImportError:  # there was no compiler
         return None
-    return Compiled(Hub, Lane, Order, Store)
+    return Compiled(Hub, Lane, Order, ReadAhead, Store)
 
 
 @cache

@@ -19,7 +19,7 @@ from farpage.nbd import eventloop
 from farpage.pager.checksum import page_checksum, page_checksums
 from farpage.pager.lane import ShortWay
 from farpage.pager.memory import ClientGone
-from farpage.pager.readahead import ReadAhead
+from farpage.pager.readahead import new_read_ahead
 from farpage.pager.salvage import Salvage, Salvaged
 from farpage.pager.space import Space, ends_with_client
 from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, POISONED, READING, REWRITTEN, WRITING, ZERO
@@ -60,8 +60,8 @@ class Faults:
         """Called after pages were brought in."""
         self._loop = asyncio.get_running_loop()
         self._streams = Streams(space.table.pages)
-        self._zero_ahead = ReadAhead()
-        self._write_ahead = ReadAhead(WRITE_AHEAD_PAGES, gaps=False)
+        self._zero_ahead = new_read_ahead()
+        self._write_ahead = new_read_ahead(WRITE_AHEAD_PAGES, gaps=False)
         self._waiting: dict[int, float] = {}
         self._write_wanted: set[int] = set()
         self._deferred: deque[Fault] = deque()
@@ -90,6 +90,8 @@ class Faults:
             hub,
             self._space,
             self._streams,
+            zero_ahead=self._zero_ahead,
+            write_ahead=self._write_ahead,
             on_attention=self._on_attention,
             ask=self._ask_again,
             deferred=lambda: len(self._deferred),
@@ -264,16 +266,38 @@ class Faults:
         space.waited(fault.began_seconds, self._loop.time())
 
     def _page_in(self, fault: Fault) -> None:
-        space = self._space
         room = self._room(fault)
         if room <= 0:
             return
         page = fault.page
         marker = page in self._streams.markers
         ahead = self._ahead(page, room)
-        self._waiting[page] = fault.began_seconds
-        if fault.flags & FLAG_WRITE:
-            self._write_wanted.add(page)
+        if not self._fetch_near(fault, ahead):
+            self._waiting[page] = fault.began_seconds
+            if fault.flags & FLAG_WRITE:
+                self._write_wanted.add(page)
+            self._fetch_one(fault, ahead, marker=marker)
+        self._read_ahead(fault, ahead)
+
+    def _fetch_near(self, fault: Fault, ahead: Ahead | None) -> bool:
+        """Have the short way read the first pages of a window; tells whether it does."""
+        space, page = self._space, fault.page
+        short = space.short
+        if short is None or ahead is None or ahead.step != 1 or ahead.first != page + 1 or page in space.tier:
+            return False
+        near = short.fetch_near(
+            page,
+            min(ahead.length + 1, NEAR_PAGES),
+            ahead.marker,
+            write=bool(fault.flags & FLAG_WRITE),
+            began_seconds=fault.began_seconds,
+        )
+        space.counters.read_ahead_pages += max(near - 1, 0)
+        return near > 0
+
+    def _fetch_one(self, fault: Fault, ahead: Ahead | None, *, marker: bool) -> None:
+        """Bring in a page that is waited for, from the RAM tier or the volume."""
+        space, page = self._space, fault.page
         if page in space.tier and (content := space.tier.take(page, space.table.checksum[page])) is not None:
             if not marker:
                 space.counters.tier_hit_pages += 1
@@ -288,7 +312,6 @@ class Faults:
             self.fetch(page, near)
         else:
             self.fetch(page, 1)
-        self._read_ahead(fault, ahead)
 
     def _ahead(self, page: int, room: int) -> Ahead | None:
         """Return what should be read ahead, now that somebody asks for a page."""
@@ -305,11 +328,17 @@ class Faults:
         # A sequential writer is about to write to what is read ahead for it, too.
         write = bool(fault.flags & FLAG_WRITE)
         short = self._space.short
+        # What comes past the interpreter is but the marker, which has to be held back.
         if short is not None and ahead.step not in (1, -1):
-            # A marker has to be held back when it comes.
             begun, left = short.fetch(ahead.pages(), ahead.marker, write=write)
             self._space.counters.read_ahead_pages += begun
             found = [(page, 1) for page in left]
+        elif short is not None:
+            found = []
+            for first, count in pieces(ahead):
+                begun, rest = short.fetch_run(first, count, ahead.marker, write=write)
+                self._space.counters.read_ahead_pages += begun
+                found += rest
         else:
             found = [
                 (start, length)

@@ -15,6 +15,7 @@ from farpage.errors import Unsupported
 from farpage.kernel.io_uring import Ring
 from farpage.log import get_logger
 from farpage.pager.compiled import COMPILED, libraries
+from farpage.pager.readahead import ReadAhead
 from farpage.pager.space import Space
 from farpage.pager.streams import Streams
 from farpage.pager.table import PAGE_BYTES
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
-READS_IN_FLIGHT: Final = 256
+READS_IN_FLIGHT: Final = 512
 TASTED_TOGETHER: Final = 256
 """The RAM tier is asked what it wants of so many victims at a time."""
 _NEVER: Final = 1 << 60
@@ -57,11 +58,15 @@ class ShortWay:
         space: Space,
         streams: Streams,
         *,
+        zero_ahead: ReadAhead,
+        write_ahead: ReadAhead,
         on_attention: Callable[[], None],
         ask: Callable[[int, bool, float], None],
         deferred: Callable[[], int],
     ) -> None:
         """`on_attention` is called when there is something in `left` or `back`, or to be seen to otherwise.
+
+        By `zero_ahead` and `write_ahead` sequential writers are found, of new pages and of clean ones.
 
         `ask(page, write, began_seconds)` asks the volume for a page that is READING already, negative where
         nobody waits for it; `deferred` tells how many accesses wait for room.
@@ -70,6 +75,8 @@ class ShortWay:
         store, order = space.tier.store, space.replacement
         assert isinstance(store, COMPILED.store)
         assert isinstance(order, COMPILED.order)
+        assert isinstance(zero_ahead, COMPILED.read_ahead)
+        assert isinstance(write_ahead, COMPILED.read_ahead)
         self._space = space
         self._streams = streams
         self._ask = ask
@@ -88,6 +95,8 @@ class ShortWay:
             streams.reach,
             store,
             order,
+            zero_ahead,
+            write_ahead,
             on_attention,
         )
         self.refresh()
@@ -227,6 +236,19 @@ class ShortWay:
         Returns how many that are, and those for which no read can be begun here.
         """
         return self._lane.fetch(pages, but, write)
+
+    def fetch_near(self, page: int, count: int, but: int, *, write: bool, began_seconds: float) -> int:
+        """Read a page that somebody waits for, and up to `count` with it that are behind it and before `but`.
+
+        Returns how many that are; 0 when no read can be begun here.
+        """
+        return self._lane.fetch_near(page, count, but, write, began_seconds)
+
+    def fetch_run(
+        self, first: int, count: int, but: int, *, write: bool
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Do what `fetch` does for a run of neighbours, with few reads; the rest is returned in runs."""
+        return self._lane.fetch_run(first, count, but, write)
 
     def join(self, page: int, *, write: bool) -> bool:
         """Let an access wait for a read that is in flight here; False when there is none of its page."""

@@ -47,7 +47,8 @@ from farpage.pager.lane import (
     WRITABLE,
     open_hub,
 )
-from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, REWRITTEN, STATE_COUNT, WRITING, ZERO
+from farpage.pager.readahead import new_read_ahead
+from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, POISONED, REWRITTEN, STATE_COUNT, WRITING, ZERO
 from farpage.pager.states import READING as READING_STATE
 from farpage.pager.streams import Streams
 from farpage.pager.table import PageTable
@@ -60,6 +61,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(COMPILED is None, reason="the compiled loops were not built")
 
 PAGES = 1024
+SINGLE_READS = 256
+"""So many reads of a page may be in flight, beside those of neighbours."""
+GIVEN_BACK = SINGLE_READS + 16 * 64
+"""So many pages are remembered that a lane leaves to the interpreter after it has begun to read them."""
 DEADLINE_SECONDS = 10.0
 NOT_LATE_SECONDS = 60.0
 OFTEN = 0.005
@@ -152,6 +157,8 @@ class Client:
             "reach": self.streams.reach,
             "store": self.store,
             "order": self.order,
+            "zero_ahead": new_read_ahead(),
+            "write_ahead": new_read_ahead(32, gaps=False),
             "on_attention": self._attention,
         }
         return COMPILED.lane(**arguments | changed)
@@ -657,7 +664,7 @@ def test_reads_ahead_that_nobody_waits_for_are_told_so_when_they_are_given_up(
 def test_reads_ahead_leave_room_for_those_that_are_waited_for(client: Client, polled: Polled) -> None:
     device = PipeDevice(client)
     begun, left = client.lane.fetch(range(0, PAGES, 3), -1, False)
-    assert begun < READS_IN_FLIGHT
+    assert begun < SINGLE_READS
     assert left == list(range(3 * begun, PAGES, 3))
     client.read(901)
     polled.until(lambda: client.states(901) == [READING_STATE])
@@ -675,6 +682,232 @@ def test_no_page_that_the_client_does_not_have_is_read_ahead(client: Client) -> 
     assert client.lane.fetch(range(-10, 0), -1, False) == (0, [])
     assert client.lane.fetch(range(PAGES, PAGES + 10), -1, False) == (0, [])
     assert client.lane.fetch(range(1 << 40, 1 << 41, 1 << 39), -1, False) == (0, [])
+
+
+def in_runs(client: Client, first: int, count: int, but: int = -1, *, write: bool = False) -> Any:
+    return client.lane.fetch_run(first, count, but, write)
+
+
+def test_neighbours_are_read_together(client: Client, polled: Polled) -> None:
+    assert in_runs(client, 300, 64) == (64, [])
+    assert (client.states(300, 363), client.lane.in_flight) == ([READING_STATE] * 2, 0)
+    polled.until(lambda: client.states(*range(300, 364)) == [CLEAN] * 64)
+    faults, read, *_, buckets, waited, longest, _ = client.lane.counted()
+    assert (faults, read, sum(buckets), waited, longest) == (0, 64, 0, 0.0, 0.0)
+    assert all(client.held(page) == content_of(page) for page in range(300, 364))
+    assert client.protected(300)
+    assert client.protected(363)
+    assert (len(client.order), client.lane.passed()) == (64, [])
+
+
+def test_neighbours_that_are_about_to_be_written_to_come_in_dirty(client: Client, polled: Polled) -> None:
+    assert in_runs(client, 300, 3, write=True) == (3, [])
+    polled.until(lambda: client.states(300, 301, 302) == [DIRTY] * 3)
+    assert not client.protected(301)
+
+
+def test_what_is_in_memory_amid_neighbours_stays_as_it_is(client: Client, polled: Polled) -> None:
+    client.resident([301, 302, 310, 311], DIRTY, lambda _page: b"new" * 1365 + b"!")
+    client.table.put(305, ZERO)
+    assert in_runs(client, 300, 20) == (15, [])
+    polled.until(lambda: client.table.counts[CLEAN] == 15)
+    assert client.states(300, 301, 302, 303, 305, 310, 311) == [
+        CLEAN,
+        DIRTY,
+        DIRTY,
+        CLEAN,
+        ZERO,
+        DIRTY,
+        DIRTY,
+    ]
+    assert client.held(301) == b"new" * 1365 + b"!"
+    assert client.held(305) is None
+    assert client.held(312) == content_of(312)
+
+
+def test_neighbours_with_much_between_them_are_read_apart(client: Client, polled: Polled) -> None:
+    for first in range(0, 64 * 9, 64):
+        client.resident([*range(first + 1, first + 40)], CLEAN)
+    device = PipeDevice(client)
+    begun = [in_runs(client, first, 64) for first in range(0, 64 * 9, 64)]
+    assert begun[:8] == [(25, [])] * 8
+    assert begun[8][0] == 0
+    device.close()
+    polled.until(lambda: len(client.back) == 8 * 25)
+    assert in_runs(client, 512, 64) == (25, [])
+    polled.until(lambda: len(client.back) == 9 * 25)
+    for page, *_ in client.back:
+        client.table.put(page, ON_DEVICE)
+
+
+def test_one_page_of_neighbours_is_left(client: Client, polled: Polled) -> None:
+    assert in_runs(client, 300, 10, but=304) == (9, [(304, 1)])
+    polled.until(lambda: client.states(303, 304, 305) == [CLEAN, ON_DEVICE, CLEAN])
+
+
+def test_an_access_waits_for_the_read_of_its_neighbours(client: Client, polled: Polled) -> None:
+    device = PipeDevice(client)
+    assert in_runs(client, 300, 8) == (8, [])
+    accesses = [client.read(303), client.write(305, b"written"), client.read(305)]
+    polled.until(lambda: client.lane.in_flight == 2 and client.uffd.state.pending_faults == 0)
+    assert client.lane.join(303, False)
+    assert not client.lane.join(308, False)
+    device.answer(b"".join(content_of(page) for page in range(300, 308)))
+    polled.until(lambda: all(access.ended() for access in accesses))
+    assert client.states(*range(300, 308)) == [CLEAN] * 5 + [DIRTY] + [CLEAN] * 2
+    assert accesses[0].content == content_of(303)
+    assert client.held(305) == b"written" + content_of(305)[7:]
+    _, read, *_, buckets, waited, _, _ = client.lane.counted()
+    assert (read, sum(buckets), waited > 0) == (8, 2, True)
+    assert client.lane.in_flight == 0
+    device.close()
+
+
+def test_those_of_neighbours_are_handed_back_that_are_not_what_was_paged_out(
+    client: Client, polled: Polled
+) -> None:
+    client.table.checksum[303] ^= 1
+    assert in_runs(client, 300, 8) == (8, [])
+    polled.until(lambda: client.back)
+    assert [(page, write, late, began < 0) for page, write, late, began in client.back] == [
+        (303, False, False, True)
+    ]
+    assert client.states(302, 303, 304) == [CLEAN, READING_STATE, CLEAN]
+    assert client.held(303) is None
+    client.table.put(303, ON_DEVICE)
+
+
+def test_those_of_neighbours_are_handed_back_that_the_device_does_not_give(
+    client: Client, polled: Polled
+) -> None:
+    os.truncate(client.file, 303 * PAGE_SIZE + 100)
+    assert in_runs(client, 300, 8) == (8, [])
+    polled.until(lambda: len(client.back) == 5)
+    assert [page for page, *_ in client.back] == [303, 304, 305, 306, 307]
+    assert client.states(302, 303) == [CLEAN, READING_STATE]
+    assert client.lane.in_flight == 0
+    for page in range(303, 308):
+        client.table.put(page, ON_DEVICE)
+
+
+def test_those_of_neighbours_are_dropped_that_were_given_up(client: Client, polled: Polled) -> None:
+    device = PipeDevice(client)
+    assert in_runs(client, 300, 3) == (3, [])
+    client.table.put(301, POISONED)
+    device.answer(b"".join(content_of(page) for page in range(300, 303)))
+    polled.until(lambda: client.states(300, 302) == [CLEAN] * 2)
+    assert (client.states(301), client.held(301), client.back) == ([POISONED], None, [])
+    device.close()
+
+
+def test_a_page_that_somebody_else_has_filled_amid_neighbours_is_handed_back(
+    client: Client, polled: Polled
+) -> None:
+    client.resident([302], ON_DEVICE)
+    assert in_runs(client, 300, 5) == (5, [])
+    polled.until(lambda: client.states(300, 301, 303, 304) == [CLEAN] * 4)
+    assert [page for page, *_ in client.back] == [302]
+    client.table.put(302, ON_DEVICE)
+
+
+def test_a_read_of_neighbours_is_late_only_once_it_is_waited_for(client: Client, polled: Polled) -> None:
+    device = PipeDevice(client, late_seconds=0.02)
+    assert in_runs(client, 300, 3) == (3, [])
+    end = time.monotonic() + 0.1
+    while time.monotonic() < end:
+        polled.poll(OFTEN)
+    assert client.back == []
+    client.write(301, b"new")
+    polled.until(lambda: len(client.back) == 3)
+    assert [(page, write, late, began > 0) for page, write, late, began in client.back] == [
+        (300, False, True, False),
+        (301, True, False, True),
+        (302, False, False, False),
+    ]
+    device.answer(b"".join(content_of(page) for page in range(300, 303)))
+    assert client.states(300, 301, 302) == [READING_STATE] * 3
+    for page in range(300, 303):
+        client.table.put(page, ON_DEVICE)
+    device.close()
+
+
+def test_reads_of_neighbours_that_are_withdrawn_are_returned_and_their_answers_dropped(
+    client: Client, polled: Polled
+) -> None:
+    device = PipeDevice(client)
+    client.resident([302], CLEAN)
+    assert in_runs(client, 300, 4) == (3, [])
+    client.write(301, b"new")
+    polled.until(lambda: client.lane.in_flight)
+    (first, second, third) = client.lane.withdraw()
+    assert (first, second[:2], second[2] > 0, third) == (
+        (300, False, -1.0),
+        (301, True),
+        True,
+        (303, False, -1.0),
+    )
+    assert client.lane.in_flight == 0
+    device.answer(b"".join(content_of(page) for page in range(300, 304)))
+    assert client.states(300, 301, 303) == [READING_STATE] * 3
+    for page in (300, 301, 303):
+        client.table.put(page, ON_DEVICE)
+    device.close()
+
+
+def test_neighbours_for_which_no_read_can_be_begun_are_left(client: Client, polled: Polled) -> None:
+    device = PipeDevice(client)
+    begun = [in_runs(client, first, 2) for first in range(0, 34 * 16, 32)]
+    assert begun == [(2, [])] * 16 + [(0, [(512, 1), (513, 1)])]
+    assert client.lane.fetch_near(600, 8, -1, False, 1.0) == 0
+    device.close()
+    polled.until(lambda: len(client.back) == 32)
+    assert in_runs(client, 512, 2) == (2, [])
+    polled.until(lambda: len(client.back) == 34)
+    for page, *_ in client.back:
+        client.table.put(page, ON_DEVICE)
+
+
+def test_a_page_that_is_waited_for_comes_with_those_behind_it(client: Client, polled: Polled) -> None:
+    access = client.read(300)
+    client.lane.turn(on=False)
+    client.waits()
+    assert client.lane.fetch_near(300, 8, -1, False, time.monotonic()) == 0
+    client.lane.turn(on=True)
+    client.resident([305], CLEAN)
+    assert client.lane.fetch_near(300, 8, -1, False, time.monotonic()) == 5
+    assert client.lane.in_flight == 1
+    polled.until(access.ended)
+    assert client.states(*range(300, 307)) == [CLEAN] * 6 + [ON_DEVICE]
+    assert access.content == content_of(300)
+    assert (sum(client.lane.counted()[6]), client.lane.in_flight) == (1, 0)
+
+
+def test_what_comes_with_a_page_ends_before_the_one_that_is_left(client: Client, polled: Polled) -> None:
+    assert client.lane.fetch_near(300, 8, 303, True, time.monotonic()) == 3
+    polled.until(lambda: client.states(300, 301, 302, 303) == [DIRTY] * 3 + [ON_DEVICE])
+    assert client.lane.fetch_near(303, 8, 303, False, 1.0) == 0
+    assert client.lane.fetch_near(PAGES - 2, 8, -1, False, 1.0) == 2
+    assert client.lane.fetch_near(PAGES, 8, -1, False, 1.0) == 0
+    assert client.lane.fetch_near(-1, 8, -1, False, 1.0) == 0
+    polled.until(lambda: client.states(PAGES - 2, PAGES - 1) == [CLEAN] * 2)
+
+
+@pytest.mark.parametrize(("first", "count"), [(-1, 2), (0, 65), (PAGES - 1, 2), (1 << 40, 1), (0, -1)])
+def test_no_neighbours_are_read_that_the_client_does_not_have(client: Client, first: int, count: int) -> None:
+    with pytest.raises(IndexError):
+        in_runs(client, first, count)
+    assert client.lane.in_flight == 0
+
+
+def test_neighbours_are_left_while_nothing_may_be_read(client: Client) -> None:
+    client.lane.turn(on=False)
+    assert in_runs(client, 300, 3) == (0, [(300, 3)])
+    client.lane.turn(on=True)
+    client.lane.use(-1, 0, 0.0)
+    assert in_runs(client, 300, 3) == (0, [(300, 3)])
+    client.lane.close()
+    assert in_runs(client, 300, 3) == (0, [])
+    assert client.lane.fetch_near(300, 3, -1, False, 1.0) == 0
 
 
 def test_nothing_is_read_ahead_that_is_not_on_the_device_alone_or_that_may_not_be(client: Client) -> None:
@@ -738,13 +971,58 @@ def test_a_first_touch_finds_zeros_and_makes_the_page_dirty(client: Client) -> N
     assert client.order.victims(2) == [300]
 
 
-def test_a_first_touch_that_follows_another_is_left(client: Client, polled: Polled) -> None:
-    for page in (300, 301):
+def test_first_touches_in_order_are_filled_ahead_of(client: Client) -> None:
+    for page in range(300, 500):
+        client.table.put(page, ZERO)
+    for page in (300, 301, 303, 307):
+        assert client.has_read(page) == bytes(PAGE_SIZE)
+    assert client.states(*range(300, 315)) == [DIRTY] * 15
+    assert client.states(315) == [ZERO]
+    assert client.lane.counted()[:5] == (4, 0, 0, 15, 0)
+    assert len(client.order) == 15
+
+
+def test_no_page_is_filled_that_has_been_touched(client: Client) -> None:
+    for page in (300, 301, 302, 304):
         client.table.put(page, ZERO)
     client.has_read(300)
-    client.read(301)
+    client.has_read(301)
+    assert client.states(300, 301, 302, 303, 304) == [DIRTY] * 3 + [ON_DEVICE, ZERO]
+
+
+def test_no_more_is_filled_than_there_is_room_for(client: Client, polled: Polled) -> None:
+    for page in range(300, 500):
+        client.table.put(page, ZERO)
+    client.marks[MOST] = 5
+    for page in (300, 301, 303):
+        client.has_read(page)
+    assert client.states(*range(300, 306)) == [DIRTY] * 5 + [ZERO]
+    client.read(305)
     polled.until(lambda: client.left)
-    assert client.accesses_left() == [(301, 0)]
+    assert client.states(305) == [ZERO]
+
+
+def test_victims_make_room_for_what_is_filled_ahead(client: Client) -> None:
+    client.resident([*range(100, 140)], CLEAN)
+    for page in range(300, 500):
+        client.table.put(page, ZERO)
+    client.marks[MOST] = 40
+    client.lane.evict(40, 0)
+    page = 300
+    for window in (1, 2, 4, 8):
+        client.has_read(page)
+        page += window
+    assert client.states(*range(300, 316)) == [DIRTY] * 15 + [ZERO]
+
+
+def test_what_is_filled_ahead_ends_before_a_page_that_somebody_else_has_filled(client: Client) -> None:
+    for page in range(300, 500):
+        client.table.put(page, ZERO)
+    client.resident([302], DIRTY)
+    client.table.put(302, ZERO)
+    client.has_read(300)
+    client.has_read(301)
+    assert client.states(300, 301, 302, 303) == [DIRTY, DIRTY, ZERO, ZERO]
 
 
 def test_above_the_high_mark_clean_victims_leave_without_the_interpreter(
@@ -810,15 +1088,15 @@ def test_no_more_events_are_read_before_those_that_were_left_are_taken(
 
 
 def test_an_access_is_left_when_too_many_are_being_read(polled: Polled) -> None:
-    client = polled.client(pages=(READS_IN_FLIGHT + 1) * 65)
+    client = polled.client(pages=(SINGLE_READS + 1) * 65)
     device = PipeDevice(client)
     for page in range(0, client.pages - 65, 65):
         client.read(page)
-    polled.until(lambda: client.lane.in_flight == READS_IN_FLIGHT)
+    polled.until(lambda: client.lane.in_flight == SINGLE_READS)
     client.read(client.pages - 65)
     polled.until(lambda: client.left)
     assert client.accesses_left() == [(client.pages - 65, 0)]
-    assert client.table.counts[READING_STATE] == READS_IN_FLIGHT
+    assert client.table.counts[READING_STATE] == SINGLE_READS
     client.lane.close()
     device.close()
 
@@ -874,14 +1152,20 @@ def test_a_write_to_a_clean_page_is_let_through(client: Client, polled: Polled) 
     assert (client.left, client.lane.counted()[:2]) == ([], (1, 0))
 
 
-@pytest.mark.parametrize("near", [299, 301])
-def test_a_write_beside_the_last_one_is_left(client: Client, polled: Polled, near: int) -> None:
-    client.resident([300, near], CLEAN)
-    polled.until(client.write(300, b"new").ended)
-    client.write(near, b"new")
-    polled.until(lambda: client.left)
-    assert client.accesses_left() == [(near, FLAG_WRITE | FLAG_WP)]
-    assert client.states(near) == [CLEAN]
+def test_writes_in_order_are_let_through_ahead_of(client: Client, polled: Polled) -> None:
+    client.resident([*range(300, 310)], CLEAN)
+    for page in (300, 301, 303):
+        polled.until(client.write(page, b"new").ended)
+    assert client.states(*range(300, 310)) == [DIRTY] * 7 + [CLEAN] * 3
+    assert [client.protected(page) for page in (306, 307)] == [False, True]
+    assert (client.left, client.lane.counted()[0]) == ([], 3)
+
+
+def test_writes_that_leave_out_pages_are_let_through_one_by_one(client: Client, polled: Polled) -> None:
+    client.resident([*range(300, 310)], CLEAN)
+    for page in (300, 302, 304):
+        polled.until(client.write(page, b"new").ended)
+    assert client.states(*range(300, 306)) == [DIRTY, CLEAN] * 3
 
 
 def test_a_write_to_a_page_that_is_being_written_out_is_left(client: Client, polled: Polled) -> None:
@@ -1479,9 +1763,9 @@ def test_reads_that_fail_are_left_to_the_interpreter_when_nobody_takes_those_bef
         asked += 1
         client.waits()
         polled.until(lambda: not client.lane.in_flight and not client.uffd.state.pending_faults)
-    assert asked == 2 * READS_IN_FLIGHT + 1
-    assert [page for page, _, _ in left] == [0]
-    assert len(client.lane.back()) == 2 * READS_IN_FLIGHT
+    assert asked == GIVEN_BACK + 1
+    assert [page for page, _, _ in left] == [asked % 32 * 65 - 65]
+    assert len(client.lane.back()) == GIVEN_BACK
 
 
 @pytest.mark.parametrize(
@@ -1523,7 +1807,9 @@ def test_arrays_that_do_not_fit_are_refused(client: Client, changed: dict[str, A
         client.new_lane(**changed)
 
 
-@pytest.mark.parametrize("name", ["hub", "state", "checksum", "counts", "marks", "reach", "store", "order"])
+@pytest.mark.parametrize(
+    "name", ["hub", "state", "checksum", "counts", "marks", "reach", "store", "order", "zero_ahead"]
+)
 def test_a_lane_has_all_that_it_works_on(client: Client, name: str) -> None:
     client.lane.close()
     with pytest.raises(TypeError):
@@ -1601,7 +1887,7 @@ def test_what_was_not_begun_by_the_hub_ends_nothing(tmp_path: Path) -> None:
     client = polled.client()
     descriptor = os.open(client.file, os.O_RDONLY)
     with AlignedBuffer(PAGE_SIZE) as buffer:
-        for token in (0, READS_IN_FLIGHT, 1 << 40, (1 << 64) - 2):
+        for token in (0, SINGLE_READS, SINGLE_READS + 16, 1 << 40, (1 << 64) - 2):
             ring.read(descriptor, buffer.address, PAGE_SIZE, 0, token)
         ring.submit()
         polled.poll(OFTEN)
