@@ -53,15 +53,12 @@ def open_lane(
     counters: Counters,
     on_back: Callable[[], None],
     *,
-    structured_replies: bool,
-    misaligned: int,
-    write_max_bytes: int,
+    settings: Settings,
 ) -> Lane | None:
     """Make a lane for the connection at `socket`, with its receive buffer and outgoing area, if it can be."""
     if not isinstance(io, FileBacked) or Lane.made >= LANES_MAX:
         return None
     fast_path, direct_path = FAST_PATHS
-    settings = Settings(structured_replies, io.size_bytes, misaligned, write_max_bytes)
     with contextlib.ExitStack() as undo:
         try:
             storage = io.share_file()

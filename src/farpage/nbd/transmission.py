@@ -18,18 +18,15 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from farpage.blockio import FileBacked
 from farpage.nbd import codec, eventloop
 from farpage.nbd import protocol as p
 from farpage.nbd.buffers import AlignedPool
 from farpage.nbd.commands import Commands, Request
-from farpage.nbd.directpath import DIRECT_MAX_BYTES
+from farpage.nbd.crossing import LANE_WRITE_MAX_BYTES, Crossing, Held
 from farpage.nbd.export import Export
-from farpage.nbd.lane import Lane, open_lane
+from farpage.nbd.fastpath import Settings
 from farpage.nbd.outgoing import AREA_BYTES, Outgoing
 
-LANE_WRITE_MAX_BYTES: Final = 256 << 10
-"""Longer WRITEs are for the event loop."""
 RECEIVE_BYTES: Final = LANE_WRITE_MAX_BYTES + 4096
 COMMANDS_IN_FLIGHT_MAX: Final = 2048
 PAYLOAD_IN_FLIGHT_MAX_BYTES: Final = 64 << 20
@@ -56,10 +53,6 @@ _PLAIN_READ: Final = p.NBD_REQUEST_MAGIC << 32 | p.NBD_CMD_READ
 """First word of a READ without flags."""
 _pack_data = codec.DATA_CHUNK.pack_into
 _pack_simple = codec.SIMPLE_REPLY.pack_into
-
-_LEAST_STAY_REQUESTS: Final = 64
-_LONGEST_STAY_REQUESTS: Final = 1 << 16
-"""A connection that came back from its lane stays in the loop until so many requests in a row were for it."""
 
 log = logging.getLogger(__name__)
 
@@ -136,14 +129,20 @@ class Transmission:
         self._discarded: Callable[[], None] | None = None
         self._output = Outgoing(sock)
 
-        self._lane: Lane | None = None
-        self._may_have_lane = isinstance(export.io, FileBacked)
+        self._crossing = Crossing(
+            export,
+            sock.fileno(),
+            (self._input, self._output.area),
+            Settings(
+                structured_replies,
+                export.io.size_bytes,
+                self._commands.misaligned,
+                min(LANE_WRITE_MAX_BYTES, self._commands.limits.maximum),
+            ),
+            self._back_from_lane,
+        )
         self._entering = False
         """Whether the connection goes over to its lane as soon as nothing is in flight."""
-        self._stay_requests = 0
-        self._suited_requests = 0
-        """Requests in a row that the lane would have served."""
-        self._entered_at = 0
 
     # Life
 
@@ -164,20 +163,18 @@ class Transmission:
     @property
     def in_flight_past_counters(self) -> int:
         """Requests that the device has not ended and that the counters do not tell of: those of the lane."""
-        lane = self._lane
-        return lane.fast.in_flight if lane is not None and lane.entered else 0
+        return self._crossing.in_flight
 
     def fence(self) -> None:
         """Answer every further command with ESHUTDOWN."""
         self._commands.fence()
-        if self._lane is not None and self._lane.entered:
-            self._lane.stop()
+        self._crossing.stop()
         if self._commands.in_flight:
             self._export.on_given_up()
 
     async def wait_idle(self) -> None:
         """Return when no command is in flight."""
-        if self._commands.in_flight or self._in_lane:
+        if self._commands.in_flight or self._crossing.in_lane:
             waiter: asyncio.Future[None] = self._loop.create_future()
             self._idle_waiters.append(waiter)
             await waiter
@@ -185,7 +182,7 @@ class Transmission:
     def disconnect(self) -> None:
         """Send what can be sent at once and close the socket; commands in flight go on in the BlockIO."""
         if self._phase is not _Phase.CLOSED:
-            if not self._in_lane:
+            if not self._crossing.in_lane:
                 with contextlib.suppress(OSError):
                     self._output.push()
             self._close()
@@ -204,11 +201,11 @@ class Transmission:
             return
         self._phase = _Phase.CLOSED
         self._scheduled = True
-        if self._lane is not None and self._lane.entered:
+        if self._crossing.in_lane:
             # The descriptor must not become another's while the lane uses it.
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-            self._lane.stop()
+            self._crossing.stop()
             return
         self._let_go()
 
@@ -226,9 +223,7 @@ class Transmission:
             self._pool.give(self._sink_buffer)
             self._sink_buffer = None
         self._socket.close()
-        if self._lane is not None:
-            self._lane.close()
-            self._lane = None
+        self._crossing.close()
         if self._commands.in_flight:
             self._export.on_given_up()
         else:
@@ -249,86 +244,39 @@ class Transmission:
         log.warning("export %r: hanging up on a client: %s", self._export.name, reason)
         self.disconnect()
 
-    # In a thread of its own (lane.py)
-
-    @property
-    def _in_lane(self) -> bool:
-        return self._lane is not None and self._lane.entered
+    # Over to a thread of its own, and back (crossing.py)
 
     def _consider_lane(self) -> None:
         """Have the connection go over to a lane, if there is one for it and it suits what is asked for."""
-        if not self._may_have_lane or self._entering or self._suited_requests < self._stay_requests:
+        if self._entering or not self._crossing.worthwhile:
             return
         if self._phase is _Phase.OPEN and not self._commands.fenced and self._reading:
             self._entering = self._scheduled = True
             self._stop_reading()
             self._loop.call_soon(self._enter_lane)
 
-    def _suits_lane(self, request: Request) -> bool:
-        """Tell whether the lane would have served a command that was not answered at once."""
-        lane = self._lane
-        if lane is not None and lane.direct:
-            suits = request.command == p.NBD_CMD_READ or (lane.writes and request.command == p.NBD_CMD_WRITE)
-            return suits and request.length <= DIRECT_MAX_BYTES
-        return request.command == p.NBD_CMD_WRITE and request.length <= LANE_WRITE_MAX_BYTES
-
     def _enter_lane(self) -> None:
         if not self._entering or self._phase is not _Phase.OPEN or self._commands.in_flight or self._output:
             return  # what is in flight comes back to `_push`
         self._entering = False
+        commands = self._commands
         if (
-            self._commands.fenced
+            commands.fenced
             or self._sink is not None
             or self._discard_bytes
-            or not self._has_lane()
-            or not self._hand_over()
+            or not self._crossing.enter(self._input_start, self._input_end, commands.inline_max_bytes)
         ):
-            self._suited_requests = 0
+            self._crossing.suited_requests = 0
             self._resume()
 
-    def _hand_over(self) -> bool:
-        assert self._lane is not None
-        fast = self._lane.fast
-        fast.input_start, fast.input_end = self._input_start, self._input_end
-        fast.output_start = fast.output_end = 0
-        fast.read_max_bytes = self._commands.inline_max_bytes
-        self._entered_at = fast.served
-        return self._lane.enter()
-
-    def _has_lane(self) -> bool:
-        """Make the lane when there is none yet; False when there is none to be had."""
-        if self._lane is not None:
-            return True
-        self._lane = open_lane(
-            self._export.io,
-            self._socket.fileno(),
-            (self._input, self._output.area),
-            self._export.counters,
-            self._back_from_lane,
-            structured_replies=self._structured,
-            misaligned=self._commands.misaligned,
-            write_max_bytes=min(LANE_WRITE_MAX_BYTES, self._commands.limits.maximum),
-        )
-        if self._lane is None:
-            self._stay_requests = max(2 * self._stay_requests, _LONGEST_STAY_REQUESTS)
-        return self._lane is not None
-
-    def _back_from_lane(self) -> None:
+    def _back_from_lane(self, held: Held | None) -> None:
         """Go on in the event loop."""
-        assert self._lane is not None
-        fast = self._lane.fast
-        if self._phase is _Phase.CLOSED or self._lane.failed:
+        if self._phase is _Phase.CLOSED or held is None:
             self._phase = _Phase.CLOSED
             self._wake_waiters()
             self._let_go()
             return
-        self._input_start, self._input_end = fast.input_start, fast.input_end
-        self._output.start, self._output.end = fast.output_start, fast.output_end
-        # Whoever comes back soon has little of it: going over and back costs two wake-ups.
-        soon = fast.served - self._entered_at < _LEAST_STAY_REQUESTS
-        longer = min(2 * self._stay_requests, _LONGEST_STAY_REQUESTS) if soon else 0
-        self._stay_requests = max(longer, _LEAST_STAY_REQUESTS)
-        self._suited_requests = 0
+        self._input_start, self._input_end, self._output.start, self._output.end = held
         self._resume_reading()
         self._resume()
         if not self._commands.in_flight:
@@ -409,7 +357,7 @@ class Transmission:
             _pack_data(output.area, 0, p.NBD_STRUCTURED_REPLY_MAGIC, 1, 1, cookie, length + 8, offset)
         else:
             _pack_simple(output.area, 0, p.NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
-        self._suited_requests += 1
+        self._crossing.suited_requests += 1
         counters = self._export.counters
         counters.reads += 1
         counters.read_bytes += length
@@ -453,7 +401,7 @@ class Transmission:
 
     def _parse(self) -> None:
         """Carry out the requests in the receive buffer, as far as the limits allow, but none of a lane."""
-        if self._parsing or self._phase is not _Phase.OPEN or self._entering or self._in_lane:
+        if self._parsing or self._phase is not _Phase.OPEN or self._entering or self._crossing.in_lane:
             return
         self._parsing = True
         try:
@@ -533,7 +481,7 @@ class Transmission:
                 going = self._begin(Request(word >> 16 & 0xFFFF, word & 0xFFFF, cookie, offset, length))
             position = self._input_start
         self._input_start, self._cost_left = position, cost_left
-        self._suited_requests += reads
+        self._crossing.suited_requests += reads
         self._export.counters.reads += reads
         self._export.counters.read_bytes += read_bytes
         return going or self._sink is not None or self._discard_bytes > 0
@@ -553,8 +501,9 @@ class Transmission:
             self._drain()
             return False
         error = self._commands.check(request)
-        suits = not error and not request.flags and self._suits_lane(request)
-        self._suited_requests = self._suited_requests + 1 if suits else 0
+        crossing = self._crossing
+        suits = not error and not request.flags and crossing.suits(request.command, request.length)
+        crossing.suited_requests = crossing.suited_requests + 1 if suits else 0
         if request.command == p.NBD_CMD_WRITE:
             if not self._begin_write(request, error):
                 return False

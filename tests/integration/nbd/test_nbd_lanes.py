@@ -67,7 +67,7 @@ class Served:
     def in_lane(self) -> bool:
         """Whether every connection is in its lane."""
         transmissions = [connection._transmission for connection in self.server.connections]
-        return bool(transmissions) and all(t is not None and t._in_lane for t in transmissions)
+        return bool(transmissions) and all(t is not None and t._crossing.in_lane for t in transmissions)
 
 
 @asynccontextmanager
@@ -153,7 +153,7 @@ async def test_a_turn_that_was_due_before_the_connection_goes_over_leaves_it_alo
         (served_connection,) = at.server.connections
         transmission = served_connection._transmission
         assert transmission is not None
-        transmission._suited_requests = 1 << 20
+        transmission._crossing.suited_requests = 1 << 20
         asyncio.get_running_loop().call_soon(transmission._resume)
         transmission._consider_lane()
         await condition(at.in_lane)
@@ -281,7 +281,7 @@ async def test_a_block_device_is_written_for_as_long_as_its_claim_is_the_writers
             assert set(await asyncio.gather(*writes)) == {0}
             (server_side,) = server.connections
             await condition(
-                lambda: server_side._transmission is not None and server_side._transmission._in_lane
+                lambda: server_side._transmission is not None and server_side._transmission._crossing.in_lane
             )
             device.claim("v", device.volume("v").claim._replace(epoch=7))
             assert await write_bytes(connection, 0, b"y" * 4096) == errno.ESHUTDOWN
