@@ -171,13 +171,17 @@ class Eviction:
             return
         victims = self._next_victims()
         states = space.table.state
-        freed = self._release_clean([page for page in victims if states[page] == CLEAN])
         dirty = [page for page in victims if states[page] == DIRTY]
         if space.unwritable_page in dirty:
             dirty.remove(space.unwritable_page)
             space.replacement.added(space.unwritable_page)
-        if dirty:
-            freed += self._write(dirty)
+        try:
+            freed = self._release_clean([page for page in victims if states[page] == CLEAN])
+            if dirty:
+                freed += self._write(dirty)
+        except OSError:
+            self._let_stay(victims)
+            raise
         if freed:
             self._on_room()
         if freed or dirty or self._victims:
@@ -205,12 +209,21 @@ class Eviction:
         space = self._space
         states = space.table.state
         victims = sorted(space.replacement.victims(min(self._excess(), SLICE_PAGES)))
-        for page in victims:
-            if states[page] == DIRTY:
-                space.replacement.added(page)
-        if self._release_clean([page for page in victims if states[page] == CLEAN]):
+        try:
+            freed = self._release_clean([page for page in victims if states[page] == CLEAN])
+        finally:
+            self._let_stay(victims)
+        if freed:
             self._on_room()
             self.wake()
+
+    def _let_stay(self, victims: list[int]) -> None:
+        """Put those back into the order that have neither left nor begun to be written."""
+        space = self._space
+        states = space.table.state
+        for page in victims:
+            if states[page] in {CLEAN, DIRTY}:
+                space.replacement.added(page)
 
     def _release_clean(self, pages: list[int]) -> int:
         """Give back pages whose content is on the volume already."""
@@ -229,9 +242,11 @@ class Eviction:
         if wanted := self._tier_wants(count):
             buffer = space.buffers.take()
             content = buffer.view[: wanted * PAGE_BYTES]
-            space.memory.read_out(first, content)
-            space.tier.keep(first, content)
-            space.buffers.give(buffer)
+            try:
+                space.memory.read_out(first, content)
+                space.tier.keep(first, content)
+            finally:
+                space.buffers.give(buffer)
 
     def _tier_wants(self, count: int) -> int:
         """Return how many pages of a run should go to the RAM tier: none while that would only take room."""
@@ -241,11 +256,13 @@ class Eviction:
         """Start to write pages out; returns how many were zero and are given back already."""
         buffer = SharedBuffer(self._space.buffers)
         offset = freed = 0
-        for first, count in runs_of(pages):
-            freed += self._write_run(first, count, buffer, offset)
-            offset += count * PAGE_BYTES
-        buffer.release()
-        self._space.volume.push()
+        try:
+            for first, count in runs_of(pages):
+                freed += self._write_run(first, count, buffer, offset)
+                offset += count * PAGE_BYTES
+        finally:  # what has begun goes on
+            buffer.release()
+            self._space.volume.push()
         return freed
 
     @ends_with_client

@@ -53,6 +53,62 @@ async def test_pages_that_were_chosen_go_back_into_line_when_paging_out_stops(cl
     assert len(client.space.replacement) == client.table.resident
 
 
+def fails_once(client: ModelClient, step: str, page: int) -> list[str]:
+    """Have something that is done to the client's memory fail; returns what turns of the loop ended with."""
+    problems: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _loop, context: problems.append(str(context["exception"]))
+    )
+
+    def before(name: str, first: int, _count: int) -> None:
+        if (name, first) == (step, page) and not problems:
+            raise OSError(f"{step} failed")
+
+    client.memory.before = before
+    return problems
+
+
+async def test_victims_whose_content_cannot_be_read_go_back_into_the_order(client: ModelClient) -> None:
+    problems = fails_once(client, "read_out", 906)  # in the midst of a slice
+    sent: list[int] = []
+    client.volume.push = lambda: sent.append(len(client.volume.held))  # type: ignore[method-assign]
+    client.space.limit = Limit(256)
+    client.eviction.wake()
+    await asyncio.sleep(0)
+    assert problems == ["read_out failed"]
+    assert sent == [5]
+    assert client.states(*range(896, 928, 2)) == ["writing"] * 5 + ["dirty"] * 11
+    client.eviction.stop()
+    assert len(client.space.replacement) == 512 - 5
+    client.volume.hold = False
+    client.volume.release_all()
+    client.eviction.resume()
+    client.eviction.drain(on=True)
+    for _ in range(10):
+        await client.settle()
+    assert client.table.resident == 0
+
+
+@pytest.mark.parametrize("full", [False, True])
+async def test_clean_victims_that_cannot_be_given_back_go_back_into_the_order(full: bool) -> None:
+    client = ModelClient(PAGES, 1024)
+    await client.fill(256)
+    await client.page_out(1024)
+    for page in range(0, 256, 2):
+        client.read(page)
+    await client.settle()
+    client.write(0)
+    problems = fails_once(client, "release", 10)
+    client.space.full = full
+    client.eviction.drain(on=True)
+    await asyncio.sleep(0)
+    assert problems == ["release failed"]
+    client.eviction.stop()
+    assert client.states(0, 8, 10, 12) == ["dirty", "on_device", "clean", "clean"]
+    assert len(client.space.replacement) == client.table.resident > 0
+    client.close()
+
+
 async def test_a_fault_that_is_answered_at_the_second_try_makes_pages_leave_too() -> None:
     client = ModelClient(PAGES, 256)
     client.faults.on_pressure = client.eviction.wake
