@@ -18,9 +18,7 @@ With --realtime all that is measured runs before everything else on the machine.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
-import json
 import shutil
 import sys
 import tempfile
@@ -30,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from bench import _nbd_load
+from bench import _fio, _nbd_load
 from bench._command import carry_out, check_rounds
 from bench._machine import describe_disk, describe_machine, describe_placement, put_ahead
 from bench._nbd_cases import (
@@ -38,7 +36,6 @@ from bench._nbd_cases import (
     CHOSEN,
     CLIENTS,
     CORES,
-    FIO_OPTIONS,
     PLACEMENTS,
     STORAGES,
     TRANSPORTS,
@@ -112,28 +109,15 @@ async def fio_turn(case: Case, place: Place | None, served: Served, settings: Se
         if place is not None
         else ["--ioengine=io_uring", "--direct=1", f"--filename={served.image}"]
     )
-    process = await asyncio.create_subprocess_exec(
-        *on_core(CORES[case.placement][0]),
-        "fio",
-        "--name=bench",
-        *way,
-        *FIO_OPTIONS[case.work],
-        f"--iodepth={case.depth}",
-        f"--numjobs={case.connections}",
-        "--group_reporting",
-        f"--size={settings.size_bytes}",
-        "--time_based",
-        f"--runtime={settings.seconds * 1000:.0f}ms",
-        "--output-format=json",
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=served.folder,
+    return await _fio.run(
+        ["--name=bench", *way, f"--numjobs={case.connections}"],
+        case.work,
+        depth=case.depth,
+        size_bytes=settings.size_bytes,
+        seconds=settings.seconds,
+        folder=served.folder,
+        before=on_core(CORES[case.placement][0]),
     )
-    output, complaints = await process.communicate()
-    if process.returncode:
-        raise SystemExit(f"fio ended with status {process.returncode}: {complaints.decode()}")
-    (job,) = json.loads(output[output.index(b"{") :])["jobs"]
-    return float(job["read"]["iops"]) + float(job["write"]["iops"])
 
 
 async def one_case(case: Case, settings: Settings, folder: Path, turn: Turn) -> CaseResult:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import _fio
 from bench._command import carry_out, check_rounds, tell
 from bench._machine import describe_disk, describe_machine, describe_placement
 from bench._nbd_cases import FIO_OPTIONS, Work
@@ -99,22 +99,18 @@ async def one_turn(sock: Path, epoch: int, work: Work, settings: Settings) -> fl
         for number in range(settings.volumes)
         for word in (
             f"--name={volume(number)}",
+            "--ioengine=nbd",
             f"--uri=nbd+unix:///{volume(number)}@{epoch}?socket={sock}",
         )
     ]
-    process = await asyncio.create_subprocess_exec(
-        *("fio", "--ioengine=nbd", *FIO_OPTIONS[work], f"--iodepth={settings.depth}"),
-        *(f"--size={settings.size_bytes}", "--time_based", f"--runtime={settings.seconds * 1000:.0f}ms"),
-        *("--group_reporting", "--output-format=json", *jobs),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=sock.parent,
+    return await _fio.run(
+        jobs,
+        work,
+        depth=settings.depth,
+        size_bytes=settings.size_bytes,
+        seconds=settings.seconds,
+        folder=sock.parent,
     )
-    output, complaints = await process.communicate()
-    if process.returncode:
-        raise SystemExit(f"fio ended with status {process.returncode}: {complaints.decode()}")
-    (job,) = json.loads(output[output.index(b"{") :])["jobs"]
-    return float(job["read"]["iops"]) + float(job["write"]["iops"])
 
 
 class WorkersResult(BenchResult):
