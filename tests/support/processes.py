@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
+import struct
 import subprocess
 from pathlib import Path
 
 from farpage.embedded.set import EmbeddedSet
 from farpage.kernel.ending import until_gone
+from farpage.kernel.libc import syscall
 
 DEADLINE_SECONDS = 60.0
+
+_SCHED_GETATTR = 315
+"""Of x86-64."""
+_ATTRIBUTES = struct.Struct("=IIQiIQQQ")
 
 
 async def worker_pid(embedded: EmbeddedSet, client: str) -> int:
@@ -42,6 +49,14 @@ async def until_no_worker(embedded: EmbeddedSet) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
         while workers_running(embedded):
             await asyncio.sleep(0.05)
+
+
+def slice_of(thread: int) -> float:
+    """Return a thread's slice in seconds; 0 where the kernel has none for each, before Linux 6.12."""
+    attributes = ctypes.create_string_buffer(_ATTRIBUTES.size)
+    syscall(_SCHED_GETATTR, thread, ctypes.addressof(attributes), _ATTRIBUTES.size, 0)
+    runtime: int = _ATTRIBUTES.unpack(attributes.raw)[5]
+    return runtime / 1e9
 
 
 def descriptors_of(pid: int, *, leave_out: frozenset[str] = frozenset()) -> list[str]:

@@ -30,6 +30,7 @@ class SyscallNumbers:
     io_destroy: int
     io_getevents: int
     io_submit: int
+    sched_setattr: int
 
 
 _NUMBERS = {
@@ -39,6 +40,7 @@ _NUMBERS = {
         io_destroy=207,
         io_getevents=208,
         io_submit=209,
+        sched_setattr=314,
         userfaultfd=323,
         io_uring_setup=425,
         io_uring_enter=426,

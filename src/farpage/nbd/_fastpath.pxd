@@ -62,6 +62,7 @@ cdef class FastPath:
     cdef Py_ssize_t _input_start, _input_end, _output_start, _output_end
     cdef public Py_ssize_t read_max_bytes, write_max_bytes
     cdef public long served
+    cdef readonly long reads_served
     cdef readonly int in_flight
     cdef readonly tuple device_descriptors
 

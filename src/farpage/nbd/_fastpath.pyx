@@ -278,6 +278,7 @@ cdef class FastPath:
         else:
             self._acknowledge(reply, request)
         self._reads += 1
+        self.reads_served += 1
         self._read_bytes += request.length
 
     cdef bint _write(self, Request *request) noexcept nogil:

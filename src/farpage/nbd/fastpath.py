@@ -99,6 +99,7 @@ class FastPath:
         """Once it is set, nothing is begun any more; the turn ends."""
         self.served = 0
         """Requests that were answered."""
+        self.reads_served = 0
         self._cost = 0
         self._reads = self._read_bytes = self._writes = self._written_bytes = 0
 
@@ -219,6 +220,7 @@ class FastPath:
         self._area[self.output_end : self.output_end + len(header)] = header
         self.output_end += len(header) + length
         self._reads += 1
+        self.reads_served += 1
         self._read_bytes += length
 
     def _read(self, cookie: int, offset: int, length: int) -> bool:

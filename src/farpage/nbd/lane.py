@@ -22,6 +22,7 @@ from farpage.blockio import BlockIO, FileBacked, SharedFile
 from farpage.errors import Unsupported
 from farpage.kernel.aio import AsyncWrites
 from farpage.kernel.io_uring import Ring
+from farpage.kernel.scheduling import LONGEST_SLICE_SECONDS, set_slice
 from farpage.log import get_logger
 from farpage.nbd.directpath import IN_FLIGHT_MAX
 from farpage.nbd.export import Counters
@@ -42,6 +43,9 @@ LANES_MAX: Final = 64
 DEVICE_POLL_SECONDS: Final = 300e-6
 """The next event is looked for so long while something is in flight: a thread that is woken for each begins
 the next ones too late for the device to be busy all the time."""
+
+WRITING_SLEEPS: Final = 8
+"""A thread that has had nothing but writes to do before so many sleeps gives way to others from then on."""
 
 log = get_logger()
 
@@ -130,6 +134,7 @@ class Lane:
         self._orders: SimpleQueue[bool] = SimpleQueue()
         self._polling = Polling()
         self._device_polling = Polling(DEVICE_POLL_SECONDS)
+        self._manners = _Manners()
         try:
             threading.Thread(target=self._run, name="nbd-lane", daemon=True).start()
         except RuntimeError:
@@ -200,6 +205,7 @@ class Lane:
                 if found is not None:
                     outcome = found
                     continue
+            self._manners.before_sleep(fast)
             began = perf_counter()
             sleeping[outcome].poll()
             polling.slept(perf_counter() - began)
@@ -217,6 +223,36 @@ class Lane:
                 return outcome
         polling.missed()
         return None
+
+
+class _Manners:
+    """Has a thread that only writes give its core at once to whoever wakes up there.
+
+    Nobody waits for a page-out, but a client waits for its page, and wakes on a core where such a thread may
+    have taken its place.
+    """
+
+    def __init__(self) -> None:
+        self._gives_way = False
+        self._sleeps = self._served = self._reads = 0
+
+    def before_sleep(self, fast: FastPath) -> None:
+        """Go by what was served since the last time."""
+        served, reads = fast.served, fast.reads_served
+        if reads != self._reads:
+            self._sleeps = 0
+            if self._gives_way:
+                self._give_way(on=False)
+        elif served != self._served and not self._gives_way:
+            self._sleeps += 1
+            if self._sleeps >= WRITING_SLEEPS:
+                self._give_way(on=True)
+        self._served, self._reads = served, reads
+
+    def _give_way(self, *, on: bool) -> None:
+        self._gives_way = on
+        with contextlib.suppress(OSError):  # it is as polite as it may be
+            set_slice(LONGEST_SLICE_SECONDS if on else 0)
 
 
 def _poll(*watched: tuple[int, int]) -> select.poll:

@@ -22,6 +22,7 @@ from farpage.device.directory import DirectoryDevice
 from farpage.device.open import open_device
 from farpage.errors import Unsupported
 from farpage.kernel.aio import AsyncWrites
+from farpage.kernel.scheduling import LONGEST_SLICE_SECONDS
 from farpage.nbd import codec, directpath, fastpath, lane
 from farpage.nbd import protocol as p
 from farpage.nbd.client import Connection
@@ -29,7 +30,7 @@ from farpage.nbd.server import Server
 from tests.support.commands import condition, read_bytes, write_bytes
 from tests.support.loopdevice import loop_device
 from tests.support.nbd import Exports, RawClient, short_folder
-from tests.support.processes import descriptors_of
+from tests.support.processes import descriptors_of, slice_of
 
 VOLUME_BYTES = 8 << 20
 COMPILED = lane.FAST_PATHS
@@ -120,6 +121,30 @@ async def test_random_commands_leave_what_a_plain_buffer_would_hold(
 async def _reads(connection: Connection, offset: int, expected: bytes | bytearray) -> int:
     assert await read_bytes(connection, offset, len(expected)) == expected
     return 0
+
+
+async def test_a_thread_that_only_writes_gives_its_core_to_whoever_wakes(tmp_path: Path, mode: str) -> None:
+    if not slice_of(threading.get_native_id()):
+        pytest.skip("threads have no slices of their own before Linux 6.12")
+    async with served(tmp_path, mode) as at:
+        before = set(threading.enumerate())
+        connection = await Connection.open(at.addresses[0], "v")
+        usual = slice_of(threading.get_native_id())
+        assert await write_bytes(connection, 0, bytes(8192)) == 0
+        await condition(at.in_lane)
+        (thread,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "nbd-lane"]
+        number = thread.native_id
+        assert number is not None
+        assert slice_of(number) == usual
+        end = time.monotonic() + 10
+        while slice_of(number) == usual:
+            assert time.monotonic() < end
+            assert await write_bytes(connection, 4096, bytes(4096)) == 0
+        assert slice_of(number) == LONGEST_SLICE_SECONDS
+        while slice_of(number) != usual:
+            assert time.monotonic() < end
+            assert await read_bytes(connection, 4096, 4096) == bytes(4096)
+        await connection.close()
 
 
 async def test_a_connection_is_in_its_lane_again_after_enough_that_suits_it(
