@@ -67,7 +67,7 @@ cdef enum:
     CHOSEN_TOGETHER = 64
     RUNS_A_POLL = 2
     RUN = 64
-    RUN_SLOTS = 16      # for reads of neighbours
+    RUN_SLOTS = 32      # for reads of neighbours
     GAP = 8             # pages that are read in vain rather than leave a read in two
     GIVEN_BACK = SLOTS + RUN_SLOTS * RUN
 
@@ -902,13 +902,14 @@ cdef class Hub:
             self._unsubmitted -= <int>done
 
     cdef bint _complete(self, int64_t now) noexcept nogil:
-        """Take what the device has answered; tells whether there was anything."""
+        """Take what the device has answered, up to a run; tells whether there was anything."""
         cdef uint32_t head = self._cq_head[0]
         cdef io_uring_cqe *entry
         cdef uint64_t index
+        cdef bint long_one = False
         if head == load_acquire(self._cq_tail):
             return False
-        while head != load_acquire(self._cq_tail):
+        while head != load_acquire(self._cq_tail) and not long_one:  # accesses come between two of those
             entry = &self._cqes[head & self._cq_mask]
             index = entry.user_data
             if index < SLOTS and self._slots[index].busy:  # else it was not begun here
@@ -917,6 +918,7 @@ cdef class Hub:
                 self._free_count += 1
             elif SLOTS <= index < SLOTS + RUN_SLOTS and self._runs[index - SLOTS].busy:
                 self._runs_busy -= 1
+                long_one = True
                 self._run_arrived(
                     &self._runs[index - SLOTS], self._run_buffers + (index - SLOTS) * RUN * PAGE, entry.res, now
                 )
@@ -1495,8 +1497,8 @@ cdef class Lane:
         memset(lane.buckets, 0, sizeof(lane.buckets))
         return counted
 
-    def fetch(self, pages not None, int64_t but, bint write):
-        """Read those of some pages that are on the device, `but` one, though nobody waits for them.
+    def fetch(self, pages not None, bint write):
+        """Read those of some pages that are on the device, though nobody waits for them.
 
         Returns how many that are, and those for which no read can be begun here.
         """
@@ -1513,7 +1515,7 @@ cdef class Lane:
                 continue
             access.page = page
             if (
-                page == but or not self._lane.on or self._lane.file < 0 or self._hub._free_count <= KEPT_SLOTS
+                not self._lane.on or self._lane.file < 0 or self._hub._free_count <= KEPT_SLOTS
                 or not self._hub._begin(&self._lane, &access)
             ):
                 left.append(page)
@@ -1527,11 +1529,10 @@ cdef class Lane:
             self._hub._submit()
         return begun, left
 
-    def fetch_near(self, int64_t page, int count, int64_t but, bint write, double began):
-        """Read a page that somebody waits for since `began`, in seconds, and up to `count` neighbours behind it.
+    def fetch_near(self, int64_t page, int count, bint write, double began):
+        """Read up to `count` pages, from one on that somebody waits for since `began`, in seconds.
 
-        Those end at the first that is not on the device, and before `but`. Returns how many pages that are, 0 when
-        no read can be begun here.
+        They end at the first that is not on the device. Returns how many that are, 0 when no read can be begun here.
         """
         cdef lane_t *lane = &self._lane
         cdef run_t *run
@@ -1540,8 +1541,7 @@ cdef class Lane:
             return 0
         count = min(count, <int>RUN)
         while (
-            length < count and 0 <= page + length < lane.pages and page + length != but
-            and lane.state[page + length] == ON_DEVICE
+            length < count and 0 <= page + length < lane.pages and lane.state[page + length] == ON_DEVICE
         ):
             length += 1
         if not length:
@@ -1557,8 +1557,8 @@ cdef class Lane:
         self._hub._submit()
         return length
 
-    def fetch_run(self, int64_t first, int count, int64_t but, bint write):
-        """Read those of a run of at most 64 pages that are on the device, `but` one, though nobody waits for them.
+    def fetch_run(self, int64_t first, int count, bint write):
+        """Read those of a run of at most 64 pages that are on the device, though nobody waits for them.
 
         Returns how many that are, and those for which no read can be begun here, as runs `(first, count)`.
 
@@ -1567,35 +1567,26 @@ cdef class Lane:
         cdef lane_t *lane = &self._lane
         cdef run_t *run
         cdef uint64_t wanted = 0
-        cdef int64_t page, start = 0
-        cdef int at, lowest, highest, length = 0, begun = 0
+        cdef int at, lowest, highest, begun = 0
         left = []
         if not self._may():
             return 0, left
         if not 0 <= count <= RUN or not 0 <= first <= lane.pages - count:
             raise IndexError(f"{count} pages from {first} on")
         for at in range(count):
-            page = first + at
-            if lane.state[page] != ON_DEVICE:
-                continue
-            if page != but and lane.on and lane.file >= 0:
+            if lane.state[first + at] == ON_DEVICE:
                 wanted |= <uint64_t>1 << at
-            elif length and start + length == page:
-                length += 1
-            else:
-                if length:
-                    left.append((start, length))
-                start, length = page, 1
-        if length:
-            left.append((start, length))
         while wanted:
             lowest = highest = lowest_bit(wanted)
             # Up to the first gap that is too large.
             while highest < 63 and wanted >> (highest + 1) and lowest_bit(wanted >> (highest + 1)) <= GAP:
                 highest += 1 + lowest_bit(wanted >> (highest + 1))
-            run = self._hub._begin_run(lane, first + lowest, highest - lowest + 1, (wanted & all_of(highest + 1)) >> lowest)
+            run = NULL
+            if lane.on and lane.file >= 0:
+                run = self._hub._begin_run(
+                    lane, first + lowest, highest - lowest + 1, (wanted & all_of(highest + 1)) >> lowest
+                )
             if run == NULL:
-                left += [(first + at, 1) for at in range(lowest, count) if wanted >> at & 1]
                 break
             if write:
                 run.write = run.wanted
@@ -1603,6 +1594,11 @@ cdef class Lane:
             wanted &= ~all_of(highest + 1)
         if begun:
             self._hub._submit()
+        while wanted:
+            lowest = lowest_bit(wanted)
+            highest = lowest + lowest_bit(~(wanted >> lowest)) if ~(wanted >> lowest) else 64
+            left.append((first + lowest, highest - lowest))
+            wanted &= ~all_of(highest)
         return begun, left
 
     def join(self, int64_t page, bint write):

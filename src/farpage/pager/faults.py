@@ -285,13 +285,11 @@ class Faults:
         short = space.short
         if short is None or ahead is None or ahead.step != 1 or ahead.first != page + 1 or page in space.tier:
             return False
-        near = short.fetch_near(
-            page,
-            min(ahead.length + 1, NEAR_PAGES),
-            ahead.marker,
-            write=bool(fault.flags & FLAG_WRITE),
-            began_seconds=fault.began_seconds,
-        )
+        most = min(ahead.length + 1, NEAR_PAGES)
+        if ahead.marker >= 0:
+            most = min(most, ahead.marker - page)
+        write = bool(fault.flags & FLAG_WRITE)
+        near = short.fetch_near(page, most, write=write, began_seconds=fault.began_seconds)
         space.counters.read_ahead_pages += max(near - 1, 0)
         return near > 0
 
@@ -328,29 +326,29 @@ class Faults:
         # A sequential writer is about to write to what is read ahead for it, too.
         write = bool(fault.flags & FLAG_WRITE)
         short = self._space.short
-        # What comes past the interpreter is but the marker, which has to be held back.
-        if short is not None and ahead.step not in (1, -1):
-            begun, left = short.fetch(ahead.pages(), ahead.marker, write=write)
+        if short is not None:
+            # The marker has to be held back when it comes, and the next window waits for it: it comes first.
+            if ahead.marker >= 0 and self._space.table.state[ahead.marker] == ON_DEVICE:
+                self._fetch_ahead(ahead.marker, 1, write=write)
+                self._space.volume.push()
+            if ahead.step in (1, -1):
+                begun, left = short.fetch_runs(pieces(ahead), write=write)
+            else:
+                begun, left = short.fetch(ahead.pages(), write=write)
             self._space.counters.read_ahead_pages += begun
-            found = [(page, 1) for page in left]
-        elif short is not None:
-            found = []
-            for first, count in pieces(ahead):
-                begun, rest = short.fetch_run(first, count, ahead.marker, write=write)
-                self._space.counters.read_ahead_pages += begun
-                found += rest
-        else:
-            found = [
-                (start, length)
-                for first, count in pieces(ahead)
-                for start, length, state in self._space.table.runs(first, count)
-                if state == ON_DEVICE
-            ]
-        for start, length in found:
-            self._space.counters.read_ahead_pages += length
-            if write:
-                self._write_wanted.update(range(start, start + length))
-            self.fetch(start, length)
+            for start, length in left:
+                self._fetch_ahead(start, length, write=write)
+            return
+        for first, count in pieces(ahead):
+            for start, length, state in self._space.table.runs(first, count):
+                if state == ON_DEVICE:
+                    self._fetch_ahead(start, length, write=write)
+
+    def _fetch_ahead(self, first: int, count: int, *, write: bool) -> None:
+        self._space.counters.read_ahead_pages += count
+        if write:
+            self._write_wanted.update(range(first, first + count))
+        self.fetch(first, count)
 
     def _room(self, fault: Fault) -> int:
         """Return the pages that may be brought in; with none, the fault waits for page-outs."""

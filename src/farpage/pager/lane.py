@@ -8,7 +8,7 @@ what it has done is taken over before anybody decides by it.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 from farpage.errors import Unsupported
@@ -230,25 +230,31 @@ class ShortWay:
         """Tell who follows the accesses of the last ones; before an access that was left is looked at."""
         self._streams.passed(self._lane.passed())
 
-    def fetch(self, pages: range, but: int, *, write: bool) -> tuple[int, list[int]]:
-        """Read those of some pages ahead that are on the device, `but` one.
+    def fetch(self, pages: range, *, write: bool) -> tuple[int, list[tuple[int, int]]]:
+        """Read those of some pages ahead that are on the device.
 
-        Returns how many that are, and those for which no read can be begun here.
+        Returns how many that are, and as runs `(first, count)` those for which no read can be begun here.
         """
-        return self._lane.fetch(pages, but, write)
+        begun, left = self._lane.fetch(pages, write)
+        return begun, [(page, 1) for page in left]
 
-    def fetch_near(self, page: int, count: int, but: int, *, write: bool, began_seconds: float) -> int:
-        """Read a page that somebody waits for, and up to `count` with it that are behind it and before `but`.
+    def fetch_near(self, page: int, count: int, *, write: bool, began_seconds: float) -> int:
+        """Read up to `count` pages that are on the device, from one on that somebody waits for.
 
         Returns how many that are; 0 when no read can be begun here.
         """
-        return self._lane.fetch_near(page, count, but, write, began_seconds)
+        return self._lane.fetch_near(page, count, write, began_seconds)
 
-    def fetch_run(
-        self, first: int, count: int, but: int, *, write: bool
+    def fetch_runs(
+        self, runs: Iterable[tuple[int, int]], *, write: bool
     ) -> tuple[int, list[tuple[int, int]]]:
-        """Do what `fetch` does for a run of neighbours, with few reads; the rest is returned in runs."""
-        return self._lane.fetch_run(first, count, but, write)
+        """Do what `fetch` does for runs of at most 64 neighbours, each with few reads."""
+        begun, left = 0, []
+        for first, count in runs:
+            more, rest = self._lane.fetch_run(first, count, write)
+            begun += more
+            left += rest
+        return begun, left
 
     def join(self, page: int, *, write: bool) -> bool:
         """Let an access wait for a read that is in flight here; False when there is none of its page."""

@@ -60,10 +60,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(COMPILED is None, reason="the compiled loops were not built")
 
-PAGES = 1024
+PAGES = 2048
 SINGLE_READS = 256
 """So many reads of a page may be in flight, beside those of neighbours."""
-GIVEN_BACK = SINGLE_READS + 16 * 64
+GIVEN_BACK = SINGLE_READS + 32 * 64
 """So many pages are remembered that a lane leaves to the interpreter after it has begun to read them."""
 DEADLINE_SECONDS = 10.0
 NOT_LATE_SECONDS = 60.0
@@ -356,7 +356,7 @@ class PipeDevice:
         client.lane.use(self._reader, 0, late_seconds)
 
     def answer(self, content: bytes) -> None:
-        """Answer the oldest read with a page, and wait until that is taken."""
+        """Answer the oldest reads, and wait until that is taken."""
         os.write(self._writer, content)
         self._polled.until(lambda: not self._unread())
         self._polled.poll()
@@ -606,8 +606,8 @@ def test_an_access_is_left_when_nothing_may_be_read(client: Client, polled: Poll
 
 
 def test_a_page_that_is_read_ahead_comes_and_counts_as_no_wait(client: Client, polled: Polled) -> None:
-    assert client.lane.fetch(range(300, 301), -1, False) == (1, [])
-    assert client.lane.fetch(range(307, 300, -7), -1, True) == (1, [])
+    assert client.lane.fetch(range(300, 301), False) == (1, [])
+    assert client.lane.fetch(range(307, 300, -7), True) == (1, [])
     assert (client.states(300, 307), client.lane.in_flight) == ([READING_STATE] * 2, 0)
     polled.until(lambda: client.states(300, 307) == [CLEAN, DIRTY])
     faults, read, *_, buckets, waited, longest, _ = client.lane.counted()
@@ -623,7 +623,7 @@ def test_a_page_that_is_read_ahead_comes_and_counts_as_no_wait(client: Client, p
 
 def test_an_access_waits_for_the_read_ahead_of_its_page(client: Client, polled: Polled) -> None:
     device = PipeDevice(client)
-    assert client.lane.fetch(range(300, 301), -1, False) == (1, [])
+    assert client.lane.fetch(range(300, 301), False) == (1, [])
     access = client.write(300, b"written")
     polled.until(lambda: client.lane.in_flight == 1)
     device.answer(content_of(300))
@@ -636,7 +636,7 @@ def test_an_access_waits_for_the_read_ahead_of_its_page(client: Client, polled: 
 
 def test_a_read_ahead_is_late_only_once_it_is_waited_for(client: Client, polled: Polled) -> None:
     device = PipeDevice(client, late_seconds=0.02)
-    assert client.lane.fetch(range(300, 301), -1, False) == (1, [])
+    assert client.lane.fetch(range(300, 301), False) == (1, [])
     end = time.monotonic() + 0.1
     while time.monotonic() < end:
         polled.poll(OFTEN)
@@ -652,7 +652,7 @@ def test_reads_ahead_that_nobody_waits_for_are_told_so_when_they_are_given_up(
     client: Client, polled: Polled
 ) -> None:
     device = PipeDevice(client)
-    assert client.lane.fetch(range(300, 301), -1, True) == (1, [])
+    assert client.lane.fetch(range(300, 301), True) == (1, [])
     assert client.lane.withdraw() == [(300, True, -1.0)]
     assert client.lane.in_flight == 0
     device.answer(content_of(300))
@@ -663,7 +663,7 @@ def test_reads_ahead_that_nobody_waits_for_are_told_so_when_they_are_given_up(
 
 def test_reads_ahead_leave_room_for_those_that_are_waited_for(client: Client, polled: Polled) -> None:
     device = PipeDevice(client)
-    begun, left = client.lane.fetch(range(0, PAGES, 3), -1, False)
+    begun, left = client.lane.fetch(range(0, PAGES, 3), False)
     assert begun < SINGLE_READS
     assert left == list(range(3 * begun, PAGES, 3))
     client.read(901)
@@ -673,19 +673,14 @@ def test_reads_ahead_leave_room_for_those_that_are_waited_for(client: Client, po
     assert sorted(began < 0 for *_, began in client.back) == [False] + [True] * begun
 
 
-def test_one_page_of_those_that_are_read_ahead_is_left(client: Client, polled: Polled) -> None:
-    assert client.lane.fetch(range(300, 321, 7), 307, False) == (2, [307])
-    polled.until(lambda: client.states(300, 307, 314) == [CLEAN, ON_DEVICE, CLEAN])
-
-
 def test_no_page_that_the_client_does_not_have_is_read_ahead(client: Client) -> None:
-    assert client.lane.fetch(range(-10, 0), -1, False) == (0, [])
-    assert client.lane.fetch(range(PAGES, PAGES + 10), -1, False) == (0, [])
-    assert client.lane.fetch(range(1 << 40, 1 << 41, 1 << 39), -1, False) == (0, [])
+    assert client.lane.fetch(range(-10, 0), False) == (0, [])
+    assert client.lane.fetch(range(PAGES, PAGES + 10), False) == (0, [])
+    assert client.lane.fetch(range(1 << 40, 1 << 41, 1 << 39), False) == (0, [])
 
 
-def in_runs(client: Client, first: int, count: int, but: int = -1, *, write: bool = False) -> Any:
-    return client.lane.fetch_run(first, count, but, write)
+def in_runs(client: Client, first: int, count: int, *, write: bool = False) -> Any:
+    return client.lane.fetch_run(first, count, write)
 
 
 def test_neighbours_are_read_together(client: Client, polled: Polled) -> None:
@@ -726,23 +721,18 @@ def test_what_is_in_memory_amid_neighbours_stays_as_it_is(client: Client, polled
 
 
 def test_neighbours_with_much_between_them_are_read_apart(client: Client, polled: Polled) -> None:
-    for first in range(0, 64 * 9, 64):
+    for first in range(0, 64 * 17, 64):
         client.resident([*range(first + 1, first + 40)], CLEAN)
     device = PipeDevice(client)
-    begun = [in_runs(client, first, 64) for first in range(0, 64 * 9, 64)]
-    assert begun[:8] == [(25, [])] * 8
-    assert begun[8][0] == 0
+    begun = [in_runs(client, first, 64) for first in range(0, 64 * 17, 64)]
+    assert begun[:16] == [(25, [])] * 16
+    assert begun[16][0] == 0
     device.close()
-    polled.until(lambda: len(client.back) == 8 * 25)
-    assert in_runs(client, 512, 64) == (25, [])
-    polled.until(lambda: len(client.back) == 9 * 25)
+    polled.until(lambda: len(client.back) == 16 * 25)
+    assert in_runs(client, 1024, 64) == (25, [])
+    polled.until(lambda: len(client.back) == 17 * 25)
     for page, *_ in client.back:
         client.table.put(page, ON_DEVICE)
-
-
-def test_one_page_of_neighbours_is_left(client: Client, polled: Polled) -> None:
-    assert in_runs(client, 300, 10, but=304) == (9, [(304, 1)])
-    polled.until(lambda: client.states(303, 304, 305) == [CLEAN, ON_DEVICE, CLEAN])
 
 
 def test_an_access_waits_for_the_read_of_its_neighbours(client: Client, polled: Polled) -> None:
@@ -856,13 +846,13 @@ def test_reads_of_neighbours_that_are_withdrawn_are_returned_and_their_answers_d
 
 def test_neighbours_for_which_no_read_can_be_begun_are_left(client: Client, polled: Polled) -> None:
     device = PipeDevice(client)
-    begun = [in_runs(client, first, 2) for first in range(0, 34 * 16, 32)]
-    assert begun == [(2, [])] * 16 + [(0, [(512, 1), (513, 1)])]
-    assert client.lane.fetch_near(600, 8, -1, False, 1.0) == 0
+    begun = [in_runs(client, first, 2) for first in range(0, 33 * 32, 32)]
+    assert begun == [(2, [])] * 32 + [(0, [(1024, 2)])]
+    assert client.lane.fetch_near(600, 8, False, 1.0) == 0
     device.close()
-    polled.until(lambda: len(client.back) == 32)
-    assert in_runs(client, 512, 2) == (2, [])
-    polled.until(lambda: len(client.back) == 34)
+    polled.until(lambda: len(client.back) == 64)
+    assert in_runs(client, 1024, 2) == (2, [])
+    polled.until(lambda: len(client.back) == 66)
     for page, *_ in client.back:
         client.table.put(page, ON_DEVICE)
 
@@ -871,10 +861,10 @@ def test_a_page_that_is_waited_for_comes_with_those_behind_it(client: Client, po
     access = client.read(300)
     client.lane.turn(on=False)
     client.waits()
-    assert client.lane.fetch_near(300, 8, -1, False, time.monotonic()) == 0
+    assert client.lane.fetch_near(300, 8, False, time.monotonic()) == 0
     client.lane.turn(on=True)
     client.resident([305], CLEAN)
-    assert client.lane.fetch_near(300, 8, -1, False, time.monotonic()) == 5
+    assert client.lane.fetch_near(300, 8, False, time.monotonic()) == 5
     assert client.lane.in_flight == 1
     polled.until(access.ended)
     assert client.states(*range(300, 307)) == [CLEAN] * 6 + [ON_DEVICE]
@@ -882,14 +872,28 @@ def test_a_page_that_is_waited_for_comes_with_those_behind_it(client: Client, po
     assert (sum(client.lane.counted()[6]), client.lane.in_flight) == (1, 0)
 
 
-def test_what_comes_with_a_page_ends_before_the_one_that_is_left(client: Client, polled: Polled) -> None:
-    assert client.lane.fetch_near(300, 8, 303, True, time.monotonic()) == 3
+def test_what_comes_with_a_page_that_is_written_to_comes_in_dirty(client: Client, polled: Polled) -> None:
+    assert client.lane.fetch_near(300, 3, True, time.monotonic()) == 3
     polled.until(lambda: client.states(300, 301, 302, 303) == [DIRTY] * 3 + [ON_DEVICE])
-    assert client.lane.fetch_near(303, 8, 303, False, 1.0) == 0
-    assert client.lane.fetch_near(PAGES - 2, 8, -1, False, 1.0) == 2
-    assert client.lane.fetch_near(PAGES, 8, -1, False, 1.0) == 0
-    assert client.lane.fetch_near(-1, 8, -1, False, 1.0) == 0
+    assert client.lane.fetch_near(302, 8, False, 1.0) == 0
+    assert client.lane.fetch_near(PAGES - 2, 8, False, 1.0) == 2
+    assert client.lane.fetch_near(PAGES, 8, False, 1.0) == 0
+    assert client.lane.fetch_near(-1, 8, False, 1.0) == 0
     polled.until(lambda: client.states(PAGES - 2, PAGES - 1) == [CLEAN] * 2)
+
+
+def test_accesses_are_answered_between_two_reads_of_neighbours(client: Client, polled: Polled) -> None:
+    client.file.read_bytes()
+    descriptor = os.open(client.file, os.O_RDONLY)  # what the page cache has is read at once
+    client.lane.use(descriptor, 0, NOT_LATE_SECONDS)
+    os.close(descriptor)
+    for first in (100, 200, 300):
+        in_runs(client, first, 64)
+    client.table.put(500, ZERO)
+    client.read(500)
+    client.waits()
+    polled.until(lambda: client.states(100, 200, 300, 500) == [CLEAN] * 3 + [DIRTY])
+    assert client.order.victims(200).index(500) <= 64
 
 
 @pytest.mark.parametrize(("first", "count"), [(-1, 2), (0, 65), (PAGES - 1, 2), (1 << 40, 1), (0, -1)])
@@ -907,17 +911,17 @@ def test_neighbours_are_left_while_nothing_may_be_read(client: Client) -> None:
     assert in_runs(client, 300, 3) == (0, [(300, 3)])
     client.lane.close()
     assert in_runs(client, 300, 3) == (0, [])
-    assert client.lane.fetch_near(300, 3, -1, False, 1.0) == 0
+    assert client.lane.fetch_near(300, 3, False, 1.0) == 0
 
 
 def test_nothing_is_read_ahead_that_is_not_on_the_device_alone_or_that_may_not_be(client: Client) -> None:
     client.resident([300], CLEAN)
-    assert client.lane.fetch(range(300, 301), -1, False) == (0, [])
+    assert client.lane.fetch(range(300, 301), False) == (0, [])
     client.lane.turn(on=False)
-    assert client.lane.fetch(range(300, 302), -1, False) == (0, [301])
+    assert client.lane.fetch(range(300, 302), False) == (0, [301])
     client.lane.turn(on=True)
     client.lane.use(-1, 0, 0.0)
-    assert client.lane.fetch(range(300, 302), -1, False) == (0, [301])
+    assert client.lane.fetch(range(300, 302), False) == (0, [301])
 
 
 @pytest.mark.parametrize("recent", [[300], [302], [173, 237], [365, 333], [429, 365]])
@@ -1887,7 +1891,7 @@ def test_what_was_not_begun_by_the_hub_ends_nothing(tmp_path: Path) -> None:
     client = polled.client()
     descriptor = os.open(client.file, os.O_RDONLY)
     with AlignedBuffer(PAGE_SIZE) as buffer:
-        for token in (0, SINGLE_READS, SINGLE_READS + 16, 1 << 40, (1 << 64) - 2):
+        for token in (0, SINGLE_READS, SINGLE_READS + 32, 1 << 40, (1 << 64) - 2):
             ring.read(descriptor, buffer.address, PAGE_SIZE, 0, token)
         ring.submit()
         polled.poll(OFTEN)
