@@ -12,8 +12,11 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +43,36 @@ class Peer:
     uid: int
 
 
-class _PeerProtocol(H11Protocol):
-    """Puts the peer's credentials where ASGI has the client's address, which a UNIX socket lacks."""
+class _Server(uvicorn.Server):
+    """uvicorn's server without its loop that wakes ten times a second to see whether it is to end."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told_to_exit = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """Wait until `exit_soon`; answers are dated by the protocol, which that loop did beside."""
+        self._loop = asyncio.get_running_loop()
+        if not self.should_exit:
+            await self._told_to_exit.wait()
+
+    def exit_soon(self) -> None:
+        """Have it end when the requests in progress are answered. Safe to call from any thread."""
+        # In this order, and `main_loop` in the other one: whichever comes first, the other sees it.
+        self.should_exit = True
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed, since it has ended by itself
+                self._loop.call_soon_threadsafe(self._told_to_exit.set)
+
+
+class _Protocol(H11Protocol):
+    """Dates the answers, and puts a UNIX socket's peer where ASGI has a client's address, which it lacks."""
+
+    def data_received(self, data: bytes) -> None:
+        date = (b"date", formatdate(time.time(), usegmt=True).encode())
+        self.server_state.default_headers = [date, *self.config.encoded_headers]
+        super().data_received(data)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -74,7 +105,7 @@ class ControlServer:
     def __init__(self, app: FastAPI, addresses: Sequence[Address], tls: Path | None = None) -> None:
         self._addresses = tuple(addresses)
         self._unix = _server(app, None)
-        self._tls: uvicorn.Server | None = None
+        self._tls: _Server | None = None
         for address in addresses:
             if isinstance(address, TcpAddress) and self._tls is None:
                 self._tls = _server(app, server_context(needed(tls, address, field="control")))
@@ -118,7 +149,7 @@ class ControlServer:
             return
         for server in (self._unix, self._tls):
             if server is not None:
-                server.should_exit = True
+                server.exit_soon()
         # The caller's loop must go on: requests in progress may wait for it.
         await asyncio.to_thread(self._thread.join)
         self._thread = None
@@ -148,10 +179,10 @@ class _Listener:
             self.socket.close()
 
 
-def _server(app: FastAPI, context: ssl.SSLContext | None) -> uvicorn.Server:
+def _server(app: FastAPI, context: ssl.SSLContext | None) -> _Server:
     config = uvicorn.Config(
         app,
-        http=_PeerProtocol,
+        http=_Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -163,4 +194,4 @@ def _server(app: FastAPI, context: ssl.SSLContext | None) -> uvicorn.Server:
     # uvicorn would make a context of file names, which may also speak older TLS.
     config.load()
     config.ssl = context
-    return uvicorn.Server(config)
+    return _Server(config)

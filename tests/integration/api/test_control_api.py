@@ -3,7 +3,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
@@ -222,3 +225,35 @@ async def test_a_request_in_progress_is_finished_when_the_server_stops(folder: P
         release.set()
         assert await asked == Number(value=1)
         await stopping
+
+
+async def test_a_server_without_requests_sleeps(client: ControlClient) -> None:
+    await client.get("/numbers", tuple[Number, ...])
+    (serving,) = [thread for thread in threading.enumerate() if thread.name == "control"]
+    assert serving.native_id is not None
+    await asyncio.sleep(0.1)  # what is left to do after an answer
+    before = _sleeps(serving.native_id)
+    await asyncio.sleep(0.5)
+    assert _sleeps(serving.native_id) - before <= 1
+
+
+def _sleeps(thread: int) -> int:
+    """Return how often a thread has begun to wait (proc(5), voluntary_ctxt_switches)."""
+    status = Path(f"/proc/self/task/{thread}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+async def test_answers_are_dated(path: str) -> None:
+    transport = httpx.AsyncHTTPTransport(uds=path)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as plain:
+        for _ in range(2):
+            (date,) = (await plain.get("/numbers")).headers.get_list("date")
+            assert abs(datetime.now(UTC) - parsedate_to_datetime(date)) < timedelta(seconds=5)
+
+
+async def test_a_server_that_is_stopped_before_its_loop_runs_stops(folder: Path) -> None:
+    for _ in range(20):
+        server = ControlServer(create_app("test", "1"), [UnixAddress(f"{folder}/brief")])
+        await server.start()
+        async with asyncio.timeout(5):
+            await server.stop()
