@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from farpage.address import Address, TcpAddress, UnixAddress, parse_address
+from farpage.api.connection import Connection, ConnectionBroken, Response
 from farpage.api.remote import RemoteError, remote_error
 from farpage.api.tls import client_context, explain, needed, tls_problem
 from farpage.errors import Unreachable
@@ -49,6 +50,9 @@ class ControlClient:
             self._context = client_context(needed(tls, self.address, field="address"))
         self._who = who
         self._timeout_seconds = timeout_seconds
+        self._kept: Connection | None = None
+        """For `look`, while nobody is looking."""
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,6 +64,9 @@ class ControlClient:
 
     async def close(self) -> None:
         """Close the connections."""
+        self._closed = True
+        if self._kept is not None:
+            self._kept.close()
         if "_http" in vars(self):
             await self._http.aclose()
 
@@ -110,16 +117,52 @@ class ControlClient:
                 method, path, content=content, params=params, headers=headers, timeout=timeout
             )
         except (httpx.HTTPError, ssl.SSLError) as problem:
-            # A server that refuses our certificate says so only after the handshake, where httpx does not
-            # expect it.
-            refused = tls_problem(problem)
-            cause, hint = str(problem) or type(problem).__name__, "check that it runs"
-            if refused is not None:
-                cause, hint = explain(refused)
-            raise Unreachable(self._who, str(self.address), cause, hint) from problem
+            raise self._unreachable(problem) from problem
         if response.status_code >= 400:
             raise remote_error(response.status_code, response.content)
         return response.content
+
+    def _unreachable(self, problem: Exception) -> Unreachable:
+        # A server that refuses our certificate says so only after the handshake, where httpx does not
+        # expect it.
+        refused = tls_problem(problem)
+        cause, hint = str(problem) or type(problem).__name__, "check that it runs"
+        if refused is not None:
+            cause, hint = explain(refused)
+        return Unreachable(self._who, str(self.address), cause, hint)
+
+    async def look(self, path: str, answer: type[Answer], *, timeout_seconds: float | None = None) -> Answer:
+        """GET `path` as `get` does, for what is asked all the time: at a tenth of the processor time.
+
+        :raise Unreachable: no answer.
+        :raise RemoteError: the answer is an error, or not the document expected.
+        """
+        seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        try:
+            response = await self._look(path, seconds)
+        except (ConnectionBroken, ssl.SSLError) as problem:
+            raise self._unreachable(problem) from problem
+        if response.status >= 400:
+            raise remote_error(response.status, response.body)
+        return _parse(answer, response.body)
+
+    async def _look(self, path: str, timeout_seconds: float) -> Response:
+        """Ask over the connection that is kept; one who looks while another one does makes one more."""
+        connection, self._kept = self._kept, None
+        if connection is None or not connection.usable:
+            if connection is not None:
+                connection.close()
+            connection = await Connection.open(self.address, self._context, timeout_seconds=timeout_seconds)
+        try:
+            response = await connection.get(path, timeout_seconds=timeout_seconds)
+        except BaseException:  # also when cancelled: its answer would be taken for the next one's
+            connection.close()
+            raise
+        if connection.usable and self._kept is None and not self._closed:
+            self._kept = connection
+        else:
+            connection.close()
+        return response
 
     async def get(
         self,

@@ -62,8 +62,8 @@ class Vios:
     async def ask(self) -> bool:
         """Ask for its health and devices; returns whether it has come back since the last time."""
         try:
-            self.health = await self.client.get("/v1/health", Health)
-            self.devices = await self.client.get("/v1/devices", tuple[DeviceInfo, ...])
+            self.health = await self.client.look("/v1/health", Health)
+            self.devices = await self.client.look("/v1/devices", tuple[DeviceInfo, ...])
         except FarpageError as error:
             self.problem = error.cause
             return False
@@ -76,7 +76,7 @@ class Vios:
             return
         self._doubted = True
         try:
-            await self.client.get("/v1/health", Health, timeout_seconds=DOUBTED_SECONDS)
+            await self.client.look("/v1/health", Health, timeout_seconds=DOUBTED_SECONDS)
         except FarpageError as error:
             self.problem, self._away = error.cause, error
             for request in self._waiting:

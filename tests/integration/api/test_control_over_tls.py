@@ -49,8 +49,18 @@ async def server(tmp_path: Path, certificates: Path) -> AsyncIterator[ControlSer
 
 
 async def ask(address: Address, tls: Path | None) -> str:
+    """Ask in both ways, which have to come to the same."""
     async with ControlClient(address, who="VIOS one", tls=tls) as client:
-        return (await client.get("/word", ErrorBody)).code
+        try:
+            said = (await client.get("/word", ErrorBody)).code
+        except Unreachable as problem:
+            with pytest.raises(Unreachable) as caught:
+                await client.look("/word", ErrorBody)
+            assert str(caught.value) == str(problem)
+            raise
+        for _ in range(2):
+            assert (await client.look("/word", ErrorBody)).code == said
+        return said
 
 
 async def test_the_same_api_answers_at_a_unix_socket_and_at_a_port(
@@ -128,6 +138,12 @@ async def test_a_server_must_have_the_name_it_is_called_by(tmp_path: Path, autho
             await ask(server.addresses[0], elsewhere)
     finally:
         await server.stop()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+async def test_nobody_there_is_unreachable(certificates: Path, host: str) -> None:
+    with pytest.raises(Unreachable, match=f"VIOS one at tcp:{host}:1 does not answer"):
+        await ask(TcpAddress(host, 1), certificates)
 
 
 async def test_without_certificates_no_port_is_served_or_asked() -> None:
