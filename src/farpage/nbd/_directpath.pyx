@@ -20,8 +20,10 @@ cdef extern from "unistd.h" nogil:
 cdef enum:  # directpath.py
     IN_FLIGHT_MAX = 64
     BEGUN_TOGETHER = 4
-    DIRECT_MAX_BYTES = 32 << 10
-    WRITTEN_TOGETHER_BYTES = 128 << 10
+    READ_MAX_BYTES = 32 << 10
+    WRITE_MAX_BYTES = 256 << 10
+    WRITES_MAX = 32
+    WRITTEN_TOGETHER_BYTES = 256 << 10
 
 cdef enum:
     ALL_BEGUN = 0
@@ -99,6 +101,7 @@ cdef class DirectPath(FastPath):
     cdef uintptr_t _context
     cdef int _event, _writes_queued, _writes_in_flight
     cdef int64_t _signals
+    cdef int _writing
     cdef Py_ssize_t _writing_bytes
     cdef Iocb _iocbs[IN_FLIGHT_MAX]
     cdef Iocb *_queue[IN_FLIGHT_MAX]
@@ -109,7 +112,7 @@ cdef class DirectPath(FastPath):
         self._open = False
         self._misaligned |= PAGE_SIZE - 1
         self._in_size -= IN_FLIGHT_MAX * REQUEST_BYTES + WRITTEN_TOGETHER_BYTES
-        if self._in_size < REQUEST_BYTES + DIRECT_MAX_BYTES or self._out_size < DATA_BYTES + DIRECT_MAX_BYTES:
+        if self._in_size < REQUEST_BYTES + READ_MAX_BYTES or self._out_size < DATA_BYTES + READ_MAX_BYTES:
             raise ValueError("the buffers are too small")
         if ring.entries < IN_FLIGHT_MAX:
             raise ValueError("the queue is too short")
@@ -133,11 +136,11 @@ cdef class DirectPath(FastPath):
         if writes is None:
             self.write_max_bytes = 0
         else:
-            self.write_max_bytes = min(self.write_max_bytes, DIRECT_MAX_BYTES)
+            self.write_max_bytes = min(self.write_max_bytes, WRITE_MAX_BYTES)
             self._context, self._event = writes.context, writes.fileno()
             self.device_descriptors += (writes.fileno(),)
         memory = mmap(
-            NULL, IN_FLIGHT_MAX * DIRECT_MAX_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
+            NULL, IN_FLIGHT_MAX * WRITE_MAX_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
         )
         if memory == MAP_FAILED:
             raise MemoryError
@@ -148,7 +151,7 @@ cdef class DirectPath(FastPath):
         # No method is called here: there are none yet when the base could not be made. What is read into stays
         # until the process ends when nobody has waited for the end of the reads.
         if self._buffers != NULL and not self.in_flight:
-            munmap(self._buffers, IN_FLIGHT_MAX * DIRECT_MAX_BYTES)
+            munmap(self._buffers, IN_FLIGHT_MAX * WRITE_MAX_BYTES)
 
     def close(self):
         if not self._open:
@@ -160,14 +163,14 @@ cdef class DirectPath(FastPath):
         self._ring.close()
         if self._aio is not None:
             self._aio.close()
-        munmap(self._buffers, IN_FLIGHT_MAX * DIRECT_MAX_BYTES)
+        munmap(self._buffers, IN_FLIGHT_MAX * WRITE_MAX_BYTES)
         self._buffers = NULL
 
     cdef int _turn(self) noexcept nogil:
         cdef bint drained = False, progress
         cdef int outcome, begun = ALL_BEGUN
         cdef Py_ssize_t before
-        if self._output_end:
+        if self._output_end and not self._writes:
             outcome = self._push()
             if outcome == WAIT_WRITE and not self._stopped and not self._ending:
                 return WAIT_WRITE
@@ -187,7 +190,7 @@ cdef class DirectPath(FastPath):
                     self._ending = True
             if self._unsubmitted or self._writes_queued:
                 self._submit()
-            if not progress or self._output_end >= GATHERED_BYTES:
+            if not (progress or self._holds_answers()) or self._output_end >= GATHERED_BYTES:
                 outcome = self._push()
                 if outcome == WAIT_WRITE and not self._ending:
                     return WAIT_WRITE
@@ -204,19 +207,26 @@ cdef class DirectPath(FastPath):
             if drained:
                 return WAIT_READ
 
+    cdef bint _holds_answers(self) noexcept nogil:
+        """Whether few writes are to be answered and more are about to end: each answer wakes the client."""
+        return not self._reads and 0 < self._writes < self._writing
+
     cdef int _begin(self) noexcept nogil:
         """Queue the requests that have come."""
         cdef Request request
         cdef int slot
         while not self._ending and self._is_whole():
-            if not self._request(self._input_start, &request) or request.length > DIRECT_MAX_BYTES:
+            if not self._request(self._input_start, &request):
+                return NOT_FOR_HERE
+            if request.command == CMD_READ and request.length > READ_MAX_BYTES:
                 return NOT_FOR_HERE
             if request.command == CMD_WRITE and self._aio is None:
                 return NOT_FOR_HERE
             if not self._free_count:
                 return MORE
             if request.command == CMD_WRITE and (
-                self._writing_bytes + <Py_ssize_t> request.length > WRITTEN_TOGETHER_BYTES
+                self._writing == WRITES_MAX
+                or self._writing_bytes + <Py_ssize_t> request.length > WRITTEN_TOGETHER_BYTES
             ):
                 return MORE
             self._free_count -= 1
@@ -234,7 +244,7 @@ cdef class DirectPath(FastPath):
         return ALL_BEGUN
 
     cdef unsigned char *_content(self, int slot) noexcept nogil:
-        return self._buffers + slot * DIRECT_MAX_BYTES
+        return self._buffers + slot * WRITE_MAX_BYTES
 
     cdef void _queue_read(self, int slot) noexcept nogil:
         cdef Request *request = &self._requests[slot]
@@ -265,6 +275,7 @@ cdef class DirectPath(FastPath):
         command.event = self._event
         self._queue[self._writes_queued] = command
         self._writes_queued += 1
+        self._writing += 1
         self._writing_bytes += request.length
 
     cdef void _submit(self) noexcept nogil:
@@ -380,6 +391,7 @@ cdef class DirectPath(FastPath):
 
     cdef void _release(self, int slot, bint answered) noexcept nogil:
         if self._requests[slot].command == CMD_WRITE:
+            self._writing -= 1
             self._writing_bytes -= self._requests[slot].length
         self._busy[slot] = False
         self.in_flight -= 1

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from farpage.blockio import FileBacked
 from farpage.nbd import protocol as p
-from farpage.nbd.directpath import DIRECT_MAX_BYTES
+from farpage.nbd.directpath import READ_MAX_BYTES
 from farpage.nbd.export import Export
 from farpage.nbd.fastpath import Settings
 from farpage.nbd.lane import Lane, open_lane
@@ -80,8 +80,10 @@ class Crossing:
         """Tell whether the lane would have served a command that was not answered at once."""
         lane = self._lane
         if lane is not None and lane.direct:
-            suits = command == p.NBD_CMD_READ or (lane.writes and command == p.NBD_CMD_WRITE)
-            return suits and length <= DIRECT_MAX_BYTES
+            if command == p.NBD_CMD_READ:
+                return length <= READ_MAX_BYTES
+            if not lane.writes:
+                return False
         return command == p.NBD_CMD_WRITE and length <= LANE_WRITE_MAX_BYTES
 
     def enter(self, input_start: int, input_end: int, read_max_bytes: int) -> bool:

@@ -28,9 +28,13 @@ _SIMPLE_BYTES: Final = codec.SIMPLE_REPLY.size
 
 IN_FLIGHT_MAX: Final = 64
 """Reads and writes in flight."""
-DIRECT_MAX_BYTES: Final = 32 << 10
-"""Longer requests are for the event loop: there holes are looked for, and writes need not be copied."""
-WRITTEN_TOGETHER_BYTES: Final = 128 << 10
+READ_MAX_BYTES: Final = 32 << 10
+"""Longer reads are for the event loop: there holes are looked for."""
+WRITE_MAX_BYTES: Final = 256 << 10
+"""Longer writes are for the event loop: there they need not be copied."""
+WRITES_MAX: Final = 32
+"""Writes in flight: reads of the device come behind them."""
+WRITTEN_TOGETHER_BYTES: Final = 256 << 10
 """Writes in flight, as they came: there is room to put so much back before what has come since."""
 BEGUN_TOGETHER: Final = 4
 """So many reads are started with one system call; a device that waits for more does nothing meanwhile."""
@@ -75,24 +79,24 @@ class DirectPath(FastPath):
         # Room for those that are given back.
         self._input_size_bytes -= IN_FLIGHT_MAX * codec.REQUEST.size + WRITTEN_TOGETHER_BYTES
         if (
-            self._input_size_bytes < codec.REQUEST.size + DIRECT_MAX_BYTES
-            or len(self._area) < codec.DATA_CHUNK.size + DIRECT_MAX_BYTES
+            self._input_size_bytes < codec.REQUEST.size + READ_MAX_BYTES
+            or len(self._area) < codec.DATA_CHUNK.size + READ_MAX_BYTES
         ):
             raise ValueError("the buffers are too small")
         if ring.entries < IN_FLIGHT_MAX:
             raise ValueError("the queue is too short")
-        self._ring, self._aio, self._memory = ring, writes, AlignedBuffer(IN_FLIGHT_MAX * DIRECT_MAX_BYTES)
+        self._ring, self._aio, self._memory = ring, writes, AlignedBuffer(IN_FLIGHT_MAX * WRITE_MAX_BYTES)
         self.device_descriptors = (ring.fileno(), *([] if writes is None else [writes.fileno()]))
         self._free = list(range(IN_FLIGHT_MAX))
         self._requests: dict[int, _InFlight] = {}
         """Those in flight, by where in the memory they are."""
-        self._writing_bytes = 0
-        """Writes in flight, as they came."""
+        self._writing = self._writing_bytes = 0
+        """Writes in flight, and their bytes."""
         self._ended: deque[tuple[int, int]] = deque()
         """Requests that have ended and are not answered, with what came of them."""
         self._failed: list[tuple[_InFlight, bytes]] = []
         self._ending = False
-        self.write_max_bytes = min(self.write_max_bytes, DIRECT_MAX_BYTES) if writes is not None else 0
+        self.write_max_bytes = min(self.write_max_bytes, WRITE_MAX_BYTES) if writes is not None else 0
 
     @property
     def in_flight(self) -> int:  # type: ignore[override]
@@ -116,7 +120,7 @@ class DirectPath(FastPath):
         """Begin what has come, answer what has ended; see `FastPath.turn`."""
         self._check()
         drained, begun = False, _Begun.ALL
-        if self.output_end and (outcome := self._push()) is not None:
+        if self.output_end and not self._writes and (outcome := self._push()) is not None:
             if outcome == Outcome.WAIT_WRITE and not self.stopped and not self._ending:
                 return outcome
             self._ending |= outcome == Outcome.OVER
@@ -134,7 +138,7 @@ class DirectPath(FastPath):
                 begun = self._begin()
                 self._ending |= begun is _Begun.NOT_FOR_HERE
             self._submit()
-            if not progress or self.output_end >= GATHERED_BYTES:
+            if not (progress or self._holds_answers()) or self.output_end >= GATHERED_BYTES:
                 outcome = self._push()
                 if outcome == Outcome.WAIT_WRITE and not self._ending:
                     return outcome
@@ -149,24 +153,30 @@ class DirectPath(FastPath):
             if drained:
                 return Outcome.WAIT_READ
 
+    def _holds_answers(self) -> bool:
+        """Whether few writes are to be answered and more are about to end: each answer wakes the client."""
+        return not self._reads and 0 < self._writes < self._writing
+
     def _begin(self) -> _Begun:
         """Queue the requests that have come."""
         while not self._ending and self._is_whole():
             request = self._request(self.input_start)
-            if request is None or request[4] > DIRECT_MAX_BYTES:
+            if request is None:
                 return _Begun.NOT_FOR_HERE
             write, whole_bytes, cookie, offset, length = request
-            if write and self._aio is None:
+            if (write and self._aio is None) or (not write and length > READ_MAX_BYTES):
                 return _Begun.NOT_FOR_HERE
-            if not self._free or (write and self._writing_bytes + length > WRITTEN_TOGETHER_BYTES):
+            together = self._writing == WRITES_MAX or self._writing_bytes + length > WRITTEN_TOGETHER_BYTES
+            if not self._free or (write and together):
                 return _Begun.MORE
             slot = self._free.pop()
             self._requests[slot] = _InFlight(write, cookie, offset, length)
             place = self._storage.origin_bytes + offset
-            address = self._memory.address + slot * DIRECT_MAX_BYTES
+            address = self._memory.address + slot * WRITE_MAX_BYTES
             if write:
                 start = self.input_start + codec.REQUEST.size
                 self._content(slot)[:] = self._input[start : start + length]
+                self._writing += 1
                 self._writing_bytes += length
                 assert self._aio is not None
                 self._aio.write(self._storage.descriptor, address, length, place, slot)
@@ -178,7 +188,7 @@ class DirectPath(FastPath):
         return _Begun.ALL
 
     def _content(self, slot: int) -> memoryview:
-        at = slot * DIRECT_MAX_BYTES
+        at = slot * WRITE_MAX_BYTES
         return self._memory.view[at : at + self._requests[slot].length]
 
     def _submit(self) -> None:
@@ -222,6 +232,7 @@ class DirectPath(FastPath):
     def _release(self, slot: int, *, answered: bool) -> None:
         request = self._requests[slot]
         if request.write:
+            self._writing -= 1
             self._writing_bytes -= request.length
         if not answered:
             self._failed.append((request, bytes(self._content(slot)) if request.write else b""))

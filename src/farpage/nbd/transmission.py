@@ -27,7 +27,7 @@ from farpage.nbd.export import Export
 from farpage.nbd.fastpath import Settings
 from farpage.nbd.outgoing import AREA_BYTES, Outgoing
 
-RECEIVE_BYTES: Final = LANE_WRITE_MAX_BYTES + 4096
+RECEIVE_BYTES: Final = 2 * LANE_WRITE_MAX_BYTES + 8192
 COMMANDS_IN_FLIGHT_MAX: Final = 2048
 PAYLOAD_IN_FLIGHT_MAX_BYTES: Final = 64 << 20
 """Reading stops when commands in flight move this much; one more maximum-sized command may be over it."""

@@ -14,17 +14,25 @@ import pytest
 
 from farpage.blockio import SharedFile
 from farpage.errors import Unsupported
+from farpage.kernel.aio import AsyncWrites
 from farpage.kernel.io_uring import Ring
 from farpage.kernel.memory import PAGE_SIZE, AlignedBuffer
 from farpage.nbd import codec, directpath, fastpath, lane
 from farpage.nbd import protocol as p
-from farpage.nbd.directpath import DIRECT_MAX_BYTES, IN_FLIGHT_MAX, WRITTEN_TOGETHER_BYTES, DirectPath
+from farpage.nbd.directpath import (
+    IN_FLIGHT_MAX,
+    READ_MAX_BYTES,
+    WRITE_MAX_BYTES,
+    WRITES_MAX,
+    WRITTEN_TOGETHER_BYTES,
+    DirectPath,
+)
 from farpage.nbd.export import Counters
 from farpage.nbd.fastpath import FastPath, Outcome, Settings
 
 COMPILED = lane.FAST_PATHS
 TWINS = (fastpath.FastPath, directpath.DirectPath)
-INPUT_BYTES, AREA_BYTES = 256 << 10, 128 << 10
+INPUT_BYTES, AREA_BYTES = 520 << 10, 128 << 10
 VOLUME_BYTES = 1 << 20
 HEADER_BYTES = codec.REQUEST.size
 REPLY_BYTES = codec.SIMPLE_REPLY.size
@@ -68,10 +76,14 @@ class Made:
         return self._ready(self._paths[0](*self._arguments(input_, area)))
 
     def direct(
-        self, ring: Ring, input_: bytearray | None = None, area: bytearray | None = None
+        self,
+        ring: Ring,
+        input_: bytearray | None = None,
+        area: bytearray | None = None,
+        writes: AsyncWrites | None = None,
     ) -> DirectPath:
-        """Make what reads past it."""
-        made = self._paths[1](*self._arguments(input_, area, ring, None))
+        """Make what goes past it; here the file is one of the page cache all the same."""
+        made = self._paths[1](*self._arguments(input_, area, ring, writes))
         self._ready(made)
         return made
 
@@ -166,7 +178,7 @@ def test_buffers_that_hold_no_request_or_reply_are_refused(
     ("input_bytes", "area_bytes"),
     [
         ((IN_FLIGHT_MAX + 1) * HEADER_BYTES + WRITTEN_TOGETHER_BYTES, AREA_BYTES),
-        (INPUT_BYTES, DIRECT_MAX_BYTES + 27),
+        (INPUT_BYTES, READ_MAX_BYTES + 27),
     ],
 )
 def test_buffers_that_cannot_take_direct_reads_are_refused(
@@ -195,6 +207,37 @@ def test_a_write_is_no_direct_read(made: Made, ring: Ring) -> None:
     assert path.turn() == Outcome.OVER
     assert path.in_flight == 0
     assert path.input_end - path.input_start == HEADER_BYTES + PAGE_SIZE
+
+
+@pytest.mark.parametrize("length", [WRITE_MAX_BYTES, WRITE_MAX_BYTES + PAGE_SIZE])
+def test_direct_writes_up_to_a_length_are_carried_out(made: Made, ring: Ring, length: int) -> None:
+    path = made.direct(ring, writes=AsyncWrites(IN_FLIGHT_MAX, waits=True))
+    data = os.urandom(length)
+    left = memoryview(codec.encode_request(p.NBD_CMD_WRITE, 0, 7, PAGE_SIZE, length) + data)
+    outcome = Outcome.WAIT_READ
+    while left and outcome != Outcome.OVER:
+        left = left[made.other.send(left) :]
+        outcome = path.turn()
+    fits = length <= WRITE_MAX_BYTES
+    assert (outcome == Outcome.OVER) is not fits
+    if fits:
+        assert made.other.recv(AREA_BYTES) == codec.encode_simple_reply(7)
+    assert (os.pread(made.storage.descriptor, length, PAGE_SIZE) == data) is fits
+    assert path.in_flight == 0
+
+
+def test_more_direct_writes_than_may_be_in_flight_are_all_answered(made: Made, ring: Ring) -> None:
+    path = made.direct(ring, writes=AsyncWrites(IN_FLIGHT_MAX, waits=True))
+    count = 3 * WRITES_MAX // 2
+    for number in range(count):
+        made.ask(p.NBD_CMD_WRITE, number * PAGE_SIZE, PAGE_SIZE, bytes([number + 1]) * PAGE_SIZE)
+        if number % 8 == 7:
+            path.turn()
+    while path.turn() != Outcome.WAIT_READ:
+        pass
+    assert made.other.recv(AREA_BYTES) == codec.encode_simple_reply(7) * count
+    expected = b"".join(bytes([number + 1]) * PAGE_SIZE for number in range(count))
+    assert os.pread(made.storage.descriptor, len(expected), 0) == expected
 
 
 def test_who_has_requests_is_asked_about_what_was_received(made: Made) -> None:
@@ -281,7 +324,7 @@ def test_memory_that_is_read_into_stays_when_nobody_waits_for_the_reads(
     made.forget()
     del path
     gc.collect()
-    assert _mapped_bytes() > before - IN_FLIGHT_MAX * DIRECT_MAX_BYTES
+    assert _mapped_bytes() > before - IN_FLIGHT_MAX * WRITE_MAX_BYTES
     os.close(writer)
     os.close(reader)
     made.storage.descriptor = volume
