@@ -214,7 +214,7 @@ def test_direct_writes_up_to_a_length_are_carried_out(made: Made, ring: Ring, le
     path = made.direct(ring, writes=AsyncWrites(IN_FLIGHT_MAX, waits=True))
     data = os.urandom(length)
     left = memoryview(codec.encode_request(p.NBD_CMD_WRITE, 0, 7, PAGE_SIZE, length) + data)
-    outcome = Outcome.WAIT_READ
+    outcome: int = Outcome.WAIT_READ
     while left and outcome != Outcome.OVER:
         left = left[made.other.send(left) :]
         outcome = path.turn()
