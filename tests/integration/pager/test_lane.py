@@ -876,7 +876,7 @@ def test_what_comes_with_a_page_that_is_written_to_comes_in_dirty(client: Client
     assert client.lane.fetch_near(300, 3, True, time.monotonic()) == 3
     polled.until(lambda: client.states(300, 301, 302, 303) == [DIRTY] * 3 + [ON_DEVICE])
     assert client.lane.fetch_near(302, 8, False, 1.0) == 0
-    assert client.lane.fetch_near(PAGES - 2, 8, False, 1.0) == 2
+    assert client.lane.fetch_near(PAGES - 2, 8, False, time.monotonic()) == 2
     assert client.lane.fetch_near(PAGES, 8, False, 1.0) == 0
     assert client.lane.fetch_near(-1, 8, False, 1.0) == 0
     polled.until(lambda: client.states(PAGES - 2, PAGES - 1) == [CLEAN] * 2)
