@@ -170,7 +170,7 @@ cdef class DirectPath(FastPath):
         cdef bint drained = False, progress
         cdef int outcome, begun = ALL_BEGUN
         cdef Py_ssize_t before
-        if self._output_end and not self._writes:
+        if self._output_end:
             outcome = self._push()
             if outcome == WAIT_WRITE and not self._stopped and not self._ending:
                 return WAIT_WRITE
@@ -190,7 +190,7 @@ cdef class DirectPath(FastPath):
                     self._ending = True
             if self._unsubmitted or self._writes_queued:
                 self._submit()
-            if not (progress or self._holds_answers()) or self._output_end >= GATHERED_BYTES:
+            if not progress or self._output_end >= GATHERED_BYTES:
                 outcome = self._push()
                 if outcome == WAIT_WRITE and not self._ending:
                     return WAIT_WRITE
@@ -206,10 +206,6 @@ cdef class DirectPath(FastPath):
                 return WAIT_DEVICE
             if drained:
                 return WAIT_READ
-
-    cdef bint _holds_answers(self) noexcept nogil:
-        """Whether few writes are to be answered and more are about to end: each answer wakes the client."""
-        return not self._reads and 0 < self._writes < self._writing
 
     cdef int _begin(self) noexcept nogil:
         """Queue the requests that have come."""

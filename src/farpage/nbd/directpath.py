@@ -120,7 +120,7 @@ class DirectPath(FastPath):
         """Begin what has come, answer what has ended; see `FastPath.turn`."""
         self._check()
         drained, begun = False, _Begun.ALL
-        if self.output_end and not self._writes and (outcome := self._push()) is not None:
+        if self.output_end and (outcome := self._push()) is not None:
             if outcome == Outcome.WAIT_WRITE and not self.stopped and not self._ending:
                 return outcome
             self._ending |= outcome == Outcome.OVER
@@ -138,7 +138,7 @@ class DirectPath(FastPath):
                 begun = self._begin()
                 self._ending |= begun is _Begun.NOT_FOR_HERE
             self._submit()
-            if not (progress or self._holds_answers()) or self.output_end >= GATHERED_BYTES:
+            if not progress or self.output_end >= GATHERED_BYTES:
                 outcome = self._push()
                 if outcome == Outcome.WAIT_WRITE and not self._ending:
                     return outcome
@@ -152,10 +152,6 @@ class DirectPath(FastPath):
                 return Outcome.WAIT_DEVICE
             if drained:
                 return Outcome.WAIT_READ
-
-    def _holds_answers(self) -> bool:
-        """Whether few writes are to be answered and more are about to end: each answer wakes the client."""
-        return not self._reads and 0 < self._writes < self._writing
 
     def _begin(self) -> _Begun:
         """Queue the requests that have come."""
