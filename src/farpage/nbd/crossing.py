@@ -11,13 +11,11 @@ from typing import Final, NamedTuple
 
 from farpage.blockio import FileBacked
 from farpage.nbd import protocol as p
-from farpage.nbd.directpath import READ_MAX_BYTES
+from farpage.nbd.directpath import READ_MAX_BYTES, WRITE_MAX_BYTES
 from farpage.nbd.export import Export
 from farpage.nbd.fastpath import Settings
 from farpage.nbd.lane import Lane, open_lane
 
-LANE_WRITE_MAX_BYTES: Final = 256 << 10
-"""Longer WRITEs are for the event loop."""
 _LEAST_STAY_REQUESTS: Final = 64
 _LONGEST_STAY_REQUESTS: Final = 1 << 16
 """A connection that came back from its lane stays in the loop until so many requests in a row were for it."""
@@ -84,7 +82,7 @@ class Crossing:
                 return length <= READ_MAX_BYTES
             if not lane.writes:
                 return False
-        return command == p.NBD_CMD_WRITE and length <= LANE_WRITE_MAX_BYTES
+        return command == p.NBD_CMD_WRITE and length <= WRITE_MAX_BYTES
 
     def enter(self, input_start: int, input_end: int, read_max_bytes: int) -> bool:
         """Hand the connection over, with the bounds of what it has received and nothing to send.

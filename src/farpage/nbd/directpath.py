@@ -31,11 +31,13 @@ IN_FLIGHT_MAX: Final = 64
 READ_MAX_BYTES: Final = 32 << 10
 """Longer reads are for the event loop: there holes are looked for."""
 WRITE_MAX_BYTES: Final = 256 << 10
-"""Longer writes are for the event loop: there they need not be copied."""
+"""Longer writes are for the event loop, those to the page cache too: here they are copied once more."""
 WRITES_MAX: Final = 32
 """Writes in flight: reads of the device come behind them."""
 WRITTEN_TOGETHER_BYTES: Final = 256 << 10
 """Writes in flight, as they came: there is room to put so much back before what has come since."""
+RESERVE_BYTES: Final = IN_FLIGHT_MAX * codec.REQUEST.size + WRITTEN_TOGETHER_BYTES
+"""What is kept free of a receive buffer for requests that are put back."""
 BEGUN_TOGETHER: Final = 4
 """So many reads are started with one system call; a device that waits for more does nothing meanwhile."""
 
@@ -77,7 +79,7 @@ class DirectPath(FastPath):
         settings = settings._replace(misaligned=settings.misaligned | PAGE_SIZE - 1)
         super().__init__(socket, buffers, storage, counters, settings)
         # Room for those that are given back.
-        self._input_size_bytes -= IN_FLIGHT_MAX * codec.REQUEST.size + WRITTEN_TOGETHER_BYTES
+        self._input_size_bytes -= RESERVE_BYTES
         if (
             self._input_size_bytes < codec.REQUEST.size + READ_MAX_BYTES
             or len(self._area) < codec.DATA_CHUNK.size + READ_MAX_BYTES

@@ -22,12 +22,13 @@ from farpage.nbd import codec, eventloop
 from farpage.nbd import protocol as p
 from farpage.nbd.buffers import AlignedPool
 from farpage.nbd.commands import Commands, Request
-from farpage.nbd.crossing import LANE_WRITE_MAX_BYTES, Crossing, Held
+from farpage.nbd.crossing import Crossing, Held
+from farpage.nbd.directpath import RESERVE_BYTES, WRITE_MAX_BYTES
 from farpage.nbd.export import Export
 from farpage.nbd.fastpath import Settings
 from farpage.nbd.outgoing import AREA_BYTES, Outgoing
 
-RECEIVE_BYTES: Final = 2 * LANE_WRITE_MAX_BYTES + 8192
+RECEIVE_BYTES: Final = WRITE_MAX_BYTES + RESERVE_BYTES + 4096
 COMMANDS_IN_FLIGHT_MAX: Final = 2048
 PAYLOAD_IN_FLIGHT_MAX_BYTES: Final = 64 << 20
 """Reading stops when commands in flight move this much; one more maximum-sized command may be over it."""
@@ -137,7 +138,7 @@ class Transmission:
                 structured_replies,
                 export.io.size_bytes,
                 self._commands.misaligned,
-                min(LANE_WRITE_MAX_BYTES, self._commands.limits.maximum),
+                min(WRITE_MAX_BYTES, self._commands.limits.maximum),
             ),
             self._back_from_lane,
         )

@@ -989,9 +989,7 @@ cdef class Hub:
                 at = lowest_bit(good)
                 good &= good - 1
                 self._give_page_back(run, at, 0)
-        self._press(lane, now)
-        if lane.marks[MARK_DEFERRED] or lane.stall_count == STALLS:
-            self._call(lane)
+        self._follow_up(lane, now)
 
     cdef void _no_more_reading(self, run_t *run) noexcept nogil:
         run.lane.in_flight -= count_bits(run.wanted)
@@ -1014,6 +1012,10 @@ cdef class Hub:
         While a client is detached, which turns its lane off, its pages come in whatever the marks say.
         """
         waited(lane, began, now)
+        self._follow_up(lane, now)
+
+    cdef void _follow_up(self, lane_t *lane, int64_t now) noexcept nogil:
+        """See to what follows from pages that have come."""
         self._press(lane, now)
         if lane.marks[MARK_DEFERRED] or lane.stall_count == STALLS:
             self._call(lane)

@@ -8,7 +8,7 @@ from libc.string cimport memmove
 cdef class ReadAhead:
     """See `PythonReadAhead`."""
 
-    def __cinit__(self, int64_t largest_window_pages=64, *, bint gaps=True):
+    def __cinit__(self, int64_t largest_window_pages, *, bint gaps):
         self._largest = largest_window_pages
         self._gaps = gaps
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = get_logger()
 
 READS_IN_FLIGHT: Final = 512
+"""Entries of a hub's queue: 256 reads of a page each and 32 of neighbours, rounded up as the kernel does."""
 TASTED_TOGETHER: Final = 256
 """The RAM tier is asked what it wants of so many victims at a time."""
 _NEVER: Final = 1 << 60
