@@ -32,6 +32,14 @@ _EVENT: Final = struct.Struct("=QQqq")
 """`struct io_event`: data, obj, res, res2."""
 
 
+_spare: Final[dict[int, list[int]]] = {}
+"""Contexts that nobody uses, by their entries. The kernel ends one only after an RCU grace period, some 40 ms
+(fs/aio.c, kill_ioctx), and whoever asks it to waits: so one that was made is used again."""
+
+# Contexts belong to the address space that they were made in (fs/aio.c, exit_aio).
+os.register_at_fork(after_in_child=_spare.clear)
+
+
 class AsyncWrites:
     """A context of kernel AIO; for one thread.
 
@@ -60,9 +68,8 @@ class AsyncWrites:
         self._finished = (ctypes.c_char * (entries * _EVENT.size))()
         self._now = (ctypes.c_long * 2)(0, 0)
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        context = ctypes.c_ulong(0)
         try:
-            syscall(self._numbers.io_setup, entries, ctypes.addressof(context))
+            self._context: Final = self._take_context(entries)
         except OSError as error:
             os.close(self._event)
             raise Unsupported(
@@ -70,7 +77,14 @@ class AsyncWrites:
                 os.strerror(error.errno or errno.EIO),
                 "raise 'sysctl fs.aio-max-nr'; without them, threads write",
             ) from error
-        self._context: Final = context.value
+
+    def _take_context(self, entries: int) -> int:
+        try:
+            return _spare[entries].pop()
+        except (KeyError, IndexError):  # none is left
+            context = ctypes.c_ulong(0)
+            syscall(self._numbers.io_setup, entries, ctypes.addressof(context))
+            return context.value
 
     @property
     def context(self) -> int:
@@ -155,11 +169,11 @@ class AsyncWrites:
         ]
 
     def close(self) -> None:
-        """Free the context.
+        """Let go of the context.
 
         :raise ValueError: when writes are in flight.
         """
         if self.in_flight:
             raise ValueError(f"{self.in_flight} writes are in flight")
-        syscall(self._numbers.io_destroy, self._context)
+        _spare.setdefault(self.entries, []).append(self._context)
         os.close(self._event)

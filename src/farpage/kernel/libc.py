@@ -27,7 +27,6 @@ class SyscallNumbers:
     io_uring_enter: int
     io_uring_register: int
     io_setup: int
-    io_destroy: int
     io_getevents: int
     io_submit: int
     sched_setattr: int
@@ -37,7 +36,6 @@ _NUMBERS = {
     "x86_64": SyscallNumbers(
         close=3,
         io_setup=206,
-        io_destroy=207,
         io_getevents=208,
         io_submit=209,
         sched_setattr=314,

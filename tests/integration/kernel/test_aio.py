@@ -98,6 +98,38 @@ def test_what_was_not_submitted_can_be_dropped(writes: AsyncWrites, file: int) -
     assert writes.in_flight == 0
 
 
+def test_a_context_that_was_let_go_of_is_used_again(file: int) -> None:
+    """The kernel takes tens of milliseconds to end one, and whoever ends it waits."""
+    first = AsyncWrites(24)
+    context = first.context
+    first.close()
+    with AlignedBuffer(4096) as buffer:
+        second, third = AsyncWrites(24), AsyncWrites(24)
+        assert second.context == context
+        assert third.context != context
+        for writes, fill in ((second, b"a"), (third, b"b")):
+            buffer.view[:] = fill * 4096
+            assert writes.write(file, buffer.address, 4096, 0, 7)
+            assert writes.submit() == []
+            assert take(writes, 1) == {7: 4096}
+            os.preadv(file, [buffer.view], 0)
+            assert bytes(buffer.view) == fill * 4096
+        third.close()
+        second.close()
+
+
+def test_a_forked_child_has_contexts_of_its_own() -> None:
+    AsyncWrites(40).close()
+    child = os.fork()
+    if child == 0:
+        try:
+            writes = AsyncWrites(40)
+            os._exit(0 if writes.completions() == [] else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 WRITER = """
 import os, sys, time
 from farpage.kernel.aio import AsyncWrites
