@@ -16,6 +16,11 @@ from pathlib import Path
 
 from farpage.kernel.libc import syscall, syscall_numbers
 
+_PIDFD_THREAD = os.O_EXCL
+"""For a single thread (linux/pidfd.h, since Linux 6.9)."""
+_PF_EXITING = 0x4
+"""Among the flags of /proc/PID/stat (proc_pid_stat(5); linux/sched.h)."""
+
 _MAPS_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+) *(.*)")
 
 
@@ -178,11 +183,15 @@ def identify(pid: int) -> ProcessIdentity:
 
     :raise OSError: ENOENT or ESRCH when there is none.
     """
-    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    # The second field is the program's name, which may hold brackets and spaces too (proc_pid_stat(5)).
-    fields = text[text.rindex(")") + 2 :].split()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ProcessIdentity(pid, int(fields[19]), boot)
+    return ProcessIdentity(pid, int(_stat_fields(pid)[19]), boot)
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the third on (proc_pid_stat(5))."""
+    text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    # The second one is the program's name, which may hold brackets and spaces too.
+    return text[text.rindex(")") + 2 :].split()
 
 
 def open_identified(process: ProcessIdentity) -> int | None:
@@ -206,6 +215,22 @@ def is_gone(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def open_thread(thread: int) -> int:
+    """Return a pidfd of a thread that does not lead its process; it is readable when the thread has ended.
+
+    :raise OSError: ESRCH when there is none, EINVAL before Linux 6.9.
+    """
+    return os.pidfd_open(thread, _PIDFD_THREAD)
+
+
+def is_exiting(pid: int) -> bool:
+    """Tell whether a process has begun to exit: its main thread runs no program any more."""
+    try:
+        return bool(int(_stat_fields(pid)[6]) & _PF_EXITING)
+    except OSError:  # it is gone
+        return True
 
 
 def pid_of(pidfd: int) -> int | None:

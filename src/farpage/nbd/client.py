@@ -63,6 +63,8 @@ class Connection:
         self.export_name = export_name
         self.on_lost: Callable[[Exception], None] | None = None
         """Called once, before the commands in flight are finished, when the connection ends unasked."""
+        self.on_end: Callable[[], None] | None = None
+        """Called once, first of all, however the connection ends."""
         self.direct: DirectFile | None = None
         """The storage as this process reads it by itself; whoever has opened the connection sets it."""
         self._loop = asyncio.get_running_loop()
@@ -352,7 +354,7 @@ class Connection:
             self._blocked = True
             self._loop.add_writer(self._socket, self._on_writable)
         except OSError as error:
-            self._fail(error.strerror or str(error))
+            self.lose(error.strerror or str(error))
 
     def _push_rest(self) -> None:
         self._rest_scheduled = False
@@ -458,15 +460,15 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._fail(error.strerror or str(error))
+            self.lose(error.strerror or str(error))
             return
         if not received:
-            self._fail("the server closed it")
+            self.lose("the server closed it")
             return
         try:
             self._stream.received(received)
         except ProtocolViolation as violation:
-            self._fail(f"the server does not keep to the NBD protocol: {violation}")
+            self.lose(f"the server does not keep to the NBD protocol: {violation}")
             return
         if self._idle is not None and not self._stream.in_flight:
             self._idle.set()
@@ -492,7 +494,8 @@ class Connection:
         self._end()
         self._stream.fail_all()
 
-    def _fail(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
+        """End the connection as if the server had: whoever knows that nothing will come any more says so."""
         if self._ended:
             return
         self._end()
@@ -504,6 +507,8 @@ class Connection:
 
     def _end(self) -> None:
         self._ended = True
+        if self.on_end is not None:
+            self.on_end()
         eventloop.remove_reader(self._loop, self._socket)
         if self._blocked:
             self._loop.remove_writer(self._socket)

@@ -62,7 +62,8 @@ from farpage.pager.reports import report_of
 from farpage.pager.statefile import StateFile
 from farpage.pager.table import PageTable
 from farpage.pager.tidings import StoredOwnership, Tidings
-from farpage.volume.connector import ConnectNbd, Connector, connect_nbd
+from farpage.volume.connector import ConnectNbd, Connector
+from farpage.volume.deaths import ServerDeaths
 from farpage.volume.errors import ClientFenced
 from farpage.volume.lease import Leases
 
@@ -98,8 +99,10 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._buffers = BufferPool()
         self._hub = eventloop.wait_with(self._loop, open_hub)
-        self._leases = Leases(connect_nbd)
-        self._borrowing = ConnectNbd(DirectReader())
+        deaths = ServerDeaths()
+        self._serving = ConnectNbd(deaths)
+        self._borrowing = ConnectNbd(deaths, DirectReader())
+        self._leases = Leases(self._serving)
         self._clients: dict[str, _Attached] = {}
         self._attaching: dict[str, asyncio.Event] = {}
         self._run_folder = folder.parent
@@ -228,7 +231,7 @@ class Worker:
         attached.order = attached.order.model_copy(update={"replicas": (order.replica,)})
 
     def _connector(self, order: Attach) -> Connector:
-        return self._borrowing if order.direct_reads else connect_nbd
+        return self._borrowing if order.direct_reads else self._serving
 
     def _attached(self, client: str) -> _Attached:
         if client not in self._clients:

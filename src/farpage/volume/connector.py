@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from farpage.address import Address
 from farpage.blockio import BlockIO, DirectFile, Lent
 from farpage.nbd.client import Connection
+from farpage.volume.deaths import ServerDeaths
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,11 @@ class Borrower(Protocol):
 
 @dataclass(frozen=True)
 class ConnectNbd:
-    """Connects over NBD and borrows the storage of what it opens, where the server is on this host."""
+    """Connects over NBD. A connection is lost as soon as its server, on this host, begins to die."""
 
-    borrower: Borrower
+    deaths: ServerDeaths
+    borrower: Borrower | None = None
+    """For the storage of what is opened, where servers lend it; without one everything is served."""
 
     async def __call__(self, endpoint: Endpoint, export_name: str, timeout_seconds: float) -> PathConnection:
         """Connect and negotiate.
@@ -79,13 +83,11 @@ class ConnectNbd:
             endpoint.address,
             export_name,
             handshake_timeout_seconds=timeout_seconds,
-            borrow=not endpoint.source,
+            borrow=self.borrower is not None and not endpoint.source,
         )
-        if connection.lent is not None:
+        if connection.peer_pid is not None:
+            lose = partial(connection.lose, "the server's process is ending")
+            connection.on_end = self.deaths.watch(connection.peer_pid, lose)
+        if self.borrower is not None and connection.lent is not None:
             connection.direct = self.borrower.file(connection.lent)
         return connection
-
-
-async def connect_nbd(endpoint: Endpoint, export_name: str, timeout_seconds: float) -> PathConnection:
-    """Connect over NBD; everything is served."""
-    return await Connection.open(endpoint.address, export_name, handshake_timeout_seconds=timeout_seconds)

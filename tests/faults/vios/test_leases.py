@@ -13,7 +13,8 @@ from farpage.address import UnixAddress
 from farpage.blockio import read_bytes
 from farpage.nbd.client import Connection
 from farpage.nbd.errors import ServerRefused
-from farpage.volume.connector import Endpoint, connect_nbd
+from farpage.volume.connector import ConnectNbd, Endpoint
+from farpage.volume.deaths import ServerDeaths
 from farpage.volume.lease import Leases
 from farpage.volume.ownership import Ownership
 from tests.support.vios import ViosProcess, vios_processes
@@ -33,7 +34,7 @@ async def under_a_lease(vios: ViosProcess, leases: Leases) -> Connection:
 
 
 async def test_what_was_sent_to_a_stopped_vios_is_refused_after_the_lease(folder: Path) -> None:
-    leases = Leases(connect_nbd)
+    leases = Leases(ConnectNbd(ServerDeaths()))
     with vios_processes(folder, "one", devices=[f"dir:{folder}/disk?size=16M"]) as (vios,):
         vios.close()
         vios.change = {"lease_seconds": LEASE_SECONDS}

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from farpage.blockio import read_bytes, wait_done
-from farpage.volume.connector import Endpoint, connect_nbd
+from farpage.volume.connector import ConnectNbd, Endpoint
+from farpage.volume.deaths import ServerDeaths
 from farpage.volume.lease import Leases
 from farpage.volume.multipath import MultipathVolume
 from farpage.volume.ownership import Ownership
@@ -40,14 +41,14 @@ async def test_writes_at_a_data_process_that_hangs_are_repeated_when_it_has_ende
             vios.change = {"lease_seconds": LEASE_SECONDS, "workers": 2}
             vios.start()
         await one.create("v", PAGES * PAGE)
-        leases = Leases(connect_nbd)
+        leases = Leases(ConnectNbd(ServerDeaths()))
         endpoints = [Endpoint(vios.name, vios.data, "disk", lease_seconds=LEASE_SECONDS) for vios in both]
         volume = MultipathVolume(
             "v",
             PAGES * PAGE,
             Ownership("00000001000000aa", 1),
             endpoints,
-            connector=connect_nbd,
+            connector=ConnectNbd(ServerDeaths()),
             events=NoEvents(),
             leases=leases,
             path_timeout_seconds=0.3,

@@ -4,12 +4,16 @@ import errno
 import os
 import select
 import subprocess
+import threading
 from collections.abc import Iterator
+from queue import SimpleQueue
 
 import pytest
 
 from farpage.kernel.process import (
+    is_exiting,
     is_gone,
+    open_thread,
     read_descriptors,
     read_maps,
     read_status,
@@ -48,6 +52,37 @@ def test_a_descriptor_of_another_process_can_be_taken(sleeper: subprocess.Popen[
     with pytest.raises(OSError) as caught:
         take_descriptor(pidfd, 999)
     assert caught.value.errno == errno.EBADF
+    os.close(pidfd)
+
+
+def test_a_process_exits_from_when_it_is_killed(sleeper: subprocess.Popen[bytes]) -> None:
+    assert not is_exiting(sleeper.pid)
+    pidfd = os.pidfd_open(sleeper.pid)
+    sleeper.kill()
+    select.select([pidfd], [], [], 5)
+    assert is_exiting(sleeper.pid)  # a zombie, not reaped yet
+    sleeper.wait()
+    assert is_exiting(sleeper.pid)
+    os.close(pidfd)
+
+
+def test_the_end_of_a_thread_is_seen() -> None:
+    end, numbers = threading.Event(), SimpleQueue[int]()
+
+    def run() -> None:
+        numbers.put(threading.get_native_id())
+        end.wait()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        pidfd = open_thread(numbers.get())
+    except OSError as error:
+        pytest.skip(f"this kernel watches no threads: {error}")
+    finally:
+        end.set()
+    assert select.select([pidfd], [], [], 5)[0]
+    thread.join()
     os.close(pidfd)
 
 
