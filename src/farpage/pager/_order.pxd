@@ -14,8 +14,9 @@ cdef struct Queue:
 cdef class Order:
     cdef Queue _inactive
     cdef Queue _active
-    cdef uint8_t[::1] _where
-    cdef uint16_t[::1] _left_at
+    # No memoryviews: those would bring twenty thousand lines of C to each module that calls this one.
+    cdef uint8_t *_where
+    cdef uint16_t *_left_at
     cdef uint64_t _evictions
     cdef uint64_t _evictions_a_tick
     cdef int64_t _pages

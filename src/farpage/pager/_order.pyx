@@ -2,7 +2,7 @@
 """The order of replacement, compiled: what `farpage.pager.replacement.PythonReplacement` does, in C's memory."""
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 cdef enum:
@@ -56,14 +56,18 @@ cdef class Order:
         if not 0 <= pages <= MOST_PAGES:
             raise ValueError(f"an order of {pages} pages")
         self._pages = pages
-        # An array of nothing has no first element to point to.
-        self._where = bytearray(max(pages, 1))
-        self._left_at = memoryview(bytearray(2 * max(pages, 1))).cast("H")
+        # Of nothing, calloc(3) may return NULL.
+        self._where = <uint8_t *>calloc(max(pages, <int64_t>1), sizeof(uint8_t))
+        self._left_at = <uint16_t *>calloc(max(pages, <int64_t>1), sizeof(uint16_t))
+        if self._where == NULL or self._left_at == NULL:
+            raise MemoryError
         self._evictions_a_tick = max(<uint64_t>pages // TICKS, <uint64_t>1)
 
     def __dealloc__(self):
         free(self._inactive.pages)
         free(self._active.pages)
+        free(self._where)
+        free(self._left_at)
 
     def __len__(self):
         return self.length()
