@@ -1,16 +1,10 @@
 from array import array
 from collections.abc import Callable
 
-from farpage.kernel.io_uring import Ring
+from farpage.pager._hub import Hub
 from farpage.pager._order import Order
 from farpage.pager._readahead import ReadAhead
 from farpage.pager._store import Store
-
-class Hub:
-    def __init__(self, epoll: int, ring: Ring) -> None: ...
-    def fileno(self) -> int: ...
-    def attend(self) -> None: ...
-    def poll(self, seconds: float, may_look: bool) -> list[tuple[int, int]]: ...
 
 class Lane:
     def __init__(

@@ -26,7 +26,7 @@ from farpage.pager.table import PageTable, runs_of
 from farpage.volume.paged import PagedVolume
 
 if TYPE_CHECKING:
-    from farpage.pager._lane import Hub
+    from farpage.pager._hub import Hub
 
 DETACH_WINDOW_PAGES: Final = 64
 DETACH_READS: Final = 8

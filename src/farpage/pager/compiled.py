@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from farpage.pager._lane import Hub, Lane
+    from farpage.pager._hub import Hub
+    from farpage.pager._lane import Lane
     from farpage.pager._order import Order
     from farpage.pager._readahead import ReadAhead
     from farpage.pager._store import Store
@@ -44,7 +45,8 @@ def _load() -> Compiled | None:
     if os.environ.get(WITHOUT_VARIABLE):
         return None
     try:
-        from farpage.pager._lane import Hub, Lane
+        from farpage.pager._hub import Hub
+        from farpage.pager._lane import Lane
         from farpage.pager._order import Order
         from farpage.pager._readahead import ReadAhead
         from farpage.pager._store import Store

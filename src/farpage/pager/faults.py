@@ -27,7 +27,7 @@ from farpage.pager.streams import Ahead, Streams, pieces
 from farpage.pager.table import PAGE_BYTES, runs_of
 
 if TYPE_CHECKING:
-    from farpage.pager._lane import Hub
+    from farpage.pager._hub import Hub
 
 RETRY_SECONDS: Final = 0.001
 """Pause after an EAGAIN: the client's mappings are changing, or a remove event is pending."""

@@ -22,7 +22,8 @@ from farpage.pager.table import PAGE_BYTES
 from farpage.pager.tier import MOST_HELD
 
 if TYPE_CHECKING:
-    from farpage.pager._lane import Hub, Lane
+    from farpage.pager._hub import Hub
+    from farpage.pager._lane import Lane
 
 log = get_logger()
 

@@ -56,7 +56,8 @@ from farpage.pager.tier import MOST_HELD
 from tests.support.paging import content_of
 
 if TYPE_CHECKING:
-    from farpage.pager._lane import Hub, Lane
+    from farpage.pager._hub import Hub
+    from farpage.pager._lane import Lane
 
 pytestmark = pytest.mark.skipif(COMPILED is None, reason="the compiled loops were not built")
 
