@@ -33,7 +33,8 @@ from farpage.nbd import protocol as p
 from farpage.nbd.codec import ProtocolViolation
 from farpage.nbd.connecting import Negotiated, list_exports
 from farpage.nbd.errors import ConnectionEnded
-from farpage.nbd.replies import Command, ReplyStream
+from farpage.nbd.inflight import Command
+from farpage.nbd.replies import ReplyStream
 from farpage.nbd.runs import Bounds, check_range
 
 try:

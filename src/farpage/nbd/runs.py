@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from farpage.blockio import Run
 from farpage.nbd import codec
 from farpage.nbd import protocol as p
-
-if TYPE_CHECKING:
-    from farpage.nbd.replies import Command
+from farpage.nbd.inflight import Command
 
 _REQUEST_BYTES: Final = codec.REQUEST.size
 _SIMPLE_BYTES: Final = codec.SIMPLE_REPLY.size

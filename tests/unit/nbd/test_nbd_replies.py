@@ -16,7 +16,8 @@ from farpage.blockio import CONNECTION_LOST, Allocation, Extent
 from farpage.nbd import codec
 from farpage.nbd import protocol as p
 from farpage.nbd.codec import ProtocolViolation
-from farpage.nbd.replies import Command, ReplyStream
+from farpage.nbd.inflight import Command
+from farpage.nbd.replies import ReplyStream
 
 CONTEXT = 5
 

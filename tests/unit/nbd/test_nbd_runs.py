@@ -19,7 +19,8 @@ from farpage.blockio import CONNECTION_LOST
 from farpage.nbd import codec
 from farpage.nbd import protocol as p
 from farpage.nbd.codec import ProtocolViolation
-from farpage.nbd.replies import Command, ReplyStream
+from farpage.nbd.inflight import Command
+from farpage.nbd.replies import ReplyStream
 from farpage.nbd.runs import Bounds
 from tests.support.runs import FORMS, use_form
 
