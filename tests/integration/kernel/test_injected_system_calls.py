@@ -74,14 +74,17 @@ def test_signals_that_come_while_a_thread_is_stopped_reach_their_handler(start_v
     sender = threading.Thread(target=send)
     sender.start()
     try:
-        for thread, result in itertools.islice(injections(victim), 200):
+        # Until there were many of both, however the two threads share the processor.
+        for calls, (thread, result) in enumerate(injections(victim), 1):
             assert result == thread
+            if calls >= 200 and sent > 100:
+                break
     finally:
         done.set()
         sender.join()
     verdict = victim.finish()
     assert (verdict.failures, verdict.messages) == (0, "")
-    assert verdict.signals == sent > 100
+    assert verdict.signals == sent
 
 
 def test_the_helper_process_returns_the_result_and_the_length_of_the_stop(start_victim: StartVictim) -> None:
