@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
 from collections.abc import Callable
+
+from farpage.kernel.process import is_gone
 
 
 class ServerProcess:
@@ -27,11 +28,7 @@ class ServerProcess:
     @property
     def gone(self) -> bool:
         """Whether the process has exited."""
-        if self._descriptor < 0:
-            return False
-        poll = select.poll()
-        poll.register(self._descriptor, select.POLLIN)
-        return bool(poll.poll(0))
+        return self._descriptor >= 0 and is_gone(self._descriptor)
 
     def when_gone(self, callback: Callable[[], None]) -> None:
         """Call back once, from the running loop, when the process has exited."""

@@ -84,7 +84,7 @@ def test_signals_that_come_while_a_thread_is_stopped_reach_their_handler(start_v
         sender.join()
     verdict = victim.finish()
     assert (verdict.failures, verdict.messages) == (0, "")
-    assert verdict.signals == sent
+    assert verdict.signals == sent > 100
 
 
 def test_the_helper_process_returns_the_result_and_the_length_of_the_stop(start_victim: StartVictim) -> None:
