@@ -41,14 +41,15 @@ async def test_writes_at_a_data_process_that_hangs_are_repeated_when_it_has_ende
             vios.change = {"lease_seconds": LEASE_SECONDS, "workers": 2}
             vios.start()
         await one.create("v", PAGES * PAGE)
-        leases = Leases(ConnectNbd(ServerDeaths()))
+        connect = ConnectNbd(ServerDeaths())
+        leases = Leases(connect)
         endpoints = [Endpoint(vios.name, vios.data, "disk", lease_seconds=LEASE_SECONDS) for vios in both]
         volume = MultipathVolume(
             "v",
             PAGES * PAGE,
             Ownership("00000001000000aa", 1),
             endpoints,
-            connector=ConnectNbd(ServerDeaths()),
+            connector=connect,
             events=NoEvents(),
             leases=leases,
             path_timeout_seconds=0.3,
