@@ -189,3 +189,12 @@ def pages_swapped_in() -> int:
         if name == "pswpin":
             return int(value)
     return 0
+
+
+def pages_read_by(pid: int) -> int:
+    """Return how many pages were read from storage for a process, those that were read ahead included."""
+    for line in Path(f"/proc/{pid}/io").read_text().splitlines():
+        name, value = line.split(": ")
+        if name == "read_bytes":
+            return int(value) // _PAGE_BYTES
+    return 0

@@ -17,6 +17,7 @@ from bench._hostswap import (
     MemoryCgroup,
     memory_cgroup,
     page_cluster,
+    pages_read_by,
     pages_swapped_in,
     swapping_on,
     zram_swapping_on,
@@ -140,6 +141,36 @@ class Zram(HostSwap):
             undo.enter_context(swapping_on(self._path, HIGHEST_PRIORITY - 1))
             self._cgroup = undo.enter_context(memory_cgroup(work.limit_bytes - share_bytes))
             yield
+
+
+class MappedFile(Pager):
+    """A file that the program maps MAP_SHARED, under a memory cgroup's limit: the page cache is the pager.
+
+    Where the program says which way it touches its memory, with MADV_RANDOM, the kernel reads nothing ahead.
+    """
+
+    def __init__(self, kind: MemoryKind) -> None:
+        self.kind = kind
+        self.name = kind.value
+        self._cgroup: MemoryCgroup | None = None
+        self._toucher: Toucher | None = None
+
+    @asynccontextmanager
+    async def ready(self, work: Work) -> AsyncIterator[None]:
+        """Make a cgroup with the limit; the file is the program's own, and ends with it."""
+        with memory_cgroup(work.limit_bytes) as self._cgroup:
+            yield
+
+    async def take(self, toucher: Toucher, work: Work) -> None:
+        """Put the toucher into the cgroup."""
+        assert self._cgroup is not None
+        self._cgroup.add(toucher.pid)
+        self._toucher = toucher
+
+    async def page_ins(self) -> int:
+        """Return what the kernel counts as read from storage for the process (proc_pid_io(5))."""
+        assert self._toucher is not None
+        return pages_read_by(self._toucher.pid)
 
 
 class Farpage(Pager):

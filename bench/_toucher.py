@@ -29,6 +29,8 @@ class MemoryKind(enum.StrEnum):
 
     ANONYMOUS = "anonymous"
     SHARED = "shared"
+    FILE = "file"
+    FILE_RANDOM = "file-random"
 
 
 class Pattern(enum.StrEnum):
@@ -150,6 +152,8 @@ class Toucher:
     async def start(cls, program: Path, kind: MemoryKind, memory_bytes: int, seed: int, folder: Path) -> Self:
         """Start it and wait until its memory is mapped; equal seeds touch equal pages.
 
+        `folder` holds its log, and its memory where that is a file.
+
         :raise ToucherFailed: it has not come up.
         """
         log = folder / "touch.log"
@@ -160,6 +164,7 @@ class Toucher:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
+                cwd=folder,
                 start_new_session=True,
             )
         toucher = cls(process, log)

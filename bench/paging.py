@@ -1,4 +1,4 @@
-"""farpage beside the host's own swap, on the same disk and under the same limit.
+"""farpage beside the host's own swap and page cache, on the same disk and under the same limit.
 
     python -m bench.paging [--rounds 5] [--seconds 2] [--memory 512M] [--limit 128M] [--ram-tier 10%]
                            [--only PATTERN]... [--sparse] [--cpu N] [--dir DIR] [--json] [--out DIR]
@@ -9,6 +9,8 @@ Every contender pages the memory of the same program, `touch.c`, which checks ev
   while it runs, as `farpage client attach --pid` does it; its volume is allocated in full (`allocate=full`),
   as a swap area is, which may have no holes, or with `--sparse` as pages are first written;
 - `swap-3`, `swap-0`: a swap file and a memory cgroup, with vm.page-cluster 3 (the kernel's default) and 0;
+- `file`, `file-random`: a file with all of its blocks that the program maps MAP_SHARED, in a memory cgroup,
+  without and with MADV_RANDOM;
 - `zram`, where pages are compressible: a share of the limit as large as farpage's RAM tier for zram with LZ4,
   the same swap file for the rest.
 
@@ -33,11 +35,11 @@ from typing import Any
 from bench import _hostswap
 from bench._command import carry_out, check_rounds, tell
 from bench._machine import describe_disk, describe_machine, describe_placement
-from bench._pagers import Farpage, FarpageInPython, HostSwap, Pager, Work, Zram, measure
+from bench._pagers import Farpage, FarpageInPython, HostSwap, MappedFile, Pager, Work, Zram, measure
 from bench._paging_report import PagingResult, Rounds, ratios, results
 from bench._published import add_options
 from bench._rounds import turns
-from bench._toucher import Pattern, Phase, build
+from bench._toucher import MemoryKind, Pattern, Phase, build
 from farpage.errors import InvalidInput, Unsupported
 from farpage.kernel.affinity import format_cpus, own_cpus
 from farpage.pager.limit import DEFAULT_TIER_PERCENT, LARGEST_TIER_PERCENT
@@ -127,19 +129,19 @@ async def run(settings: Settings) -> PagingResult:
             cpu=settings.cpu,
         )
         farpage = Farpage(sparse=settings.sparse)
-        swaps: list[Pager] = []
+        kernels: list[Pager] = []
         compressing: list[Pager] = []
         own: list[Pager] = [farpage, FarpageInPython(sparse=settings.sparse)] if settings.twin else [farpage]
         without_swap = ""
         try:
-            swaps, compressing = _host_swap(undo, work)
+            kernels, compressing = _kernels_pagers(undo, work)
         except Unsupported as problem:
             without_swap = str(problem)
             tell(without_swap)
         parts = [
-            (_chosen(PHASES, settings.only), [*own, *swaps]),
-            (_chosen(SCATTERED_PHASES, settings.only), [*own, *swaps]),
-            (_chosen(COMPRESSIBLE_PHASES, settings.only), [*own, *swaps, *compressing]),
+            (_chosen(PHASES, settings.only), [*own, *kernels]),
+            (_chosen(SCATTERED_PHASES, settings.only), [*own, *kernels]),
+            (_chosen(COMPRESSIBLE_PHASES, settings.only), [*own, *kernels, *compressing]),
         ]
         found = [
             (phases, await _rounds(replace(work, phases=phases), contenders, settings.rounds))
@@ -190,8 +192,10 @@ async def _rounds(work: Work, contenders: list[Pager], count: int) -> Rounds:
     return rounds
 
 
-def _host_swap(undo: ExitStack, work: Work) -> tuple[list[Pager], list[Pager]]:
-    """Make the swap file, and try once whether it and the limit can be used; the second list needs zram.
+def _kernels_pagers(undo: ExitStack, work: Work) -> tuple[list[Pager], list[Pager]]:
+    """Return the kernel's own pagers; the second list needs zram.
+
+    The swap file is made, and it is tried once whether it and the limit can be used.
 
     :raise Unsupported: they cannot.
     """
@@ -202,7 +206,8 @@ def _host_swap(undo: ExitStack, work: Work) -> tuple[list[Pager], list[Pager]]:
         pass
     if why := _hostswap.why_no_zram():
         tell(f"without zram: {why}")
-    return [HostSwap(path, exponent) for exponent in CLUSTERS], [] if why else [Zram(path)]
+    files = [MappedFile(kind) for kind in (MemoryKind.FILE, MemoryKind.FILE_RANDOM)]
+    return [*(HostSwap(path, exponent) for exponent in CLUSTERS), *files], [] if why else [Zram(path)]
 
 
 def main() -> int:

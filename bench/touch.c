@@ -2,10 +2,11 @@
  * A process whose memory is paged, the same for every contender: it touches pages, takes the time of each
  * touch, and checks what it finds.
  *
- *   touch anonymous|shared MEMORY_MIB SEED
+ *   touch anonymous|shared|file|file-random MEMORY_MIB SEED
  *
  * `anonymous` is private memory without huge pages, which host swap pages; `shared` is a memfd, which farpage
- * pages. Everything but that memory is allocated and locked before the first answer, so a memory cgroup that
+ * pages; `file` is a file without a name in the working directory, with all of its blocks, mapped MAP_SHARED, and
+ * `file-random` the same with MADV_RANDOM, for which the kernel reads nothing ahead. Everything but that memory is allocated and locked before the first answer, so a memory cgroup that
  * the process is moved into after it is charged for the memory alone.
  *
  * Commands on stdin, each answered by one line of JSON on stdout:
@@ -26,13 +27,14 @@
  * It ends at the end of stdin. A phase also ends when a thread has taken CAPACITY times.
  *
  * A touch is one load or store of a page's first word. Before each, mincore(2) tells whether the page is in
- * memory (for anonymous memory: mapped or in the swap cache), so that touches that had to wait for a page
+ * memory (mapped, or in the swap cache or page cache), so that touches that had to wait for a page
  * are told from the others without a threshold on their latency. After each, the whole page is compared with
  * what it must hold: its number and version at both ends, in between words that depend on the number, which are
  * incompressible, or the same in every other half kibibyte. Neither is part of a latency; both are part of the touches per second, equally for everybody.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
@@ -372,27 +374,47 @@ static void obey(const char *line)
     run_phase(seconds);
 }
 
-static void map_memory(bool shared)
+enum kind { ANONYMOUS, SHARED, MAPPED, MAPPED_RANDOM, KINDS };
+static const char *const kinds[] = {"anonymous", "shared", "file", "file-random"};
+
+static enum kind kind_of(const char *name)
+{
+    enum kind kind = ANONYMOUS;
+    while (kind < KINDS && strcmp(name, kinds[kind]))
+        kind++;
+    return kind;
+}
+
+static void map_memory(enum kind kind)
 {
     int descriptor = -1;
-    if (shared) {
+    if (kind == SHARED) {
         descriptor = memfd_create("touched", MFD_CLOEXEC);
         if (descriptor < 0 || ftruncate(descriptor, (off_t)(pages * PAGE_BYTES)))
             fail("memfd_create");
+    } else if (kind != ANONYMOUS) {
+        descriptor = open(".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+        if (descriptor < 0)
+            fail("a file without a name in the working directory");
+        errno = posix_fallocate(descriptor, 0, (off_t)(pages * PAGE_BYTES));
+        if (errno)
+            fail("posix_fallocate");
     }
-    memory = mmap(NULL, pages * PAGE_BYTES, PROT_READ | PROT_WRITE,
-                  shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, descriptor, 0);
+    int flags = kind == ANONYMOUS ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+    memory = mmap(NULL, pages * PAGE_BYTES, PROT_READ | PROT_WRITE, flags, descriptor, 0);
     if (memory == MAP_FAILED)
         fail("mmap");
     madvise(memory, pages * PAGE_BYTES, MADV_NOHUGEPAGE);
+    if (kind == MAPPED_RANDOM && madvise(memory, pages * PAGE_BYTES, MADV_RANDOM))
+        fail("MADV_RANDOM");
 }
 
 int main(int count, char **arguments)
 {
     size_t mebibytes = count == 4 ? strtoul(arguments[2], NULL, 10) : 0;
-    bool shared = mebibytes && !strcmp(arguments[1], "shared");
-    if (!mebibytes || (!shared && strcmp(arguments[1], "anonymous"))) {
-        fprintf(stderr, "usage: touch anonymous|shared MEMORY_MIB SEED\n");
+    enum kind kind = mebibytes ? kind_of(arguments[1]) : KINDS;
+    if (kind == KINDS) {
+        fprintf(stderr, "usage: touch anonymous|shared|file|file-random MEMORY_MIB SEED\n");
         return 2;
     }
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -406,7 +428,7 @@ int main(int count, char **arguments)
     }
     if (mlockall(MCL_CURRENT))
         fprintf(stderr, "touch: mlockall: %s: the latencies' own memory may be paged\n", strerror(errno));
-    map_memory(shared);
+    map_memory(kind);
     printf("{\"pid\": %d, \"pages\": %zu}\n", getpid(), pages);
     fflush(stdout);
     char line[512];

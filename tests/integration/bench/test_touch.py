@@ -44,6 +44,17 @@ async def test_a_sweep_touches_every_page_once_and_finds_what_was_written(touche
         assert (swept.waited.count, swept.present.count, swept.wrong_pages) == (0, PAGES, 0)
 
 
+@pytest.mark.parametrize("kind", list(MemoryKind))
+async def test_every_kind_of_memory_is_populated_and_holds_what_was_written(
+    program: Path, tmp_path: Path, kind: MemoryKind
+) -> None:
+    async with await Toucher.start(program, kind, MEMORY_BYTES, 1, tmp_path) as toucher:
+        populated = await toucher.run(POPULATE, 1)
+        swept = await toucher.run(SWEEP, 1)
+    assert populated.waited.count + populated.present.count == PAGES
+    assert (swept.present.count, swept.wrong_pages) == (PAGES, 0)
+
+
 async def test_populating_in_random_order_touches_every_page_once(toucher: Toucher) -> None:
     populated = await toucher.run(Phase(Pattern.POPULATE, write_percent=100, scattered=True), 1)
     assert (populated.waited.count, populated.present.count) == (PAGES, 0)
