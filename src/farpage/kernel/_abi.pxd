@@ -1,7 +1,7 @@
 # What compiled loops use of the kernel's headers: userfaultfd(2), io_uring(7), epoll(7), fallocate(2); and of gcc's
 # built-in functions. Structures have only the fields that are used.
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<linux/userfaultfd.h>" nogil:
     cdef struct _pagefault:
@@ -41,11 +41,12 @@ cdef extern from "<linux/io_uring.h>" nogil:
         uint64_t addr
         uint32_t len
         uint64_t user_data
+        uint16_t buf_index
     cdef struct io_uring_cqe:
         uint64_t user_data
         int32_t res
         uint32_t flags
-    uint8_t IORING_OP_READ
+    uint8_t IORING_OP_READ, IORING_OP_READ_FIXED, IOSQE_FIXED_FILE
 
 cdef extern from "<sys/epoll.h>" nogil:
     cdef union epoll_data_t:

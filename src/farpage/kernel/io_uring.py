@@ -3,6 +3,9 @@
 Structures and constants are those of `include/uapi/linux/io_uring.h`; what they mean is described in
 io_uring(7), io_uring_setup(2) and io_uring_enter(2). The rings are shared memory: the kernel reads the
 submission queue's tail only within io_uring_enter(2), and x86-64 keeps stores in order, so plain stores do.
+
+What is registered with a ring (io_uring_register(2)) is looked up once, not for each read: files, and memory,
+whose pages stay pinned. A ring goes on without where the kernel does not allow it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from typing import Final, NamedTuple
 from farpage.errors import Unsupported
 from farpage.kernel.libc import last_error, syscall, syscall_numbers
 
-_OP_READ, _OP_ASYNC_CANCEL = 22, 14
+_OP_READ_FIXED, _OP_ASYNC_CANCEL, _OP_READ = 4, 14, 22
+_FIXED_FILE = 1 << 0
+_REGISTER_BUFFERS, _REGISTER_FILES, _REGISTER_FILES_UPDATE = 0, 2, 6
 _CANCEL_ALL, _CANCEL_ANY = 1 << 0, 1 << 2
 _OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
 _SETUP_CQSIZE, _SETUP_CLAMP = 1 << 3, 1 << 4
@@ -30,8 +35,10 @@ _PARAMETERS: Final = struct.Struct("=7I3I10I10I")
 """`struct io_uring_params`: seven words, three reserved ones, `io_sqring_offsets`, `io_cqring_offsets`."""
 _SQE: Final = struct.Struct("=BBHiQQIIQHHiQQ")
 """`struct io_uring_sqe`: opcode, flags, ioprio, fd, off, addr, len, rw_flags, user_data, ..."""
-_BEGIN: Final = struct.Struct("=BBHiQQIIQ")
-"""The part of it that plain reads need; the rest stays zero."""
+_BEGIN: Final = struct.Struct("=BBHiQQIIQH")
+"""The part of it that reads need, with buf_index at its end; the rest stays zero."""
+_FILES_UPDATE: Final = struct.Struct("=IIQ")
+"""`struct io_uring_files_update`: offset, a reserved word, the address of descriptors."""
 _CQE: Final = struct.Struct("=QiI")
 """`struct io_uring_cqe`: user_data, res, flags."""
 
@@ -39,6 +46,9 @@ _enter = ctypes.CDLL(None, use_errno=True).syscall
 """syscall(2) with its types known beforehand, which makes a call cheaper."""
 _enter.argtypes = [ctypes.c_long] * 7
 _enter.restype = ctypes.c_long
+
+FILES: Final = 64
+"""Files that may be registered with a ring at a time."""
 
 _CANCEL_TOKEN: Final = (1 << 64) - 1
 _REQUIRED: Final = _FEAT_SINGLE_MMAP | _FEAT_NODROP
@@ -107,6 +117,7 @@ class Ring:
         """Commands that the next `submit` starts."""
         self.in_flight = 0
         """Commands whose completion has not been taken yet, submitted or not."""
+        self._free_files: list[int] | None = None
 
     def fileno(self) -> int:
         """Return the ring's descriptor, which is readable while there are completions to take."""
@@ -125,16 +136,70 @@ class Ring:
             self._cqes_offset,
         )
 
-    def read(self, descriptor: int, address: int, length: int, offset: int, token: int) -> bool:
+    def register_memory(self, *areas: tuple[int, int]) -> bool:
+        """Pin memory, each part an address and a length in bytes, which has to stay until the ring is closed.
+
+        May be called once. False where the kernel does not allow so much (RLIMIT_MEMLOCK).
+        """
+        vectors = bytearray(b"".join(struct.pack("=QQ", *area) for area in areas))
+        return self._register(_REGISTER_BUFFERS, vectors, len(areas))
+
+    def register_file(self, descriptor: int) -> int | None:
+        """Keep an open file at hand, also when the descriptor is closed, until `unregister_file`.
+
+        Returns its place among the ring's files; None where there is none left, or the kernel has none.
+        """
+        if self._free_files is None:
+            none = bytearray(struct.pack(f"={FILES}i", *[-1] * FILES))
+            able = self._register(_REGISTER_FILES, none, FILES)
+            self._free_files = list(range(FILES)) if able else []
+        if not self._free_files or not self._put_file(self._free_files[-1], descriptor):
+            return None
+        return self._free_files.pop()
+
+    def unregister_file(self, place: int) -> None:
+        """Let go of a file; what was submitted goes on, and nothing that names the place may be queued."""
+        assert self._free_files is not None
+        if self._put_file(place, -1):
+            self._free_files.append(place)
+
+    def _put_file(self, place: int, descriptor: int) -> bool:
+        word = bytearray(struct.pack("=i", descriptor))
+        update = bytearray(_FILES_UPDATE.pack(place, 0, _address(word)))
+        return self._register(_REGISTER_FILES_UPDATE, update, 1)
+
+    def _register(self, what: int, argument: bytearray, count: int) -> bool:
+        try:
+            syscall(syscall_numbers().io_uring_register, self._descriptor, what, _address(argument), count)
+        except OSError:
+            return False
+        return True
+
+    def read(
+        self,
+        descriptor: int,
+        address: int,
+        length: int,
+        offset: int,
+        token: int,
+        *,
+        registered_file: bool = False,
+        area: int | None = None,
+    ) -> bool:
         """Queue a read into the memory at `address`, which must stay; False when too many are in flight.
 
+        `descriptor` is the place of a `registered_file`, and the memory in `area` where that is registered.
         It starts with `submit`. `token` comes back with its completion.
         """
         if self.in_flight >= self.entries:
             return False
         tail = self._tail
         at = (tail & self._sq_mask) * 64
-        _BEGIN.pack_into(self._sqes, at, _OP_READ, 0, 0, descriptor, offset, address, length, 0, token)
+        operation = _OP_READ if area is None else _OP_READ_FIXED
+        flags = _FIXED_FILE if registered_file else 0
+        _BEGIN.pack_into(
+            self._sqes, at, operation, flags, 0, descriptor, offset, address, length, 0, token, area or 0
+        )
         self._tail = self._words[self._sq_tail] = (tail + 1) & 0xFFFFFFFF
         self.unsubmitted += 1
         self.in_flight += 1
@@ -164,7 +229,7 @@ class Ring:
         dropped: list[int] = []
         for _ in range(self.unsubmitted):
             self._tail = self._words[self._sq_tail] = (self._tail - 1) & 0xFFFFFFFF
-            dropped.append(_BEGIN.unpack_from(self._sqes, (self._tail & self._sq_mask) * _SQE.size)[-1])
+            dropped.append(_BEGIN.unpack_from(self._sqes, (self._tail & self._sq_mask) * _SQE.size)[8])
         self.unsubmitted = 0
         self.in_flight -= len(dropped)
         return dropped

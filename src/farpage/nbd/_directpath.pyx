@@ -4,8 +4,9 @@
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memmove, memset
-from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.mman cimport munmap
 
+from farpage.kernel._memory cimport map_buffers
 from farpage.nbd._fastpath cimport (
     CMD_READ, CMD_WRITE, DATA_BYTES, GATHERED_BYTES, GO_ON, OVER, REQUEST_BYTES, REQUEST_MAGIC, SIMPLE_BYTES,
     WAIT_DEVICE, WAIT_READ, WAIT_WRITE, FastPath, Request, htobe16, htobe32, htobe64,
@@ -139,10 +140,8 @@ cdef class DirectPath(FastPath):
             self.write_max_bytes = min(self.write_max_bytes, WRITE_MAX_BYTES)
             self._context, self._event = writes.context, writes.fileno()
             self.device_descriptors += (writes.fileno(),)
-        memory = mmap(
-            NULL, IN_FLIGHT_MAX * WRITE_MAX_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
-        )
-        if memory == MAP_FAILED:
+        memory = map_buffers(IN_FLIGHT_MAX * WRITE_MAX_BYTES)
+        if memory == NULL:
             raise MemoryError
         self._buffers = <unsigned char *>memory
         self._open = True

@@ -11,8 +11,6 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
-import os
-
 from farpage.kernel._abi cimport count_bits, lowest_bit, UFFD_PAGEFAULT_FLAG_WRITE
 from farpage.pager._hub cimport Hub
 from farpage.pager._lanestate cimport (
@@ -91,10 +89,9 @@ cdef class Lane:
         if not self._may():
             return
         if self._lane.file >= 0:
-            self._reads.retire(self._lane.file)
-            self._lane.file = -1
+            self._reads.retire(&self._lane)
         if descriptor >= 0:
-            self._lane.file = os.dup(descriptor)
+            self._reads.take_file(&self._lane, descriptor)
             self._lane.origin, self._lane.late_ns = origin, <int64_t>(late_seconds * 1e9)
             self._reads.look_every(self._lane.late_ns // 4)
 
@@ -433,8 +430,7 @@ cdef class Lane:
         self._recall()
         self._hub.leave(&self._lane)
         if self._lane.file >= 0:
-            self._reads.retire(self._lane.file)
-            self._lane.file = -1
+            self._reads.retire(&self._lane)
         self._lane.store = self._lane.order = self._lane.zero_ahead = self._lane.write_ahead = NULL
         self._lane.state = NULL
         self._lane.checksum = NULL

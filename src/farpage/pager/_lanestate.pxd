@@ -60,7 +60,8 @@ ctypedef struct lane_t:
     hub_t *hub
     int uffd
     int memfd
-    int file
+    int file            # a descriptor, or the place among those that the ring has; -1 is none
+    bint registered     # which of them
     bint on
     bint attention
     int in_flight

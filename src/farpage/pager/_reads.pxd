@@ -35,13 +35,13 @@ cdef class Reads:
     cdef uint32_t *_cq_tail
     cdef uint32_t _cq_mask
     cdef io_uring_cqe *_cqes
-    cdef uint8_t *_buffers
+    cdef uint8_t *_buffers      # those of runs, behind them those of slots
+    cdef bint _registered       # with the ring
     cdef uint8_t *scratch       # a page, for whoever is at work
     cdef slot_t _slots[SLOTS]
     cdef int _free[SLOTS]
     cdef int _free_count
     cdef run_t _runs[RUN_SLOTS]
-    cdef uint8_t *_run_buffers
     cdef int _runs_busy
     cdef int unsubmitted
     cdef int64_t look_at        # when to look for late ones
@@ -82,10 +82,15 @@ cdef class Reads:
     # With it: look for late ones so often, at least.
     cdef void look_every(self, int64_t ns)
 
-    # With it: close a file that no read is begun of any more, when all that were begun have been submitted.
-    cdef void retire(self, int file)
+    # With it: read this file for a lane.
+    cdef int take_file(self, lane_t *lane, int descriptor) except -1
+
+    # With it: close the file, of which no read is begun any more, when all that were begun have been submitted.
+    cdef void retire(self, lane_t *lane)
     cdef void close_retired(self)
 
+    cdef uint8_t *_run_buffer(self, int index) noexcept nogil
+    cdef uint8_t *_slot_buffer(self, int index) noexcept nogil
     cdef void _queue(self, lane_t *lane, int64_t first, int count, uint8_t *buffer, int token) noexcept nogil
     cdef void _arrived(self, slot_t *slot, const uint8_t *content, int32_t result, int64_t now) noexcept nogil
     cdef void _run_arrived(self, run_t *run, const uint8_t *content, int32_t result, int64_t now) noexcept nogil

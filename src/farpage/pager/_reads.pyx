@@ -1,16 +1,18 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Reads of the volumes of a hub's clients: begun with io_uring, and when they come verified and copied in."""
 
+import os
+
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
-from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
-from posix.unistd cimport close
+from posix.mman cimport munmap
 
 from farpage.kernel._abi cimport (
-    count_bits, io_uring_cqe, io_uring_sqe, IORING_OP_READ, load_acquire, lowest_bit, store_release,
-    SYS_io_uring_enter, syscall, UFFD_PAGEFAULT_FLAG_WRITE,
+    count_bits, io_uring_cqe, io_uring_sqe, IORING_OP_READ, IORING_OP_READ_FIXED, IOSQE_FIXED_FILE, load_acquire,
+    lowest_bit, store_release, SYS_io_uring_enter, syscall, UFFD_PAGEFAULT_FLAG_WRITE,
 )
+from farpage.kernel._memory cimport map_buffers
 from farpage.pager._lanestate cimport (
     access_t, call, CLEAN, DIRTY, GIVEN_BACK, lane_t, move, ON_DEVICE, PAGE, READING, RUN, RUN_SLOTS, SLOTS,
 )
@@ -21,6 +23,8 @@ from farpage.pager._store cimport Store
 
 cdef enum:
     KEPT_SLOTS = 32     # for what is waited for
+    SLOTS_AT = RUN_SLOTS * RUN * PAGE
+    BUFFERS = SLOTS_AT + (SLOTS + 1) * PAGE
     LONGEST_LOOK_NS = 50000000
     SHORTEST_LOOK_NS = 2000000
 
@@ -46,17 +50,12 @@ cdef class Reads:
         if ring.entries < SLOTS + RUN_SLOTS:
             raise ValueError("the queue is too short")
         self._retired = []
-        memory = mmap(
-            NULL, (SLOTS + 1) * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0
-        )
-        if memory == MAP_FAILED:
+        memory = map_buffers(BUFFERS)
+        if memory == NULL:
             raise MemoryError
         self._buffers = <uint8_t *>memory
-        self.scratch = self._buffers + SLOTS * PAGE
-        memory = mmap(NULL, RUN_SLOTS * RUN * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        if memory == MAP_FAILED:
-            raise MemoryError
-        self._run_buffers = <uint8_t *>memory
+        self.scratch = self._slot_buffer(SLOTS)
+        self._registered = ring.register_memory((<uintptr_t>memory, BUFFERS))
         memset(self._slots, 0, sizeof(self._slots))
         memset(self._runs, 0, sizeof(self._runs))
         for index in range(SLOTS):
@@ -66,12 +65,16 @@ cdef class Reads:
 
     def __dealloc__(self):
         # Reads that are in flight write to the buffers: those stay until the process ends.
-        if self._buffers != NULL and self._free_count == SLOTS:
-            munmap(self._buffers, (SLOTS + 1) * PAGE)
-        if self._run_buffers != NULL and not self._runs_busy:
-            munmap(self._run_buffers, RUN_SLOTS * RUN * PAGE)
+        if self._buffers != NULL and not self.under_way():
+            munmap(self._buffers, BUFFERS)
         PyBuffer_Release(&self._queues)
         PyBuffer_Release(&self._commands)
+
+    cdef uint8_t *_run_buffer(self, int index) noexcept nogil:
+        return self._buffers + index * RUN * PAGE
+
+    cdef uint8_t *_slot_buffer(self, int index) noexcept nogil:
+        return self._buffers + SLOTS_AT + index * PAGE
 
     cdef bint begin(self, lane_t *lane, const access_t *access) noexcept nogil:
         cdef int index
@@ -88,7 +91,7 @@ cdef class Reads:
         slot.began = access.began
         slot.ahead = False
         slot.write = (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0
-        self._queue(lane, access.page, 1, self._buffers + index * PAGE, index)
+        self._queue(lane, access.page, 1, self._slot_buffer(index), index)
         lane.in_flight += 1
         move(lane, access.page, ON_DEVICE, READING)
         return True
@@ -113,7 +116,7 @@ cdef class Reads:
         run.lane, run.first, run.count, run.busy = lane, first, count, True
         run.wanted, run.write, run.waited = wanted, 0, 0
         self._runs_busy += 1
-        self._queue(lane, first, count, self._run_buffers + index * RUN * PAGE, SLOTS + index)
+        self._queue(lane, first, count, self._run_buffer(index), SLOTS + index)
         for at in range(count):
             if wanted >> at & 1:
                 move(lane, first + at, ON_DEVICE, READING)
@@ -155,7 +158,8 @@ cdef class Reads:
         cdef uint32_t tail = self._sq_tail[0]
         cdef io_uring_sqe *entry = &self._sqes[tail & self._sq_mask]
         memset(entry, 0, 64)
-        entry.opcode = IORING_OP_READ
+        entry.opcode = IORING_OP_READ_FIXED if self._registered else IORING_OP_READ
+        entry.flags = IOSQE_FIXED_FILE if lane.registered else 0
         entry.fd = lane.file
         entry.off = <uint64_t>(lane.origin + first * PAGE)
         entry.addr = <uint64_t><uintptr_t>buffer
@@ -182,15 +186,14 @@ cdef class Reads:
             entry = &self._cqes[head & self._cq_mask]
             index = entry.user_data
             if index < SLOTS and self._slots[index].busy:  # else it was not begun here
-                self._arrived(&self._slots[index], self._buffers + index * PAGE, entry.res, now)
+                self._arrived(&self._slots[index], self._slot_buffer(<int>index), entry.res, now)
                 self._free[self._free_count] = <int>index
                 self._free_count += 1
             elif SLOTS <= index < SLOTS + RUN_SLOTS and self._runs[index - SLOTS].busy:
                 self._runs_busy -= 1
                 long_one = True
-                self._run_arrived(
-                    &self._runs[index - SLOTS], self._run_buffers + (index - SLOTS) * RUN * PAGE, entry.res, now
-                )
+                index -= SLOTS
+                self._run_arrived(&self._runs[index], self._run_buffer(<int>index), entry.res, now)
             head += 1
         store_release(self._cq_head, head)
         return True
@@ -333,13 +336,22 @@ cdef class Reads:
     cdef void look_every(self, int64_t ns):
         self.look_every_ns = max(min(self.look_every_ns, ns), <int64_t>SHORTEST_LOOK_NS)
 
-    cdef void retire(self, int file):
-        """Close a file that no read is begun of any more: when all that were begun have been submitted."""
-        self._retired.append(file)
+    cdef int take_file(self, lane_t *lane, int descriptor) except -1:
+        """Read this file for a lane."""
+        place = self._owner.register_file(descriptor)
+        lane.registered = place is not None
+        lane.file = place if lane.registered else os.dup(descriptor)
+        return 0
+
+    cdef void retire(self, lane_t *lane):
+        """Close the file, of which no read is begun any more, when all that were begun have been submitted."""
+        self._retired.append((self._owner.unregister_file if lane.registered else os.close, lane.file))
+        lane.file = -1
         if self.unsubmitted:
             self.submit()
         self.close_retired()
 
     cdef void close_retired(self):
         while self._retired and not self.unsubmitted:
-            close(self._retired.pop())
+            close, file = self._retired.pop()
+            close(file)

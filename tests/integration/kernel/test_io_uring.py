@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from farpage.errors import Unsupported
-from farpage.kernel.io_uring import Ring
+from farpage.kernel.io_uring import FILES, Ring
 from farpage.kernel.memory import AlignedBuffer
 
 
@@ -86,6 +86,54 @@ def test_a_read_beyond_the_end_is_short_and_of_a_closed_file_fails(ring: Ring, p
         ring.read(99_999, buffer.address, 4096, 0, 2)
         ring.submit()
         assert take(ring, 2) == {1: 4096, 2: -errno.EBADF}
+
+
+def test_a_registered_file_is_read_into_registered_memory(ring: Ring, pages: int) -> None:
+    with AlignedBuffer(4 * 4096) as buffer:
+        half = 2 * 4096
+        assert ring.register_memory((buffer.address, half), (buffer.address + half, half))
+        place = ring.register_file(pages)
+        assert place is not None
+        ring.read(place, buffer.address, 4096, 3 * 4096, 1, registered_file=True, area=0)
+        ring.read(place, buffer.address + half, half, 5 * 4096, 2, registered_file=True, area=1)
+        ring.submit()
+        assert take(ring, 2) == {1: 4096, 2: 8192}
+        assert [buffer.view[page * 4096] for page in range(4)] == [3, 0, 5, 6]
+        ring.read(pages, buffer.address, 4096, 7 * 4096, 3)  # in the place of one that was registered
+        ring.submit()
+        assert take(ring, 1) == {3: 4096}
+        assert buffer.view[0] == 7
+
+
+def test_a_registered_file_is_read_after_its_descriptor_is_closed_until_it_is_let_go(
+    ring: Ring, pages: int
+) -> None:
+    descriptor = os.dup(pages)
+    place = ring.register_file(descriptor)
+    assert place is not None
+    os.close(descriptor)
+    with AlignedBuffer(4096) as buffer:
+        ring.read(place, buffer.address, 4096, 9 * 4096, 1, registered_file=True)
+        ring.submit()
+        assert take(ring, 1) == {1: 4096}
+        assert buffer.view[0] == 9
+        ring.unregister_file(place)
+        ring.read(place, buffer.address, 4096, 0, 2, registered_file=True)
+        ring.submit()
+        assert take(ring, 1) == {2: -errno.EBADF}
+
+
+def test_a_ring_takes_so_many_files_and_another_one_when_one_is_let_go(ring: Ring, pages: int) -> None:
+    places = [ring.register_file(pages) for _ in range(FILES)]
+    assert sorted(place for place in places if place is not None) == list(range(FILES))
+    assert ring.register_file(pages) is None
+    ring.unregister_file(5)
+    assert ring.register_file(pages) == 5
+
+
+def test_a_file_that_is_none_is_not_registered(ring: Ring, pages: int) -> None:
+    assert ring.register_file(99_999) is None
+    assert ring.register_file(pages) is not None
 
 
 def test_what_hangs_is_cancelled(ring: Ring) -> None:
