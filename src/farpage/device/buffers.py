@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 
 from farpage.device.base import BLOCK_BYTES
-from farpage.kernel.memory import AlignedBuffer
+from farpage.kernel.memory import HUGE_PAGE_BYTES, AlignedBuffer
 
 KEPT_MAX_BYTES = 64 << 20
 """So much unused memory the pool keeps; more goes back to the system."""
 
 PREALLOCATED = {BLOCK_BYTES: 64, 64 << 10: 16, 1 << 20: 4}
 """Buffers made at the start by size, so that paging out under memory pressure needs no memory."""
+LONG_BYTES = 64 << 10
+"""From this size on buffers are parts of huge pages, whose parts a device reads and writes as one segment."""
 
 
 class BufferPool:
@@ -21,17 +23,20 @@ class BufferPool:
         self._free: dict[int, list[AlignedBuffer]] = {}
         self._kept_bytes = 0
         for size_bytes, count in PREALLOCATED.items():
-            for _ in range(count):
-                self.give_back(AlignedBuffer(size_bytes, populate=True))
+            while len(self._free.get(size_bytes, ())) < count:
+                for buffer in _make(size_bytes):
+                    self.give_back(buffer)
 
     def take(self, length: int) -> AlignedBuffer:
         """Return a buffer of at least `length` bytes with any content."""
         size_bytes = max(BLOCK_BYTES, 1 << (length - 1).bit_length())
-        free = self._free.get(size_bytes)
-        if free:
-            self._kept_bytes -= size_bytes
-            return free.pop()
-        return AlignedBuffer(size_bytes)
+        if not self._free.get(size_bytes):
+            buffer, *others = _make(size_bytes)
+            for other in others:
+                self.give_back(other)
+            return buffer
+        self._kept_bytes -= size_bytes
+        return self._free[size_bytes].pop()
 
     def give_back(self, buffer: AlignedBuffer) -> None:
         """Take a buffer back."""
@@ -54,3 +59,9 @@ class BufferPool:
         # A slice that a receiver has not let go of yet keeps the memory; it goes with the slice.
         with contextlib.suppress(BufferError):
             buffer.close()
+
+
+def _make(size_bytes: int) -> list[AlignedBuffer]:
+    if LONG_BYTES <= size_bytes < HUGE_PAGE_BYTES:
+        return AlignedBuffer.of_huge_page(size_bytes)
+    return [AlignedBuffer(size_bytes, populate=size_bytes < LONG_BYTES)]

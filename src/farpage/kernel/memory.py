@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Final
+from typing import Final, Self
 
 from farpage.errors import Unsupported
 from farpage.kernel.libc import last_error, libc
 
 PAGE_SIZE: Final = mmap.PAGESIZE
 """Bytes in one page of this machine."""
+HUGE_PAGE_BYTES: Final = 2 << 20
+"""Bytes in a huge page of machines with pages of 4 KiB (Documentation/admin-guide/mm/transhuge.rst)."""
 
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 0x01, 0x02
 _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
@@ -119,10 +122,27 @@ def address_of(buffer: memoryview | bytearray | mmap.mmap | bytes) -> int:
         return int(np.frombuffer(buffer, np.uint8).ctypes.data)
 
 
+def map_memory(size_bytes: int) -> tuple[mmap.mmap, memoryview]:
+    """Map zeroed memory of this process; returns the mapping, and the view of the part of it to be used.
+
+    That begins with a page, and from HUGE_PAGE_BYTES on with a huge page, and is of those where the kernel
+    has them: what is contiguous is one segment for a device, and little to pin.
+    """
+    if size_bytes < HUGE_PAGE_BYTES:
+        mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return mapping, memoryview(mapping)
+    mapping = mmap.mmap(-1, size_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -address_of(mapping) % HUGE_PAGE_BYTES
+    with contextlib.suppress(OSError):  # EINVAL: the kernel has none
+        mapping.madvise(mmap.MADV_HUGEPAGE, start, size_bytes)
+    return mapping, memoryview(mapping)[start : start + size_bytes]
+
+
 class AlignedBuffer:
     """Page-aligned, zeroed memory of this process: `address`, and `view` as a memoryview of bytes.
 
-    Views that were handed out must be released before `close`.
+    Where it is long, it is of huge pages; see `map_memory`. Views that were handed out must be released
+    before `close`.
     """
 
     def __init__(self, size_bytes: int, *, populate: bool = False) -> None:
@@ -130,30 +150,56 @@ class AlignedBuffer:
 
         :raise OSError: ENOMEM.
         """
-        self._map = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.size_bytes: Final = size_bytes
-        self.address: Final = address_of(self._map)
+        self._map: mmap.mmap | None
+        self._map, view = map_memory(size_bytes)
+        self._take(view)
         if populate:
             try:
-                self._map.madvise(_MADV_POPULATE_WRITE)
+                start = self.address - address_of(self._map)
+                self._map.madvise(_MADV_POPULATE_WRITE, start, size_bytes)
             except OSError as error:
                 if error.errno != errno.EINVAL:
-                    self._map.close()
+                    self.close()
                     raise
                 self._touch()
-        self.view: Final = memoryview(self._map)
+
+    @classmethod
+    def of_huge_page(cls, size_bytes: int) -> list[Self]:
+        """Return buffers of `size_bytes`, which divides HUGE_PAGE_BYTES, that make up a huge page, populated.
+
+        Its memory goes with the last of them and its slices.
+
+        :raise OSError: ENOMEM.
+        """
+        whole = AlignedBuffer(HUGE_PAGE_BYTES, populate=True)
+        parts = []
+        for start in range(0, HUGE_PAGE_BYTES, size_bytes):
+            part = cls.__new__(cls)
+            part._map = None
+            part._take(whole.view[start : start + size_bytes])
+            parts.append(part)
+        return parts
+
+    def _take(self, view: memoryview) -> None:
+        self.view = view
+        """The memory."""
+        self.size_bytes = len(view)
+        """Its length."""
+        self.address = address_of(view)
+        """Where it begins."""
 
     def _touch(self) -> None:
         for offset in range(0, self.size_bytes, PAGE_SIZE):
-            self._map[offset] = 0
+            self.view[offset] = 0
 
     def close(self) -> None:
         """Give the memory back.
 
-        :raise BufferError: while slices of `view` are in use.
+        :raise BufferError: while slices of `view` are in use, unless it is part of a huge page.
         """
         self.view.release()
-        self._map.close()
+        if self._map is not None:
+            self._map.close()
 
     def __enter__(self) -> AlignedBuffer:
         return self
