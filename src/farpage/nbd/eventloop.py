@@ -51,6 +51,9 @@ class Waiter(Protocol):
         With `may_look` the first moment of it may be polled.
         """
 
+    def glance(self) -> None:
+        """See to those events now, without waiting: what is done between two waits takes long."""
+
     def fileno(self) -> int:
         """Return the descriptor under which `poll` tells that `attend` is to be called."""
 
@@ -155,7 +158,9 @@ class DirectSelector(selectors.BaseSelector):
             events = self._wait(LATER_SECONDS if shortened else wait, may_poll=may_stay)
             ready: list[tuple[selectors.SelectorKey, int]] = []
             self.dispatching = True
-            for descriptor, event in events:
+            for number, (descriptor, event) in enumerate(events):
+                if number:
+                    self._glance()
                 reader = direct.get(descriptor)
                 if reader is not None and event & ~select.EPOLLOUT:
                     try:
@@ -173,12 +178,15 @@ class DirectSelector(selectors.BaseSelector):
                         ready.append((key, happened & key.events))
             deferred.extend(left)
             while deferred:
+                self._glance()
                 try:
                     deferred.popleft()()
                 except Exception as failure:
                     self._failed(failure)
             self.dispatching = False
             if ready or not (events or shortened) or self.disturbed or not may_stay:
+                if events:
+                    self._glance()
                 return ready
             if deadline is not None:
                 timeout = deadline - time.monotonic()
@@ -201,6 +209,10 @@ class DirectSelector(selectors.BaseSelector):
         events = poll(seconds, _EVENTS_MAX)
         polling.slept(perf_counter() - began)
         return events
+
+    def _glance(self) -> None:
+        if self._waiter is not None:
+            self._waiter.glance()
 
     def close(self) -> None:
         """Let go of the epoll descriptor."""

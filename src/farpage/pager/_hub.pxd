@@ -29,6 +29,7 @@ cdef class Hub:
     cdef int enter(self, lane_t *lane, object owner, object on_attention) except -1
     cdef void leave(self, lane_t *lane)
 
+    cdef void _glance(self) noexcept nogil
     cdef int _wait(self, epoll_event *events, double seconds, bint may_look) noexcept nogil
     cdef int _sort(self, epoll_event *events, int count, int64_t now, bint *worked) noexcept nogil
     cdef void _release_some(self) noexcept nogil

@@ -111,7 +111,25 @@ cdef class Hub:
             found.append((self._ring, EPOLLIN))
         return found
 
+    def glance(self):
+        """Answer what has come, without waiting, amid work of the interpreter."""
+        self.check_idle()
+        self._at_work = True
+        with nogil:
+            self._glance()
+        self._at_work = False
+
     # Called without it
+
+    cdef void _glance(self) noexcept nogil:
+        """Answer accesses that have come; epoll tells of everything else again."""
+        cdef epoll_event events[EVENTS]
+        cdef int64_t now = now_ns()
+        cdef bint worked = self._reads.complete(now)
+        cdef int count = epoll_wait(self._epoll, events, EVENTS, 0)
+        self._sort(events, count, now, &worked)
+        if self._reads.unsubmitted:
+            self._reads.submit()
 
     cdef int _wait(self, epoll_event *events, double seconds, bint may_look) noexcept nogil:
         """Answer what can be answered until there is something for the interpreter, or the time is over."""

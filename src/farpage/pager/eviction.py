@@ -285,6 +285,7 @@ class Eviction:
                 space.volume.write_runs(
                     [(first * PAGE_BYTES, buffer.content(at, count)) for first, count, at in runs], written
                 )
+                short.glance()  # to send so much takes its time
                 space.volume.push()
         finally:
             buffer.release()

@@ -134,10 +134,12 @@ class Faults:
         if not self.frozen:  # else who waits asks again when it is not any more
             for page, flags, began_seconds in left:
                 self._answer(Fault(page, flags, began_seconds))
+                short.glance()
         short.ask_again()
         self._space.volume.push()
         if self._deferred:
             self.admit()
+        short.glance()
         self.on_pressure()
 
     def _ask_again(self, page: int, write: bool, began_seconds: float) -> None:

@@ -81,6 +81,8 @@ class ShortWay:
         assert isinstance(write_ahead, COMPILED.read_ahead)
         self._space = space
         self._streams = streams
+        self.glance: Final = hub.glance
+        """Answer accesses that have come meanwhile."""
         self._ask = ask
         self._deferred = deferred
         self._marks = array("q", [0] * (HELD + 1 + MOST_HELD))
