@@ -23,7 +23,7 @@ cdef enum:  # directpath.py
     BEGUN_TOGETHER = 4
     READ_MAX_BYTES = 32 << 10
     WRITE_MAX_BYTES = 256 << 10
-    WRITES_MAX = 32
+    WRITES_MAX = 16
     WRITTEN_TOGETHER_BYTES = 256 << 10
 
 cdef enum:

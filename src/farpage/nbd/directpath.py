@@ -32,7 +32,7 @@ READ_MAX_BYTES: Final = 32 << 10
 """Longer reads are for the event loop: there holes are looked for."""
 WRITE_MAX_BYTES: Final = 256 << 10
 """Longer writes are for the event loop, those to the page cache too: here they are copied once more."""
-WRITES_MAX: Final = 32
+WRITES_MAX: Final = 16
 """Writes in flight: reads of the device come behind them."""
 WRITTEN_TOGETHER_BYTES: Final = 256 << 10
 """Writes in flight, as they came: there is room to put so much back before what has come since."""

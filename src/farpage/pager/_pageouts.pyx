@@ -18,7 +18,7 @@ from farpage.kernel._abi cimport (
 )
 from farpage.pager._lanestate cimport (
     call, call_soon, CLEAN, DIRTY, lane_t, MARK_DEFERRED, MARK_HIGH, MARK_MOST, MARK_UNWRITABLE, MARK_WRITING, move,
-    now_ns, ON_DEVICE, OTHERS, PAGE, REWRITTEN, RUN, VICTIMS, WRITING, ZERO,
+    now_ns, ON_DEVICE, OTHERS, PAGE, REWRITTEN, RUN, VICTIMS, WRITES_TOGETHER, WRITING, ZERO,
 )
 from farpage.pager._order cimport Order
 from farpage.pager._store cimport Store
@@ -204,7 +204,7 @@ cdef void prepare(lane_t *lane) noexcept nogil:
     if lane.batch_at or lane.busy_count or lane.failed:
         lane.ready = (
             lane.other == lane.other_end or lane.batch_at == lane.batch_pages or may_write(lane) <= 0
-            or lane.busy_count or lane.failed
+            or lane.run_count >= WRITES_TOGETHER or lane.busy_count or lane.failed
         )
     if lane.ready or (lane.zero_count and lane.marks[MARK_DEFERRED]):
         call_soon(lane, now_ns())
