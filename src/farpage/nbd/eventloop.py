@@ -147,7 +147,6 @@ class DirectSelector(selectors.BaseSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait, and serve direct readers meanwhile; `timeout` in seconds, None for ever."""
         self.disturbed = False
-        direct, deferred = self._direct, self.deferred
         may_stay = timeout is None or timeout > 0  # else callbacks are ready
         deadline = time.monotonic() + timeout if timeout is not None and timeout > 0 else None
         while True:
@@ -156,33 +155,9 @@ class DirectSelector(selectors.BaseSelector):
             left, self.later = self.later, []
             shortened = bool(left) and not 0 <= wait <= LATER_SECONDS
             events = self._wait(LATER_SECONDS if shortened else wait, may_poll=may_stay)
-            ready: list[tuple[selectors.SelectorKey, int]] = []
             self.dispatching = True
-            for number, (descriptor, event) in enumerate(events):
-                if number:
-                    self._glance()
-                reader = direct.get(descriptor)
-                if reader is not None and event & ~select.EPOLLOUT:
-                    try:
-                        reader()
-                    except Exception as failure:
-                        self._failed(failure)
-                    if event == select.EPOLLIN:
-                        continue  # a direct reader is the only one of its descriptor
-                key = self._keys.get(descriptor)
-                if key is not None:
-                    happened = (selectors.EVENT_READ if event & ~select.EPOLLOUT else 0) | (
-                        selectors.EVENT_WRITE if event & ~select.EPOLLIN else 0
-                    )
-                    if happened & key.events:
-                        ready.append((key, happened & key.events))
-            deferred.extend(left)
-            while deferred:
-                self._glance()
-                try:
-                    deferred.popleft()()
-                except Exception as failure:
-                    self._failed(failure)
+            ready = self._call_readers(events)
+            self._call_deferred(left)
             self.dispatching = False
             if ready or not (events or shortened) or self.disturbed or not may_stay:
                 if events:
@@ -192,6 +167,46 @@ class DirectSelector(selectors.BaseSelector):
                 timeout = deadline - time.monotonic()
                 if timeout <= 0:
                     return ready
+
+    def _call_readers(self, events: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
+        """Call direct readers; returns what happened to others."""
+        ready: list[tuple[selectors.SelectorKey, int]] = []
+        direct = self._direct
+        for number, (descriptor, event) in enumerate(events):
+            if number:
+                self._glance()
+            reader = direct.get(descriptor)
+            if reader is not None and event & ~select.EPOLLOUT:
+                try:
+                    reader()
+                except Exception as failure:
+                    self._failed(failure)
+                if event == select.EPOLLIN:
+                    continue  # a direct reader is the only one of its descriptor
+            key = self._keys.get(descriptor)
+            if key is not None:
+                happened = (selectors.EVENT_READ if event & ~select.EPOLLOUT else 0) | (
+                    selectors.EVENT_WRITE if event & ~select.EPOLLIN else 0
+                )
+                if happened & key.events:
+                    ready.append((key, happened & key.events))
+        return ready
+
+    def _call_deferred(self, left: list[Callable[[], object]]) -> None:
+        """Call what readers have deferred, and what was left for later before."""
+        deferred = self.deferred
+        deferred.extend(left)
+        while deferred:
+            self._glance()
+            try:
+                deferred.popleft()()
+            except Exception as failure:
+                self._failed(failure)
+
+    def _glance(self) -> None:
+        """Have accesses answered that have come meanwhile."""
+        if self._waiter is not None:
+            self._waiter.glance()
 
     def _wait(self, seconds: float, *, may_poll: bool) -> list[tuple[int, int]]:
         """Return what happens within that time, negative for ever; the first moment of it may be polled."""
@@ -209,10 +224,6 @@ class DirectSelector(selectors.BaseSelector):
         events = poll(seconds, _EVENTS_MAX)
         polling.slept(perf_counter() - began)
         return events
-
-    def _glance(self) -> None:
-        if self._waiter is not None:
-            self._waiter.glance()
 
     def close(self) -> None:
         """Let go of the epoll descriptor."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from farpage.kernel.memory import (
+    HUGE_PAGE_BYTES,
     PAGE_SIZE,
     AlignedBuffer,
     address_of,
@@ -71,6 +72,32 @@ def test_an_aligned_buffer_is_zeroed_memory_at_its_address() -> None:
         assert buffer.address % PAGE_SIZE == 0
         assert buffer.address == address_of(buffer.view)
         assert bytes(buffer.view) == bytes(3 * PAGE_SIZE)
+
+
+@pytest.mark.parametrize("size_bytes", [HUGE_PAGE_BYTES, 5 * HUGE_PAGE_BYTES + PAGE_SIZE])
+@pytest.mark.parametrize("populate", [True, False])
+def test_a_long_buffer_begins_with_a_huge_page(size_bytes: int, populate: bool) -> None:
+    with AlignedBuffer(size_bytes, populate=populate) as buffer:
+        assert buffer.address % HUGE_PAGE_BYTES == 0
+        assert buffer.address == address_of(buffer.view)
+        assert (len(buffer.view), buffer.size_bytes) == (size_bytes, size_bytes)
+        buffer.view[-1] = 1
+        assert bytes(buffer.view[:-1]) == bytes(size_bytes - 1)
+
+
+def test_the_parts_of_a_huge_page_are_memory_of_their_own_that_stays_with_each() -> None:
+    size_bytes = HUGE_PAGE_BYTES // 8
+    parts = AlignedBuffer.of_huge_page(size_bytes)
+    assert [part.address for part in parts] == [parts[0].address + n * size_bytes for n in range(8)]
+    assert parts[0].address % HUGE_PAGE_BYTES == 0
+    for number, part in enumerate(parts):
+        part.view[:] = bytes([number]) * size_bytes
+    last = parts.pop()
+    for part in parts:
+        part.close()
+    parts.clear()
+    assert bytes(last.view) == bytes([7]) * size_bytes
+    last.close()
 
 
 def test_an_aligned_buffer_in_use_refuses_to_close() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from farpage.errors import Unsupported
-from farpage.kernel.io_uring import Ring
+from farpage.kernel.io_uring import FILES, Ring
 from farpage.kernel.memory import (
     PAGE_SIZE,
     AlignedBuffer,
@@ -35,6 +35,7 @@ from farpage.kernel.userfaultfd import FLAG_WP, FLAG_WRITE, Mode, Userfaultfd
 from farpage.nbd import eventloop
 from farpage.pager.checksum import page_checksum
 from farpage.pager.compiled import COMPILED, libraries
+from farpage.pager.eviction import SLICE_RUNS
 from farpage.pager.lane import (
     DEFERRED,
     HELD,
@@ -273,10 +274,10 @@ class Client:
 class Polled:
     """A hub, its clients, and a test in the place of the event loop."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ring: type[Ring] = Ring) -> None:
         assert COMPILED is not None
         self.epoll = select.epoll()
-        self.hub: Hub = COMPILED.hub(self.epoll.fileno(), Ring(READS_IN_FLIGHT))
+        self.hub: Hub = COMPILED.hub(self.epoll.fileno(), ring(READS_IN_FLIGHT))
         self.watch(self.hub.fileno())
         self.told: list[tuple[int, int]] = []
         """Events that the hub has left to the loop."""
@@ -1336,6 +1337,18 @@ def test_no_more_victims_are_got_ready_than_the_buffer_holds(client: Client) -> 
         assert client.got_ready(buffer, 2) == ([(500, 1, 0)], [])
 
 
+def test_so_many_writes_leave_together_as_a_slice_has(client: Client, polled: Polled) -> None:
+    pages = list(range(100, 100 + 4 * (SLICE_RUNS + 4), 4))
+    client.resident(pages, DIRTY)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        first, _ = client.got_ready(buffer, len(pages))
+        client.lane.lend(buffer.view)
+        polled.until(lambda: client.lane.is_ready)
+        then, _ = client.lane.take()
+    assert [page for page, _, _ in first] == pages[:SLICE_RUNS]
+    assert [page for page, _, _ in then] == pages[SLICE_RUNS:]
+
+
 def test_no_more_victims_are_got_ready_than_may_be_on_their_way(client: Client, polled: Polled) -> None:
     client.resident([100, 101, 102, 300], DIRTY)
     client.marks[WRITABLE] = 2
@@ -1579,6 +1592,34 @@ def test_a_poll_tells_of_other_descriptors(client: Client, polled: Polled) -> No
     polled.until(access.ended)
 
 
+def test_a_glance_answers_accesses_and_leaves_everything_else_to_the_next_poll(
+    client: Client, polled: Polled
+) -> None:
+    other = os.eventfd(1, os.EFD_NONBLOCK)
+    polled.watch(other)
+    client.table.put(200, ZERO)
+    touch, access = client.read(200), client.read(300)
+    client.waits(2)
+    end = time.monotonic() + DEADLINE_SECONDS
+    while not (touch.ended() and access.ended()):
+        assert time.monotonic() < end
+        polled.hub.glance()
+    assert (touch.content, access.content) == (bytes(PAGE_SIZE), content_of(300))
+    assert client.calls == 0
+    assert (other, select.EPOLLIN) in polled.hub.poll(0, False)
+    os.close(other)
+
+
+def test_a_glance_leaves_to_the_next_poll_what_needs_the_interpreter(client: Client, polled: Polled) -> None:
+    client.marks[MOST] = 0
+    client.read(300)
+    client.waits()
+    polled.hub.glance()
+    assert client.calls == 0
+    polled.poll()
+    assert client.accesses_left() == [(300, 0)]
+
+
 def test_every_lane_that_needs_the_interpreter_is_attended_to(polled: Polled) -> None:
     first, second, third = (polled.client() for _ in range(3))
     for client in (first, third):
@@ -1641,6 +1682,37 @@ def test_an_event_loop_that_waits_with_a_hub_goes_on_as_ever(tmp_path: Path) -> 
         client.lane.turn(on=False)
         client.read(700)
         await polled.comes(lambda: polled.told)
+        polled.close()
+
+    with asyncio.Runner(loop_factory=eventloop.DataPlaneLoop) as runner:
+        runner.run(main())
+
+
+def test_accesses_are_answered_between_two_readers_of_the_loop(tmp_path: Path) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        polled = OnLoop(tmp_path)
+        client = polled.client()
+        client.table.put(200, ZERO)
+        readable = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(2)]
+        touches: list[Access] = []
+        answered: list[bool] = []
+
+        def read() -> None:
+            if not touches:
+                touches.append(client.read(200))
+                client.waits()
+            else:
+                touches[0].join(DEADLINE_SECONDS)
+                answered.append(touches[0].ended())
+            eventloop.remove_reader(loop, readable[len(answered)])
+
+        for descriptor in readable:
+            eventloop.add_reader(loop, descriptor, read)
+        await polled.comes(lambda: answered)
+        assert answered == [True]
+        for descriptor in readable:
+            os.close(descriptor)
         polled.close()
 
     with asyncio.Runner(loop_factory=eventloop.DataPlaneLoop) as runner:
@@ -1869,6 +1941,31 @@ def test_a_lane_that_comes_after_one_with_reads_in_flight_does_not_get_their_ans
     client.uffd.wake(client.start, PAGES * PAGE_SIZE)
     polled.until(access.ended)
     assert access.content == content_of(300)
+
+
+class PlainRing(Ring):
+    """A ring of a kernel that lets nothing be registered with it, as where memory must not be locked."""
+
+    def register_memory(self, *areas: tuple[int, int]) -> bool:
+        return False
+
+    def register_file(self, descriptor: int) -> int | None:
+        return None
+
+
+def test_pages_come_where_nothing_can_be_registered(tmp_path: Path) -> None:
+    polled = Polled(tmp_path, PlainRing)
+    client = polled.client()
+    assert client.has_read(100) == content_of(100)
+    assert in_runs(client, 300, 64) == (64, [])
+    polled.until(lambda: client.states(*range(300, 364)) == [CLEAN] * 64)
+    assert all(client.held(page) == content_of(page) for page in range(300, 364))
+    polled.close()
+
+
+def test_more_files_are_read_than_are_registered(polled: Polled) -> None:
+    clients = [polled.client(64) for _ in range(FILES + 2)]
+    assert all(client.has_read(7) == content_of(7) for client in clients)
 
 
 def test_files_that_are_read_no_more_are_closed_once(client: Client) -> None:
