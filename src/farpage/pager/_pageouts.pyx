@@ -204,10 +204,15 @@ cdef void prepare(lane_t *lane) noexcept nogil:
     if lane.batch_at or lane.busy_count or lane.failed:
         lane.ready = (
             lane.other == lane.other_end or lane.batch_at == lane.batch_pages or may_write(lane) <= 0
-            or lane.run_count >= WRITES_TOGETHER or lane.busy_count or lane.failed
+            or is_long_enough(lane) or lane.busy_count or lane.failed
         )
     if lane.ready or (lane.zero_count and lane.marks[MARK_DEFERRED]):
         call_soon(lane, now_ns())
+
+
+cdef inline bint is_long_enough(const lane_t *lane) noexcept nogil:
+    """Whether an access that waits would wait for too many more writes. Of many no one is kept waiting by them alone."""
+    return lane.in_flight > 0 and lane.run_count >= WRITES_TOGETHER * lane.in_flight
 
 
 cdef inline bint is_writable(const lane_t *lane, int64_t page) noexcept nogil:

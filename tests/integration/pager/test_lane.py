@@ -1337,9 +1337,13 @@ def test_no_more_victims_are_got_ready_than_the_buffer_holds(client: Client) -> 
         assert client.got_ready(buffer, 2) == ([(500, 1, 0)], [])
 
 
-def test_so_many_writes_leave_together_as_a_slice_has(client: Client, polled: Polled) -> None:
+def test_so_many_writes_leave_together_while_the_device_is_read_as_a_slice_has(
+    client: Client, polled: Polled, device: PipeDevice
+) -> None:
     pages = list(range(100, 100 + 4 * (SLICE_RUNS + 4), 4))
     client.resident(pages, DIRTY)
+    client.read(1000)
+    polled.until(lambda: client.lane.in_flight)
     with AlignedBuffer(64 * PAGE_SIZE) as buffer:
         first, _ = client.got_ready(buffer, len(pages))
         client.lane.lend(buffer.view)
@@ -1347,6 +1351,15 @@ def test_so_many_writes_leave_together_as_a_slice_has(client: Client, polled: Po
         then, _ = client.lane.take()
     assert [page for page, _, _ in first] == pages[:SLICE_RUNS]
     assert [page for page, _, _ in then] == pages[SLICE_RUNS:]
+    device.answer(content_of(1000))
+
+
+def test_more_writes_leave_together_while_nothing_is_read(client: Client) -> None:
+    pages = list(range(100, 100 + 4 * (SLICE_RUNS + 4), 4))
+    client.resident(pages, DIRTY)
+    with AlignedBuffer(64 * PAGE_SIZE) as buffer:
+        together, _ = client.got_ready(buffer, len(pages))
+    assert [page for page, _, _ in together] == pages
 
 
 def test_no_more_victims_are_got_ready_than_may_be_on_their_way(client: Client, polled: Polled) -> None:
