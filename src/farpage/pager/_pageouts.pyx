@@ -211,7 +211,7 @@ cdef void prepare(lane_t *lane) noexcept nogil:
 
 
 cdef inline bint is_long_enough(const lane_t *lane) noexcept nogil:
-    """Whether an access that waits would wait for too many more writes. Of many no one is kept waiting by them alone."""
+    """Whether more writes would keep accesses waiting for too long: of several each waits for the others anyway."""
     return lane.in_flight > 0 and lane.run_count >= WRITES_TOGETHER * lane.in_flight
 
 
