@@ -90,7 +90,18 @@ class Pager(ABC):
         return 0
 
 
-class HostSwap(Pager):
+class Limited(Pager):
+    """A contender of the kernel's own: the toucher is in a memory cgroup with the limit."""
+
+    _cgroup: MemoryCgroup | None = None
+
+    async def take(self, toucher: Toucher, work: Work) -> None:
+        """Put the toucher into the cgroup."""
+        assert self._cgroup is not None
+        self._cgroup.add(toucher.pid)
+
+
+class HostSwap(Limited):
     """The host's swap file `path`, with a page cluster of 2**exponent pages."""
 
     kind = MemoryKind.ANONYMOUS
@@ -99,7 +110,6 @@ class HostSwap(Pager):
         self.name = f"swap-{cluster_exponent}"
         self._path = path
         self._cluster_exponent = cluster_exponent
-        self._cgroup: MemoryCgroup | None = None
 
     @asynccontextmanager
     async def ready(self, work: Work) -> AsyncIterator[None]:
@@ -109,11 +119,6 @@ class HostSwap(Pager):
             undo.enter_context(swapping_on(self._path))
             self._cgroup = undo.enter_context(memory_cgroup(work.limit_bytes))
             yield
-
-    async def take(self, toucher: Toucher, work: Work) -> None:
-        """Put the toucher into the cgroup."""
-        assert self._cgroup is not None
-        self._cgroup.add(toucher.pid)
 
     async def page_ins(self) -> int:
         """Return what the kernel counts for the whole host."""
@@ -143,7 +148,7 @@ class Zram(HostSwap):
             yield
 
 
-class MappedFile(Pager):
+class MappedFile(Limited):
     """A file that the program maps MAP_SHARED, under a memory cgroup's limit: the page cache is the pager.
 
     Where the program says which way it touches its memory, with MADV_RANDOM, the kernel reads nothing ahead.
@@ -152,7 +157,6 @@ class MappedFile(Pager):
     def __init__(self, kind: MemoryKind) -> None:
         self.kind = kind
         self.name = kind.value
-        self._cgroup: MemoryCgroup | None = None
         self._toucher: Toucher | None = None
 
     @asynccontextmanager
@@ -162,9 +166,8 @@ class MappedFile(Pager):
             yield
 
     async def take(self, toucher: Toucher, work: Work) -> None:
-        """Put the toucher into the cgroup."""
-        assert self._cgroup is not None
-        self._cgroup.add(toucher.pid)
+        """Put the toucher into the cgroup, and remember whose page-ins count."""
+        await super().take(toucher, work)
         self._toucher = toucher
 
     async def page_ins(self) -> int:

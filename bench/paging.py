@@ -214,8 +214,8 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.paging",
-        description="Page a program's memory with farpage and with host swap, in turn, and print ratios. "
-        "farpage's volumes are allocated in full, as a swap area is.",
+        description="Page a program's memory with farpage, host swap and the page cache, in turn, and print "
+        "ratios. farpage's volumes are allocated in full, as a swap area is.",
     )
     parser.add_argument(
         "--memory", default="512M", metavar="SIZE", help="memory that is touched (%(default)s)"

@@ -6,8 +6,9 @@
  *
  * `anonymous` is private memory without huge pages, which host swap pages; `shared` is a memfd, which farpage
  * pages; `file` is a file without a name in the working directory, with all of its blocks, mapped MAP_SHARED, and
- * `file-random` the same with MADV_RANDOM, for which the kernel reads nothing ahead. Everything but that memory is allocated and locked before the first answer, so a memory cgroup that
- * the process is moved into after it is charged for the memory alone.
+ * `file-random` the same with MADV_RANDOM, for which the kernel reads nothing ahead. Everything but that memory is
+ * allocated and locked before the first answer, so a memory cgroup that the process is moved into after it is
+ * charged for the memory alone.
  *
  * Commands on stdin, each answered by one line of JSON on stdout:
  *
