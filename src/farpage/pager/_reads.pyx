@@ -54,6 +54,7 @@ cdef class Reads:
         if memory == NULL:
             raise MemoryError
         self._buffers = <uint8_t *>memory
+        memset(memory, 0, BUFFERS)  # all of it is there from the start, also where it cannot be registered
         self.scratch = self._slot_buffer(SLOTS)
         self._registered = ring.register_memory((<uintptr_t>memory, BUFFERS))
         memset(self._slots, 0, sizeof(self._slots))
