@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 
 from farpage.device.base import BLOCK_BYTES
-from farpage.kernel.memory import HUGE_PAGE_BYTES, AlignedBuffer
+from farpage.kernel.memory import HUGE_PAGE_BYTES, LONG_BYTES, AlignedBuffer
 
 KEPT_MAX_BYTES = 64 << 20
 """So much unused memory the pool keeps; more goes back to the system."""
 
 PREALLOCATED = {BLOCK_BYTES: 64, 64 << 10: 16, 1 << 20: 4}
 """Buffers made at the start by size, so that paging out under memory pressure needs no memory."""
-LONG_BYTES = 64 << 10
-"""From this size on buffers are parts of huge pages, whose parts a device reads and writes as one segment."""
 
 
 class BufferPool:

@@ -9,7 +9,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from farpage.errors import Unsupported
 from farpage.kernel.libc import last_error, libc
@@ -18,6 +18,8 @@ PAGE_SIZE: Final = mmap.PAGESIZE
 """Bytes in one page of this machine."""
 HUGE_PAGE_BYTES: Final = 2 << 20
 """Bytes in a huge page of machines with pages of 4 KiB (Documentation/admin-guide/mm/transhuge.rst)."""
+LONG_BYTES: Final = 64 << 10
+"""From this size on, pools cut their buffers from huge pages: a device is given each as one segment."""
 
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 0x01, 0x02
 _MAP_NORESERVE, _MAP_FIXED_NOREPLACE = 0x4000, 0x100000
@@ -163,8 +165,8 @@ class AlignedBuffer:
                     raise
                 self._touch()
 
-    @classmethod
-    def of_huge_page(cls, size_bytes: int) -> list[Self]:
+    @staticmethod
+    def of_huge_page(size_bytes: int) -> list[AlignedBuffer]:
         """Return buffers of `size_bytes`, which divides HUGE_PAGE_BYTES, that make up a huge page, populated.
 
         Its memory goes with the last of them and its slices.
@@ -174,7 +176,7 @@ class AlignedBuffer:
         whole = AlignedBuffer(HUGE_PAGE_BYTES, populate=True)
         parts = []
         for start in range(0, HUGE_PAGE_BYTES, size_bytes):
-            part = cls.__new__(cls)
+            part = AlignedBuffer.__new__(AlignedBuffer)
             part._map = None
             part._take(whole.view[start : start + size_bytes])
             parts.append(part)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from farpage.kernel.memory import HUGE_PAGE_BYTES, PAGE_SIZE, map_memory
+from farpage.kernel.memory import HUGE_PAGE_BYTES, LONG_BYTES, PAGE_SIZE, map_memory
 
 UNIX_SEND_BYTES: Final = 1 << 20
 """Send buffer of a UNIX socket: it does not grow by itself as TCP's do, and each time that it is full costs
 both ends a wake-up. The kernel gives at most net.core.wmem_max (socket(7))."""
-_LONG_BYTES: Final = 64 << 10
-"""From this size on, buffers are cut from huge pages."""
 _SHORT_SLAB_BYTES: Final = 1 << 20
 _LARGE_BYTES: Final = 1 << 20
 
@@ -35,7 +33,7 @@ class AlignedPool:
         size = PAGE_SIZE if length <= PAGE_SIZE else 1 << (length - 1).bit_length()
         free = self._free.setdefault(size, [])
         if not free:
-            _, slab = map_memory(max(size, HUGE_PAGE_BYTES if size >= _LONG_BYTES else _SHORT_SLAB_BYTES))
+            _, slab = map_memory(max(size, HUGE_PAGE_BYTES if size >= LONG_BYTES else _SHORT_SLAB_BYTES))
             free.extend(slab[at : at + size] for at in range(0, len(slab), size))
             if size >= _LARGE_BYTES:
                 self.idle_bytes += len(slab)

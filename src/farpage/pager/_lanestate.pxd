@@ -40,7 +40,7 @@ cdef enum:
     OTHERS = 512
     RUN = 64
     RUN_SLOTS = 32      # for reads of neighbours
-    WRITES_TOGETHER = 16    # for each access that waits for the device; eviction.py, SLICE_RUNS
+    WRITES_TOGETHER = 16    # for each page that is being read; eviction.py, SLICE_RUNS
     GIVEN_BACK = SLOTS + RUN_SLOTS * RUN
 
 ctypedef struct access_t:
