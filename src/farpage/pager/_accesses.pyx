@@ -1,8 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """A client's accesses are answered, without the interpreter, where they are plain.
 
-That is: a page that is on the device or in the RAM tier, and that no stream of accesses is near, while there is room
-for it; a first touch; and a write to a clean page. All others are left to the interpreter (`farpage.pager.faults`).
+That is: a page that is on the device or in the RAM tier, while there is room for it, and what is read ahead of the
+stream of accesses that it is of; a first touch; and a write to a clean page. All others are left to the interpreter
+(`farpage.pager.faults`).
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
@@ -15,15 +16,16 @@ from farpage.kernel._abi cimport (
     UFFDIO_WRITEPROTECT, uffdio_zeropage, UFFDIO_ZEROPAGE,
 )
 from farpage.pager._lanestate cimport (
-    access_t, call, CLEAN, DIRTY, EVENTS, has_room, lane_t, MARK_HELD, MARK_MOST, MARK_READING, MOST_HELD, move, NEAR,
-    now_ns, ON_DEVICE, PAGE, READING, RECENT, STREAMS, taken, ZERO,
+    access_t, call, CLEAN, DIRTY, EVENTS, lane_t, LITTLE_ROOM, MARK_AHEAD, MARK_MOST, MARK_READING, move, NEAR, now_ns,
+    ON_DEVICE, PAGE, READING, room, RUN, taken, ZERO,
 )
 from farpage.pager._order cimport Order
 from farpage.pager._pageins cimport answered_one, came, copy
-from farpage.pager._pageouts cimport release
+from farpage.pager._pageouts cimport press, release
 from farpage.pager._readahead cimport ReadAhead
 from farpage.pager._reads cimport Reads
 from farpage.pager._store cimport Store
+from farpage.pager._streams cimport ahead_t, Streams
 
 
 cdef void answer(lane_t *lane, int64_t now) noexcept nogil:
@@ -58,7 +60,6 @@ cdef void answer(lane_t *lane, int64_t now) noexcept nogil:
 cdef bint answered(lane_t *lane, access_t *access) noexcept nogil:
     cdef int64_t page = access.page
     cdef uint8_t state
-    cdef bint alone
     if page < 0 or page >= lane.pages:
         return False
     state = lane.state[page]
@@ -67,28 +68,86 @@ cdef bint answered(lane_t *lane, access_t *access) noexcept nogil:
     if access.flags & UFFD_PAGEFAULT_FLAG_MINOR:
         return False
     if state == READING:
-        return (<Reads>lane.hub.reads).joined(lane, access)
+        return joined(lane, access)
     if state == ZERO:
-        return made_room(lane) and zero(lane, access)
+        return made_room(lane, 1) and zero(lane, access)
     if state != ON_DEVICE:
         return False
-    alone = not of_a_stream(lane, page)
-    lane.recent[lane.recent_at] = page
-    lane.recent_at = (lane.recent_at + 1) % RECENT
-    if not alone or not made_room(lane):
+    if (<Streams>lane.streams).is_alone(page):
+        return made_room(lane, 1) and brought_in(lane, access)
+    # A window needs a file to read it from, and more room.
+    if lane.file < 0 or not (<Reads>lane.hub.reads).has_room_for_window(lane) or not made_room(lane, LITTLE_ROOM):
         return False
-    if from_tier(lane, access):
-        return True
-    return lane.file >= 0 and (<Reads>lane.hub.reads).begin(lane, access)
+    return brought_in(lane, access)
 
 
-cdef bint made_room(lane_t *lane) noexcept nogil:
-    """See that there is room for a page, at the cost of one that leaves soon; tells whether there is."""
-    while not has_room(lane):
-        if lane.victim == lane.victim_end or lane.counts[READING] >= lane.marks[MARK_READING]:
-            return False
+cdef bint made_room(lane_t *lane, int64_t pages) noexcept nogil:
+    """See that there is room for so many pages, at the cost of those that leave soon; tells whether there is for one."""
+    while room(lane) < pages and lane.victim != lane.victim_end and lane.counts[READING] < lane.marks[MARK_READING]:
         release(lane)
+    return room(lane) > 0
+
+
+cdef bint joined(lane_t *lane, const access_t *access) noexcept nogil:
+    """Let an access wait for a read that is in flight; one to a marker is when the next window is read."""
+    cdef ahead_t ahead
+    cdef bint marker = (<Streams>lane.streams).is_marker(access.page)
+    if not (<Reads>lane.hub.reads).joined(lane, access):
+        return False
+    if marker and (<Streams>lane.streams).next_window(access.page, may_read_ahead(lane), &ahead):
+        read_ahead(lane, &ahead, (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0)
     return True
+
+
+cdef bint brought_in(lane_t *lane, const access_t *access) noexcept nogil:
+    """Answer from the RAM tier or begin to read a page, and what its stream is given next."""
+    cdef ahead_t ahead
+    cdef bint write = (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0, marker, follows
+    cdef int near
+    if lane.file < 0 and not (<Store>lane.store).has(<uint64_t>access.page):
+        return False
+    marker = (<Streams>lane.streams).is_marker(access.page)
+    follows = (<Streams>lane.streams).next_window(access.page, may_read_ahead(lane), &ahead)
+    if from_tier(lane, access, marker):
+        pass
+    elif lane.file < 0:
+        return False
+    elif follows and ahead.step == 1 and ahead.first == access.page + 1:
+        # The page that is waited for comes with a few others, not at the end of the whole window.
+        near = (<Reads>lane.hub.reads).begin_near(lane, access, <int>min(ahead.length + 1, NEAR))
+        if not near:
+            return False
+        lane.read_ahead += near - 1
+    elif not (<Reads>lane.hub.reads).begin(lane, access):
+        return False
+    if follows:
+        read_ahead(lane, &ahead, write)
+    return True
+
+
+cdef inline int64_t may_read_ahead(const lane_t *lane) noexcept nogil:
+    return min(room(lane) // 2, lane.marks[MARK_AHEAD])
+
+
+cdef void read_ahead(lane_t *lane, const ahead_t *ahead, bint write) noexcept nogil:
+    """Begin to read what is on the device of a window; what cannot be is read when it is asked for."""
+    cdef access_t access
+    cdef uint64_t left
+    cdef int64_t done = 0, first
+    cdef int length
+    if ahead.step == 1 or ahead.step == -1:
+        while done < ahead.length:
+            length = <int>min(ahead.length - done, RUN)  # the first ones do not wait for the last
+            first = ahead.first + done if ahead.step > 0 else ahead.first - done - length + 1
+            lane.read_ahead += (<Reads>lane.hub.reads).begin_neighbours(lane, first, length, write, &left)
+            done += length
+    else:
+        access.began, access.flags = 0, UFFD_PAGEFAULT_FLAG_WRITE if write else 0
+        for done in range(ahead.length):
+            access.page = ahead.first + done * ahead.step
+            if lane.state[access.page] == ON_DEVICE:
+                lane.read_ahead += (<Reads>lane.hub.reads).begin_ahead(lane, &access)
+    press(lane, now_ns())
 
 
 cdef bint zero(lane_t *lane, const access_t *access) noexcept nogil:
@@ -119,15 +178,16 @@ cdef bint zero(lane_t *lane, const access_t *access) noexcept nogil:
     return True
 
 
-cdef bint from_tier(lane_t *lane, const access_t *access) noexcept nogil:
-    """Answer from the RAM tier, if it has the page."""
+cdef bint from_tier(lane_t *lane, const access_t *access, bint marker) noexcept nogil:
+    """Answer from the RAM tier, if it has the page; a marker was counted when it was read."""
     cdef bint write = (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0
     cdef int64_t page = access.page
     if not (<Store>lane.store).take_into(<uint64_t>page, lane.checksum[page], lane.hub.scratch):
         return False
     if not copy(lane, page, lane.hub.scratch, write, ON_DEVICE):
         return False
-    lane.from_tier += 1
+    if not marker:
+        lane.from_tier += 1
     came(lane, page, access.began, now_ns())
     return True
 
@@ -146,29 +206,3 @@ cdef bint unprotect(lane_t *lane, int64_t page, uint8_t state) noexcept nogil:
     argument.range.len = <uint64_t>count * PAGE
     argument.mode = 0
     return ioctl(lane.uffd, UFFDIO_WRITEPROTECT, &argument) == 0
-
-
-cdef bint of_a_stream(lane_t *lane, int64_t page) noexcept nogil:
-    """Tell whether there is more to an access than one that stands alone: for `Streams`, or the RAM tier."""
-    cdef int64_t distance, step, index, other, at
-    for index in range(RECENT):
-        distance = page - lane.recent[index]
-        if not -NEAR <= distance <= NEAR or not distance:
-            continue
-        if distance == 1 or distance == -1:
-            return True
-        for other in range(RECENT):
-            if lane.recent[index] - lane.recent[other] == distance:
-                return True
-    for index in range(min(lane.marks[MARK_HELD], MOST_HELD)):
-        if lane.marks[MARK_HELD + 1 + index] == page:
-            return True
-    for index in range(min(lane.reach[0], STREAMS)):
-        at = 1 + index * 3
-        step = lane.reach[at + 1]
-        distance = page - lane.reach[at]
-        if step < 0:
-            step, distance = -step, -distance
-        if step != 0 and distance % step == 0 and 0 < distance // step <= lane.reach[at + 2]:
-            return True
-    return False

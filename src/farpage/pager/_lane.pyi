@@ -5,6 +5,7 @@ from farpage.pager._hub import Hub
 from farpage.pager._order import Order
 from farpage.pager._readahead import ReadAhead
 from farpage.pager._store import Store
+from farpage.pager._streams import Streams
 
 class Lane:
     def __init__(
@@ -18,9 +19,9 @@ class Lane:
         checksum: memoryview,
         counts: array[int],
         marks: array[int],
-        reach: array[int],
         store: Store,
         order: Order,
+        streams: Streams,
         zero_ahead: ReadAhead,
         write_ahead: ReadAhead,
         on_attention: Callable[[], object],
@@ -52,10 +53,9 @@ class Lane:
     def recall(self) -> None: ...
     def left(self) -> list[tuple[int, int, float]]: ...
     def back(self) -> list[tuple[int, bool, bool, float]]: ...
-    def passed(self) -> list[int]: ...
     def counted(
         self,
-    ) -> tuple[int, int, int, int, int, int, list[int], float, float, list[tuple[float, float]]]: ...
+    ) -> tuple[int, int, int, int, int, int, int, list[int], float, float, list[tuple[float, float]]]: ...
     def fetch(self, pages: range, write: bool) -> tuple[int, list[int]]: ...
     def fetch_near(self, page: int, count: int, write: bool, began: float) -> int: ...
     def fetch_run(self, first: int, count: int, write: bool) -> tuple[int, list[tuple[int, int]]]: ...

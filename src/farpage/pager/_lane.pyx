@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """One client's short way, as the interpreter sees it: what it has the lane do, and what it takes from it.
 
-What the hub does by itself are the plainest cases alone: a page that is on the device or in the RAM tier, and that no
-stream of accesses is near, while there is room for it; a write to a clean page; and, while nothing else is to be done,
-to give clean pages back and to get dirty ones ready to be written. `farpage.pager.faults` and `eviction` do all that
+What the hub does by itself are the plain cases alone: a page that is on the device or in the RAM tier, while there is
+room for it, and what is read ahead of a stream; a write to a clean page; and, while nothing else is to be done, to give
+clean pages back and to get dirty ones ready to be written. `farpage.pager.faults` and `eviction` do all that
 where this was not built.
 """
 
@@ -11,24 +11,17 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
-from farpage.kernel._abi cimport count_bits, lowest_bit, UFFD_PAGEFAULT_FLAG_WRITE
+from farpage.kernel._abi cimport lowest_bit, UFFD_PAGEFAULT_FLAG_WRITE
 from farpage.pager._hub cimport Hub
 from farpage.pager._lanestate cimport (
-    access_t, BUCKETS, lane_t, MARKS, NEAR, now_ns, ON_DEVICE, PAGE, RECENT, RUN, STATE_COUNT, STREAMS, taken,
+    access_t, BUCKETS, lane_t, MARKS, now_ns, ON_DEVICE, PAGE, RUN, STATE_COUNT, taken,
 )
 from farpage.pager._order cimport Order
 from farpage.pager._pageouts cimport choose, recall, release, unwrite, written
 from farpage.pager._readahead cimport ReadAhead
-from farpage.pager._reads cimport Reads, run_t
+from farpage.pager._reads cimport Reads
 from farpage.pager._store cimport Store
-
-cdef enum:
-    GAP = 8             # pages that are read in vain rather than leave a read in two
-
-
-cdef inline uint64_t all_of(int count) noexcept nogil:
-    """So many bits."""
-    return <uint64_t>-1 >> (64 - count) if count else 0
+from farpage.pager._streams cimport Streams
 
 
 cdef class Lane:
@@ -44,13 +37,12 @@ cdef class Lane:
     def __cinit__(
         self, Hub hub not None, int uffd, uint64_t start, int memfd, int64_t memfd_offset,
         uint8_t[::1] state not None, uint32_t[::1] checksum not None, int64_t[::1] counts not None,
-        const int64_t[::1] marks not None, const int64_t[::1] reach not None, Store store not None,
-        Order order not None, ReadAhead zero_ahead not None, ReadAhead write_ahead not None, object on_attention
+        const int64_t[::1] marks not None, Store store not None, Order order not None, Streams streams not None,
+        ReadAhead zero_ahead not None, ReadAhead write_ahead not None, object on_attention
     ):
-        cdef int index
         if (
-            marks.shape[0] < MARKS or reach.shape[0] < 1 + 3 * STREAMS or counts.shape[0] < STATE_COUNT
-            or checksum.shape[0] != state.shape[0] or order._pages != state.shape[0]
+            marks.shape[0] < MARKS or counts.shape[0] < STATE_COUNT or checksum.shape[0] != state.shape[0]
+            or order._pages != state.shape[0] or streams._pages != state.shape[0]
         ):
             raise ValueError("the arrays do not fit")
         memset(&self._lane, 0, sizeof(lane_t))
@@ -58,12 +50,10 @@ cdef class Lane:
         self._lane.memfd, self._lane.memfd_offset = memfd, memfd_offset
         self._lane.pages = state.shape[0]
         self._lane.state, self._lane.checksum = &state[0], &checksum[0]
-        self._lane.counts, self._lane.marks, self._lane.reach = &counts[0], &marks[0], &reach[0]
-        for index in range(RECENT):
-            self._lane.recent[index] = -2 * NEAR
+        self._lane.counts, self._lane.marks = &counts[0], &marks[0]
         # What the pointers point to.
-        self._kept = (state, checksum, counts, marks, reach, store, order, zero_ahead, write_ahead)
-        self._lane.store, self._lane.order = <void *>store, <void *>order
+        self._kept = (state, checksum, counts, marks, store, order, streams, zero_ahead, write_ahead)
+        self._lane.store, self._lane.order, self._lane.streams = <void *>store, <void *>order, <void *>streams
         self._lane.zero_ahead, self._lane.write_ahead = <void *>zero_ahead, <void *>write_ahead
         self._hub, self._reads = hub, hub._reads
         hub.enter(&self._lane, self, on_attention)
@@ -287,29 +277,22 @@ cdef class Lane:
         self._lane.back_count = 0
         return reads
 
-    def passed(self):
-        """Take the last pages that came in past the interpreter, the oldest first."""
-        cdef int64_t index, count = self._lane.passed_count
-        pages = [self._lane.passed[index % RECENT] for index in range(max(count - RECENT, 0), count)]
-        self._lane.passed_count = 0
-        return pages
-
     def counted(self):
         """Take what has happened since the last time.
 
         That is `(faults, pages read, pages from the RAM tier, pages filled with zeros, clean pages given back, zero
-        ones given back, buckets of waits, seconds waited, the longest of them, stalls)`.
+        ones given back, pages read ahead by itself, buckets of waits, seconds waited, the longest of them, stalls)`.
         """
         cdef int index
         cdef lane_t *lane = &self._lane
         counted = (
-            lane.faults, lane.answered, lane.from_tier, lane.zeroed, lane.given_back, lane.zero_count,
+            lane.faults, lane.answered, lane.from_tier, lane.zeroed, lane.given_back, lane.zero_count, lane.read_ahead,
             [lane.buckets[index] for index in range(BUCKETS)],
             lane.waited_ns / 1e9, lane.longest_ns / 1e9,
             [(lane.stalls[index][0] / 1e9, lane.stalls[index][1] / 1e9) for index in range(lane.stall_count)],
         )
         lane.faults = lane.answered = lane.from_tier = lane.zeroed = lane.given_back = lane.zero_count = 0
-        lane.waited_ns = lane.longest_ns = lane.stall_count = 0
+        lane.read_ahead = lane.waited_ns = lane.longest_ns = lane.stall_count = 0
         memset(lane.buckets, 0, sizeof(lane.buckets))
         return counted
 
@@ -343,28 +326,16 @@ cdef class Lane:
 
         They end at the first that is not on the device. Returns how many that are, 0 when no read can be begun here.
         """
-        cdef lane_t *lane = &self._lane
-        cdef run_t *run
-        cdef int length = 0
-        if not self._may() or not lane.on or lane.file < 0:
+        cdef access_t access
+        cdef int begun
+        if not self._may() or not self._lane.on or self._lane.file < 0 or not 0 <= page < self._lane.pages:
             return 0
-        count = min(count, <int>RUN)
-        while (
-            length < count and 0 <= page + length < lane.pages and lane.state[page + length] == ON_DEVICE
-        ):
-            length += 1
-        if not length:
-            return 0
-        run = self._reads.begin_run(lane, page, length, all_of(length))
-        if run == NULL:
-            return 0
-        run.waited = 1
-        run.began[0] = <int64_t>(began * 1e9)
-        if write:
-            run.write = run.wanted
-        lane.ahead -= 1
-        self._reads.submit()
-        return length
+        access.page, access.began = page, <int64_t>(began * 1e9)
+        access.flags = UFFD_PAGEFAULT_FLAG_WRITE if write else 0
+        begun = self._reads.begin_near(&self._lane, &access, count)
+        if begun:
+            self._reads.submit()
+        return begun
 
     def fetch_run(self, int64_t first, int count, bint write):
         """Read those of a run of at most 64 pages that are on the device, though nobody waits for them.
@@ -374,7 +345,6 @@ cdef class Lane:
         :raise IndexError: the run is too long, or not the client's.
         """
         cdef lane_t *lane = &self._lane
-        cdef run_t *run
         cdef uint64_t wanted = 0
         cdef int at, lowest, highest, begun = 0
         left = []
@@ -382,32 +352,19 @@ cdef class Lane:
             return 0, left
         if not 0 <= count <= RUN or not 0 <= first <= lane.pages - count:
             raise IndexError(f"{count} pages from {first} on")
-        for at in range(count):
-            if lane.state[first + at] == ON_DEVICE:
-                wanted |= <uint64_t>1 << at
-        while wanted:
-            lowest = highest = lowest_bit(wanted)
-            # Up to the first gap that is too large.
-            while highest < 63 and wanted >> (highest + 1) and lowest_bit(wanted >> (highest + 1)) <= GAP:
-                highest += 1 + lowest_bit(wanted >> (highest + 1))
-            run = NULL
-            if lane.on and lane.file >= 0:
-                run = self._reads.begin_run(
-                    lane, first + lowest, highest - lowest + 1, (wanted & all_of(highest + 1)) >> lowest
-                )
-            if run == NULL:
-                break
-            if write:
-                run.write = run.wanted
-            begun += count_bits(run.wanted)
-            wanted &= ~all_of(highest + 1)
+        if lane.on and lane.file >= 0:
+            begun = self._reads.begin_neighbours(lane, first, count, write, &wanted)
+        else:
+            for at in range(count):
+                if lane.state[first + at] == ON_DEVICE:
+                    wanted |= <uint64_t>1 << at
         if begun:
             self._reads.submit()
         while wanted:
             lowest = lowest_bit(wanted)
             highest = lowest + lowest_bit(~(wanted >> lowest)) if ~(wanted >> lowest) else 64
             left.append((first + lowest, highest - lowest))
-            wanted &= ~all_of(highest)
+            wanted = wanted >> highest << highest if highest < 64 else 0
         return begun, left
 
     def join(self, int64_t page, bint write):
@@ -431,9 +388,10 @@ cdef class Lane:
         self._hub.leave(&self._lane)
         if self._lane.file >= 0:
             self._reads.retire(&self._lane)
-        self._lane.store = self._lane.order = self._lane.zero_ahead = self._lane.write_ahead = NULL
+        self._lane.store = self._lane.order = self._lane.streams = NULL
+        self._lane.zero_ahead = self._lane.write_ahead = NULL
         self._lane.state = NULL
         self._lane.checksum = NULL
         self._lane.counts = NULL
-        self._lane.marks = self._lane.reach = NULL
+        self._lane.marks = NULL
         self._kept = None

@@ -25,13 +25,11 @@ cdef enum:
     MARK_LOW = 4
     MARK_WRITING = 5
     MARK_UNWRITABLE = 6
-    MARK_HELD = 7
-    MOST_HELD = 16
-    MARKS = MARK_HELD + 1 + MOST_HELD
-    # farpage.pager.streams: how near a fault may be to an older one, and how many are remembered
-    NEAR = 64
-    RECENT = 16
-    STREAMS = 8
+    MARK_AHEAD = 7
+    MARKS = 8
+    # farpage.pager.faults
+    LITTLE_ROOM = 512
+    NEAR = 8
     EVENTS = 64
     SLOTS = 256
     BUCKETS = 26
@@ -76,13 +74,11 @@ ctypedef struct lane_t:
     uint32_t *checksum
     int64_t *counts
     const int64_t *marks
-    const int64_t *reach
     void *store
     void *order
+    void *streams
     void *zero_ahead
     void *write_ahead
-    int64_t recent[RECENT]
-    int recent_at
     int left_count
     int back_count
     int stall_count
@@ -108,14 +104,13 @@ ctypedef struct lane_t:
     int64_t called_at
     access_t left[EVENTS]
     access_t back[GIVEN_BACK]
-    int64_t passed[RECENT]
     int64_t stalls[STALLS][2]
     int64_t faults
     int64_t answered
     int64_t from_tier
     int64_t given_back
     int64_t zeroed
-    int64_t passed_count
+    int64_t read_ahead
     int64_t buckets[BUCKETS]
     int64_t waited_ns
     int64_t longest_ns
@@ -131,7 +126,7 @@ cdef inline int64_t taken(const lane_t *lane) noexcept nogil:
     cdef int64_t *counts = lane.counts
     return (
         counts[CLEAN] + counts[DIRTY] + counts[WRITING] + counts[REWRITTEN] + counts[READING]
-        + lane.marks[MARK_HELD] + <int64_t>(((<Store>lane.store).taken_bytes + PAGE - 1) // PAGE)
+        + <int64_t>((<Store>lane.store).held + ((<Store>lane.store).taken_bytes + PAGE - 1) // PAGE)
     )
 
 
@@ -140,8 +135,9 @@ cdef inline int64_t staying(const lane_t *lane) noexcept nogil:
     return taken(lane) - (lane.victim_end - lane.victim) - (lane.other_end - lane.other) - lane.counts[WRITING]
 
 
-cdef inline bint has_room(const lane_t *lane) noexcept nogil:
-    return taken(lane) < lane.marks[MARK_MOST] and lane.counts[READING] < lane.marks[MARK_READING]
+cdef inline int64_t room(const lane_t *lane) noexcept nogil:
+    """Pages that may still be brought in."""
+    return min(lane.marks[MARK_MOST] - taken(lane), lane.marks[MARK_READING] - lane.counts[READING])
 
 
 cdef inline void move(lane_t *lane, int64_t page, int old, int new) noexcept nogil:

@@ -6,7 +6,7 @@ from posix.ioctl cimport ioctl
 
 from farpage.kernel._abi cimport bit_length, uffdio_copy, UFFDIO_COPY, UFFDIO_COPY_MODE_WP
 from farpage.pager._lanestate cimport (
-    BUCKETS, call, CLEAN, DIRTY, lane_t, MARK_DEFERRED, move, PAGE, RECENT, STALLS,
+    BUCKETS, call, CLEAN, DIRTY, lane_t, MARK_DEFERRED, move, PAGE, STALLS,
 )
 from farpage.pager._order cimport Order
 from farpage.pager._pageouts cimport press
@@ -65,6 +65,4 @@ cdef inline void answered_one(lane_t *lane, int64_t began, int64_t now) noexcept
 
 cdef inline void came(lane_t *lane, int64_t page, int64_t began, int64_t now) noexcept nogil:
     (<Order>lane.order).page_returned(page)
-    lane.passed[lane.passed_count % RECENT] = page
-    lane.passed_count += 1
     answered_one(lane, began, now)

@@ -64,6 +64,19 @@ cdef class Reads:
     # Begin to read pages of which some are wanted, which nobody waits for yet; NULL where that cannot be.
     cdef run_t *begin_run(self, lane_t *lane, int64_t first, int count, uint64_t wanted) noexcept nogil
 
+    # Whether all of a window can be read, and the page that is waited for.
+    cdef bint has_room_for_window(self, const lane_t *lane) noexcept nogil
+
+    # Begin to read those of a range of pages, from one on that an access waits for, that are on the device, up to the
+    # first that is not; returns how many, 0 where that cannot be.
+    cdef int begin_near(self, lane_t *lane, const access_t *access, int count) noexcept nogil
+
+    # Begin to read those of at most 64 neighbours that are on the device, though nobody waits for them yet, with few
+    # reads. Returns how many, and in `left` a bit for each for which that cannot be.
+    cdef int begin_neighbours(
+        self, lane_t *lane, int64_t first, int count, bint write, uint64_t *left
+    ) noexcept nogil
+
     # Let an access wait for a read that another one has begun here.
     cdef bint joined(self, lane_t *lane, const access_t *access) noexcept nogil
 
@@ -94,6 +107,7 @@ cdef class Reads:
     cdef void _queue(self, lane_t *lane, int64_t first, int count, uint8_t *buffer, int token) noexcept nogil
     cdef void _arrived(self, slot_t *slot, const uint8_t *content, int32_t result, int64_t now) noexcept nogil
     cdef void _run_arrived(self, run_t *run, const uint8_t *content, int32_t result, int64_t now) noexcept nogil
+    cdef bint _held_back(self, lane_t *lane, int64_t page, const uint8_t *content) noexcept nogil
     cdef void _no_more_reading(self, run_t *run) noexcept nogil
     cdef void _give_page_back(self, run_t *run, int at, uint64_t late) noexcept nogil
     cdef void _give_back(

@@ -20,6 +20,7 @@ from farpage.pager._order cimport Order
 from farpage.pager._pageins cimport came, copied, copy, follow_up, waited
 from farpage.pager._pageouts cimport press
 from farpage.pager._store cimport Store
+from farpage.pager._streams cimport Streams
 
 cdef enum:
     KEPT_SLOTS = 32     # for what is waited for
@@ -27,6 +28,17 @@ cdef enum:
     BUFFERS = SLOTS_AT + (SLOTS + 1) * PAGE
     LONGEST_LOOK_NS = 50000000
     SHORTEST_LOOK_NS = 2000000
+    GAP = 8             # pages that are read in vain rather than leave a read in two
+    WINDOW_SLOTS = 64   # streams.LARGEST_STRIDED_WINDOW_PAGES
+    WINDOW_RUNS = 8     # for the up to 256 neighbours of a window, and those that come with who waits
+    WINDOW = 256 + RUN
+
+
+cdef inline uint64_t all_of(int count) noexcept nogil:
+    """So many bits."""
+    return <uint64_t>-1 >> (64 - count) if count else 0
+
+
 
 
 cdef class Reads:
@@ -126,6 +138,57 @@ cdef class Reads:
         lane.ahead += pages
         return run
 
+    cdef bint has_room_for_window(self, const lane_t *lane) noexcept nogil:
+        return (
+            self._free_count > KEPT_SLOTS + WINDOW_SLOTS
+            and self._runs_busy + WINDOW_RUNS <= RUN_SLOTS
+            and lane.back_count + lane.in_flight + WINDOW <= GIVEN_BACK
+        )
+
+    cdef int begin_near(self, lane_t *lane, const access_t *access, int count) noexcept nogil:
+        cdef run_t *run
+        cdef int length = 0
+        count = <int>min(min(count, RUN), lane.pages - access.page)
+        while length < count and lane.state[access.page + length] == ON_DEVICE:
+            length += 1
+        if not length:
+            return 0
+        run = self.begin_run(lane, access.page, length, all_of(length))
+        if run == NULL:
+            return 0
+        run.waited = 1
+        run.began[0] = access.began
+        if access.flags & UFFD_PAGEFAULT_FLAG_WRITE:
+            run.write = run.wanted
+        lane.ahead -= 1
+        return length
+
+    cdef int begin_neighbours(
+        self, lane_t *lane, int64_t first, int count, bint write, uint64_t *left
+    ) noexcept nogil:
+        cdef run_t *run
+        cdef uint64_t wanted = 0
+        cdef int at, lowest, highest, begun = 0
+        for at in range(count):
+            if lane.state[first + at] == ON_DEVICE:
+                wanted |= <uint64_t>1 << at
+        while wanted:
+            lowest = highest = lowest_bit(wanted)
+            # Up to the first gap that is too large.
+            while highest < 63 and wanted >> (highest + 1) and lowest_bit(wanted >> (highest + 1)) <= GAP:
+                highest += 1 + lowest_bit(wanted >> (highest + 1))
+            run = self.begin_run(
+                lane, first + lowest, highest - lowest + 1, (wanted & all_of(highest + 1)) >> lowest
+            )
+            if run == NULL:
+                break
+            if write:
+                run.write = run.wanted
+            begun += count_bits(run.wanted)
+            wanted &= ~all_of(highest + 1)
+        left[0] = wanted
+        return begun
+
     cdef bint joined(self, lane_t *lane, const access_t *access) noexcept nogil:
         """Let an access wait for a read that another one has begun here."""
         cdef int index
@@ -213,26 +276,31 @@ cdef class Reads:
         if (
             result != PAGE
             or <uint32_t>(<Store>lane.store)._digest(content, PAGE) != lane.checksum[page]
-            or not copy(lane, page, content, slot.write, READING)
+            or not (
+                (slot.ahead and self._held_back(lane, page, content))
+                or copy(lane, page, content, slot.write, READING)
+            )
         ):
             self._give_back(lane, page, slot.write, -1 if slot.ahead else slot.began, 0)
             return
         lane.answered += 1
         if slot.ahead:
-            (<Order>lane.order).page_returned(page)
+            if lane.state[page] != ON_DEVICE:
+                (<Order>lane.order).page_returned(page)
             press(lane, now)
         else:
             came(lane, page, slot.began, now)
 
     cdef void _run_arrived(self, run_t *run, const uint8_t *content, int32_t result, int64_t now) noexcept nogil:
         cdef lane_t *lane = run.lane
-        cdef uint64_t good = 0, bit
+        cdef uint64_t good = 0, bit, markers
         cdef int at, length, done
         cdef bint write
         run.busy = False
         if lane == NULL:
             return
         self._no_more_reading(run)
+        markers = (<Streams>lane.streams).markers_of(run.first, run.count) & ~run.waited
         for at in range(run.count):
             bit = <uint64_t>1 << at
             if not run.wanted & bit or lane.state[run.first + at] != READING:  # or it was given up meanwhile
@@ -241,7 +309,10 @@ cdef class Reads:
                 result >= (at + 1) * PAGE
                 and <uint32_t>(<Store>lane.store)._digest(content + at * PAGE, PAGE) == lane.checksum[run.first + at]
             ):
-                good |= bit
+                if markers & bit and self._held_back(lane, run.first + at, content + at * PAGE):
+                    lane.answered += 1
+                else:
+                    good |= bit
             else:
                 self._give_page_back(run, at, 0)
         while good:
@@ -263,6 +334,17 @@ cdef class Reads:
                 good &= good - 1
                 self._give_page_back(run, at, 0)
         follow_up(lane, now)
+
+    cdef bint _held_back(self, lane_t *lane, int64_t page, const uint8_t *content) noexcept nogil:
+        """Hold a marker that has come, until somebody asks for it; False for any other page."""
+        # While a client is detached, which turns its lane off, all pages are to come in.
+        if (
+            not lane.on or not (<Streams>lane.streams).is_marker(page)
+            or not (<Store>lane.store).hold_page(<uint64_t>page, content)
+        ):
+            return False
+        move(lane, page, READING, ON_DEVICE)
+        return True
 
     cdef void look_for_late(self, int64_t now) noexcept nogil:
         cdef int index, at

@@ -8,9 +8,9 @@ waits for a table to be made anew, and lies in segments, so that none is ever co
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memmove
 
 cdef extern from "malloc.h" nogil:
     size_t malloc_usable_size(void *block)
@@ -60,6 +60,7 @@ cdef class Store:
     def __dealloc__(self):
         self._clear()
         free(self._segments)
+        free(self._held_contents)
 
     def __len__(self):
         return self._count
@@ -80,8 +81,23 @@ cdef class Store:
         PyBuffer_Release(&view)
         return kept
 
+    def hold(self, uint64_t page, content):
+        cdef Py_buffer view
+        PyObject_GetBuffer(content, &view, PyBUF_SIMPLE)
+        try:
+            if view.len != PAGE:
+                raise ValueError(f"a page of {view.len} bytes")
+            if not self.hold_page(page, view.buf):
+                raise MemoryError
+        finally:
+            PyBuffer_Release(&view)
+
     def take(self, uint64_t page, uint32_t checksum):
-        cdef Entry *entry = self._unlink(page)
+        cdef int place = self._place_of(page)
+        cdef Entry *entry
+        if place >= 0:
+            return self._checked(self._let_go(place), checksum)
+        entry = self._unlink(page)
         if entry is NULL:
             return None
         try:
@@ -93,7 +109,11 @@ cdef class Store:
         return content
 
     def look(self, uint64_t page, uint32_t checksum):
-        cdef Entry *entry = self._find(page)
+        cdef int place = self._place_of(page)
+        cdef Entry *entry
+        if place >= 0:
+            return self._checked(self._held_contents + self._held_at[place] * PAGE, checksum)
+        entry = self._find(page)
         return None if entry is NULL else self._content(entry, checksum)
 
     def forget(self, uint64_t first, uint64_t count=1):
@@ -110,12 +130,22 @@ cdef class Store:
         content = PyBytes_FromStringAndSize(NULL, PAGE)
         return content if self._opened(entry, checksum, PyBytes_AS_STRING(content)) else None
 
+    cdef bytes _checked(self, const uint8_t *content, uint32_t checksum):
+        if <uint32_t>self._digest(content, PAGE) != checksum:
+            return None
+        return PyBytes_FromStringAndSize(<const char *>content, PAGE)
+
     cdef bint has(self, uint64_t page) noexcept nogil:
-        return self._find(page) is not NULL
+        return self._place_of(page) >= 0 or self._find(page) is not NULL
 
     cdef int take_into(self, uint64_t page, uint32_t checksum, void *page_buffer) noexcept nogil:
-        cdef Entry *entry = self._unlink(page)
+        cdef int place = self._place_of(page)
+        cdef Entry *entry
         cdef bint good
+        if place >= 0:
+            memcpy(page_buffer, self._let_go(place), PAGE)
+            return <uint32_t>self._digest(page_buffer, PAGE) == checksum
+        entry = self._unlink(page)
         if entry is NULL:
             return 0
         good = self._opened(entry, checksum, page_buffer)
@@ -145,10 +175,49 @@ cdef class Store:
         self._trim()
         return 1
 
+    cdef bint hold_page(self, uint64_t page, const void *content) noexcept nogil:
+        cdef int place = 0
+        cdef uint8_t at
+        if self._held_contents is NULL:
+            self._held_contents = <uint8_t *>malloc(MOST_HELD * PAGE)
+            if self._held_contents is NULL:
+                return False
+            for place in range(MOST_HELD):
+                self._held_at[place] = place
+        self.forget_run(page, 1)
+        if self.held == MOST_HELD:
+            self._let_go(0)
+        at = self._held_at[self.held]
+        self._held_pages[self.held] = page
+        memcpy(self._held_contents + at * PAGE, content, PAGE)
+        self.held += 1
+        return True
+
+    cdef int _place_of(self, uint64_t page) noexcept nogil:
+        """Return where among those that are held as they are a page is; negative when it is not."""
+        cdef int place
+        for place in range(<int>self.held):
+            if self._held_pages[place] == page:
+                return place
+        return -1
+
+    cdef const uint8_t *_let_go(self, int place) noexcept nogil:
+        """Hold one no more; its content stays where it is until the next one comes."""
+        cdef uint8_t at = self._held_at[place]
+        self.held -= 1
+        memmove(&self._held_pages[place], &self._held_pages[place + 1], (self.held - place) * sizeof(uint64_t))
+        memmove(&self._held_at[place], &self._held_at[place + 1], self.held - place)
+        self._held_at[self.held] = at
+        return self._held_contents + at * PAGE
+
     cdef void forget_run(self, uint64_t first, uint64_t count) noexcept nogil:
         cdef Entry *entry
         cdef Entry *newer
         cdef uint64_t offset
+        cdef int place
+        for place in range(<int>self.held - 1, -1, -1):
+            if self._held_pages[place] >= first and self._held_pages[place] - first < count:
+                self._let_go(place)
         if count > self._count:  # which may be more than anybody could wait for
             entry = self._oldest
             while entry is not NULL:
@@ -243,6 +312,7 @@ cdef class Store:
             self.dropped += 1
 
     cdef void _clear(self) noexcept nogil:
+        self.held = 0
         while self._oldest is not NULL:
             free(self._unlink(self._oldest.page))
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from farpage.pager._order import Order
     from farpage.pager._readahead import ReadAhead
     from farpage.pager._store import Store
+    from farpage.pager._streams import Streams
 
 WITHOUT_VARIABLE: Final = "FARPAGE_WITHOUT_COMPILED"
 """Set in the environment of a process, it goes without: then the same is done in Python."""
@@ -39,6 +40,7 @@ class Compiled(NamedTuple):
     order: type[Order]
     read_ahead: type[ReadAhead]
     store: type[Store]
+    streams: type[Streams]
 
 
 def _load() -> Compiled | None:
@@ -50,9 +52,10 @@ def _load() -> Compiled | None:
         from farpage.pager._order import Order
         from farpage.pager._readahead import ReadAhead
         from farpage.pager._store import Store
+        from farpage.pager._streams import Streams
     except ImportError:  # there was no compiler
         return None
-    return Compiled(Hub, Lane, Order, ReadAhead, Store)
+    return Compiled(Hub, Lane, Order, ReadAhead, Store, Streams)
 
 
 @cache

@@ -23,7 +23,7 @@ from farpage.pager.readahead import new_read_ahead
 from farpage.pager.salvage import Salvage, Salvaged
 from farpage.pager.space import Space, ends_with_client
 from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, POISONED, READING, REWRITTEN, WRITING, ZERO
-from farpage.pager.streams import Ahead, Streams, pieces
+from farpage.pager.streams import Ahead, new_streams, pieces
 from farpage.pager.table import PAGE_BYTES, runs_of
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Faults:
         self.on_pressure: Callable[[], None] = lambda: None
         """Called after pages were brought in."""
         self._loop = asyncio.get_running_loop()
-        self._streams = Streams(space.table.pages)
+        self._streams = new_streams(space.table.pages)
         self._zero_ahead = new_read_ahead()
         self._write_ahead = new_read_ahead(WRITE_AHEAD_PAGES, gaps=False)
         self._waiting: dict[int, float] = {}
@@ -129,8 +129,6 @@ class Faults:
             return
         short.settle()
         left = short.left()
-        if left:
-            short.follow()
         if not self.frozen:  # else who waits asks again when it is not any more
             for page, flags, began_seconds in left:
                 self._answer(Fault(page, flags, began_seconds))
@@ -186,11 +184,10 @@ class Faults:
             self._fill(fault)
         elif state == READING:
             short = self._space.short
-            if short is not None and short.join(page, write=bool(fault.flags & FLAG_WRITE)):
-                return
-            self._waiting.setdefault(page, fault.began_seconds)
-            if fault.flags & FLAG_WRITE:
-                self._write_wanted.add(page)
+            if short is None or not short.join(page, write=bool(fault.flags & FLAG_WRITE)):
+                self._waiting.setdefault(page, fault.began_seconds)
+                if fault.flags & FLAG_WRITE:
+                    self._write_wanted.add(page)
             if page in self._streams.markers:
                 self._read_ahead(fault, self._ahead(page, self._space.room))
         elif state == POISONED:
@@ -288,8 +285,6 @@ class Faults:
         if short is None or ahead is None or ahead.step != 1 or ahead.first != page + 1 or page in space.tier:
             return False
         most = min(ahead.length + 1, NEAR_PAGES)
-        if ahead.marker >= 0:
-            most = min(most, ahead.marker - page)
         write = bool(fault.flags & FLAG_WRITE)
         near = short.fetch_near(page, most, write=write, began_seconds=fault.began_seconds)
         space.counters.read_ahead_pages += max(near - 1, 0)
@@ -317,8 +312,8 @@ class Faults:
         """Return what should be read ahead, now that somebody asks for a page."""
         if self.stopped:
             return None
-        limit = self._space.limit.pages
-        return self._streams.fault(page, min(room // 2, max(limit // 16, NEAR_PAGES)))
+        ahead = self._streams.fault(page, min(room // 2, self._space.limit.ahead))
+        return Ahead._make(ahead) if ahead else None
 
     def _read_ahead(self, fault: Fault, ahead: Ahead | None) -> None:
         """Bring in what is not in memory of a window."""
@@ -329,10 +324,6 @@ class Faults:
         write = bool(fault.flags & FLAG_WRITE)
         short = self._space.short
         if short is not None:
-            # The marker has to be held back when it comes, and the next window waits for it: it comes first.
-            if ahead.marker >= 0 and self._space.table.state[ahead.marker] == ON_DEVICE:
-                self._fetch_ahead(ahead.marker, 1, write=write)
-                self._space.volume.push()
             if ahead.step in (1, -1):
                 begun, left = short.fetch_runs(pieces(ahead), write=write)
             else:
@@ -474,8 +465,7 @@ class Faults:
             return runs
         for page in kept:
             at = (page - first) * PAGE_BYTES
-            space.tier.hold(page, bytes(payload[at : at + PAGE_BYTES]))
-            space.changed()
+            space.tier.hold(page, payload[at : at + PAGE_BYTES])
             space.table.move(page, 1, READING, ON_DEVICE)
             self._write_wanted.discard(page)
         return runs_of(

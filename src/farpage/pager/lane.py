@@ -19,7 +19,6 @@ from farpage.pager.readahead import ReadAhead
 from farpage.pager.space import Space
 from farpage.pager.streams import Streams
 from farpage.pager.table import PAGE_BYTES
-from farpage.pager.tier import MOST_HELD
 
 if TYPE_CHECKING:
     from farpage.pager._hub import Hub
@@ -34,9 +33,8 @@ TASTED_TOGETHER: Final = 256
 _NEVER: Final = 1 << 60
 
 
-MOST, READING, HIGH, DEFERRED, LOW, WRITABLE, UNWRITABLE, HELD = range(8)
-"""Places in the array of numbers that the loop goes by. Behind the last, which tells how many pages the RAM
-tier holds as they are, are those pages."""
+MOST, READING, HIGH, DEFERRED, LOW, WRITABLE, UNWRITABLE, AHEAD = range(8)
+"""Places in the array of numbers that the loop goes by."""
 
 
 def open_hub(epoll: int) -> Hub | None:
@@ -77,6 +75,7 @@ class ShortWay:
         store, order = space.tier.store, space.replacement
         assert isinstance(store, COMPILED.store)
         assert isinstance(order, COMPILED.order)
+        assert isinstance(streams, COMPILED.streams)
         assert isinstance(zero_ahead, COMPILED.read_ahead)
         assert isinstance(write_ahead, COMPILED.read_ahead)
         self._space = space
@@ -85,7 +84,7 @@ class ShortWay:
         """Answer accesses that have come meanwhile."""
         self._ask = ask
         self._deferred = deferred
-        self._marks = array("q", [0] * (HELD + 1 + MOST_HELD))
+        self._marks = array("q", [0] * (AHEAD + 1))
         table = space.table
         self._lane: Lane = COMPILED.lane(
             hub,
@@ -96,9 +95,9 @@ class ShortWay:
             table.checksum,
             table.counts,
             self._marks,
-            streams.reach,
             store,
             order,
+            streams,
             zero_ahead,
             write_ahead,
             on_attention,
@@ -132,10 +131,7 @@ class ShortWay:
         marks[DEFERRED] = self._deferred()
         if self._lane.taste <= 0 and not space.page_outs_wait:
             self._lane.taste = space.tier.wanted(TASTED_TOGETHER)
-        held = space.tier.held
-        marks[HELD] = len(held)
-        for at, page in enumerate(held, HELD + 1):
-            marks[at] = page
+        marks[AHEAD] = limit.ahead
         self._lane.look()
 
     def turn(self, *, on: bool) -> None:
@@ -230,10 +226,6 @@ class ShortWay:
         """Take the accesses that it leaves to the interpreter, as `(page, flags, began_seconds)`."""
         return self._lane.left()
 
-    def follow(self) -> None:
-        """Tell who follows the accesses of the last ones; before an access that was left is looked at."""
-        self._streams.passed(self._lane.passed())
-
     def fetch(self, pages: range, *, write: bool) -> tuple[int, list[tuple[int, int]]]:
         """Read those of some pages ahead that are on the device.
 
@@ -275,13 +267,15 @@ class ShortWay:
     def settle(self) -> None:
         """Count what it has done."""
         space, counters = self._space, self._space.counters
-        faults, read, from_tier, zeroed, given_back, zeros, buckets, waited, longest, stalls = (
+        faults, read, from_tier, zeroed, given_back, zeros, ahead, buckets, waited, longest, stalls = (
             self._lane.counted()
         )
         counters.faults += faults
         counters.clean_evict_pages += given_back
         counters.zero_evict_pages += zeros
-        if not (read or from_tier or zeroed):
+        counters.read_ahead_pages += ahead
+        counters.read_ahead_wasted_pages = self._streams.wasted_pages
+        if not any(buckets) and not (read or from_tier or zeroed):
             return
         counters.page_in_pages += read
         counters.tier_hit_pages += from_tier

@@ -18,6 +18,8 @@ LEAD_SECONDS: Final = 0.05
 """Page-outs begin so long before a client comes to its limit, at the pace at which it takes pages: some round
 trips to a device, and what a VIOS' loop is behind under load."""
 
+SMALLEST_AHEAD_PAGES: Final = 8
+
 IN_FLIGHT_MAX: Final = 1024
 """Half of the commands that a VIOS takes of one connection at a time, should each page be one: all may wait
 for the intermediate client of a move, and pages that are present are read all the same."""
@@ -45,6 +47,8 @@ class Limit:
         """No fault is answered above this; what a batch of faults brings at once may exceed the limit."""
         self.reading: Final = pages // 2
         """Most pages on their way into memory: what has come is used before it has to leave for others."""
+        self.ahead: Final = max(pages // 16, SMALLEST_AHEAD_PAGES)
+        """Most pages that are read ahead of one access."""
         self.in_flight: Final = min(max(pages // 8, 64), IN_FLIGHT_MAX)
         """Most pages on their way to the volume, not counting those held back from a failed server.
 

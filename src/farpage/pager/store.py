@@ -18,12 +18,15 @@ from farpage.pager.table import PAGE_BYTES
 FAILURES: Final = 8
 """A run is given up with so many pages in a row that do not compress."""
 
+MOST_HELD: Final = 16
+"""Pages that are held as they are."""
+
 
 class Store(Protocol):
-    """Pages made small. What it takes is bounded: the oldest leave first."""
+    """Pages made small. What they take is bounded: the oldest leave first. Beside them a few as they are."""
 
     def __len__(self) -> int:
-        """Return the pages that it holds."""
+        """Return the pages that it holds made small."""
 
     def __contains__(self, page: int) -> bool:
         """Tell whether it holds a page."""
@@ -34,7 +37,11 @@ class Store(Protocol):
 
     @property
     def taken_bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory that they take; without those that are held as they are."""
+
+    @property
+    def held(self) -> int:
+        """Pages that are held as they are, at most MOST_HELD."""
 
     @property
     def failures(self) -> int:
@@ -54,6 +61,14 @@ class Store(Protocol):
 
     def keep(self, first: int, content: memoryview) -> int:
         """Take a run of whole pages in, those that get small, and return how many did."""
+
+    def hold(self, page: int, content: memoryview | bytes) -> None:
+        """Take in one page as it is, whatever there is room for, in the place of an older content.
+
+        With more than MOST_HELD of them the oldest leaves.
+
+        :raise ValueError: it is not a whole page.
+        """
 
     def take(self, page: int, checksum: int) -> bytes | None:
         """Give a page and hold it no more; None when it is not here, or is not what has this checksum."""
@@ -80,18 +95,33 @@ class PythonStore:
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._entries: OrderedDict[int, bytes] = OrderedDict()
+        self._held: dict[int, bytes] = {}
         self.stored_bytes = self.failures = self.kept = self.given = self.dropped = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __contains__(self, page: int) -> bool:
-        return page in self._entries
+        return page in self._entries or page in self._held
 
     @property
     def taken_bytes(self) -> int:
-        """Memory that it takes."""
+        """See `Store`."""
         return self.stored_bytes + len(self._entries) * self.ENTRY_BYTES
+
+    @property
+    def held(self) -> int:
+        """See `Store`."""
+        return len(self._held)
+
+    def hold(self, page: int, content: memoryview | bytes) -> None:
+        """See `Store`."""
+        if len(content) != PAGE_BYTES:
+            raise ValueError(f"a page of {len(content)} bytes")
+        self.forget(page)
+        if len(self._held) >= MOST_HELD:
+            del self._held[next(iter(self._held))]
+        self._held[page] = bytes(content)
 
     def keep(self, first: int, content: memoryview) -> int:
         """Take a run of whole pages in, those that get small, and return how many did."""
@@ -115,6 +145,8 @@ class PythonStore:
 
     def take(self, page: int, checksum: int) -> bytes | None:
         """Give a page and hold it no more; None when it is not here, or is not what has this checksum."""
+        if self._held and (held := self._held.pop(page, None)) is not None:
+            return _checked(held, checksum)
         packed = self._entries.pop(page, None)
         if packed is None:
             return None
@@ -126,6 +158,8 @@ class PythonStore:
 
     def look(self, page: int, checksum: int) -> bytes | None:
         """Return a page and go on holding it; None as for `take`."""
+        if self._held and (held := self._held.get(page)) is not None:
+            return _checked(held, checksum)
         packed = self._entries.get(page)
         return None if packed is None else _opened(packed, checksum)
 
@@ -133,6 +167,8 @@ class PythonStore:
         """Drop those of a range of pages that are here."""
         entries = self._entries
         pages: Sequence[int] = range(first, first + count)
+        for page in [page for page in self._held if page in pages]:
+            del self._held[page]
         if count > len(entries):
             pages = [page for page in entries if page in pages]
         for page in pages:
@@ -148,6 +184,7 @@ class PythonStore:
     def clear(self) -> None:
         """Drop everything."""
         self._entries.clear()
+        self._held.clear()
         self.stored_bytes = 0
 
     def _trim(self) -> None:
@@ -172,4 +209,8 @@ def _opened(packed: bytes, checksum: int) -> bytes | None:
         content = unpack(packed)
     except ValueError:
         return None
+    return _checked(content, checksum)
+
+
+def _checked(content: bytes, checksum: int) -> bytes | None:
     return content if page_checksum(memoryview(content)) == checksum else None

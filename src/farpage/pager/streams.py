@@ -8,14 +8,17 @@ is the moment to read the next one, which so arrives while the client is busy wi
 What a stream was given and did not come to counts as wasted when the stream is forgotten. Those that waste
 more than a tenth of what they used make the windows of later ones smaller, until those have used ten times as
 much; those that do not make them larger again.
+
+`_streams.pyx` is the same as machine code and is used where it was built.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
+
+from farpage.pager.compiled import COMPILED
 
 LARGEST_WINDOW_PAGES: Final = 256
 """Of neighbours, which are read and copied together."""
@@ -75,18 +78,34 @@ class _Stream:
         return max((self.next - self.last) // self.step - 1, 0)
 
 
-class Streams:
+class Streams(Protocol):
     """The streams of one client."""
 
-    def __init__(self, pages: int) -> None:
-        """`pages` is the size of the memory."""
-        self._pages = pages
-        self.markers: set[int] = set()
+    @property
+    def markers(self) -> Set[int]:
         """Pages that are to be brought in only when they are asked for."""
-        self.reach: Final = array("q", [0] * (1 + STREAMS * 3))
-        """For who sees the accesses first: the number of streams, then of each the page that it has come to,
-        its step, and within how many steps an access may be of it. One that is of none makes none either,
-        unless it is the neighbour of one of the latest CANDIDATES accesses, or the third at one distance."""
+
+    @property
+    def wasted_pages(self) -> int:
+        """Pages read ahead for streams that were forgotten before they came to them."""
+
+    def fault(self, page: int, most: int) -> tuple[int, int, int, int] | None:
+        """Take note of an access to a page that is not in memory; return what to read ahead, if anything.
+
+        That is what `Ahead` has. `most` is how many pages there is room for. A fault on a marker counts, too.
+        """
+
+
+def new_streams(pages: int) -> Streams:
+    """Return those of a memory of so many pages: the compiled ones if that is possible here."""
+    return COMPILED.streams(pages) if COMPILED else PythonStreams(pages)
+
+
+class PythonStreams:
+    """They without a compiler."""
+
+    def __init__(self, pages: int) -> None:
+        self._pages = pages
         self._streams: list[_Stream] = []
         self._candidates: dict[int, _Candidate] = {}
         """By page // LARGEST_STEP_PAGES, the newest last."""
@@ -94,15 +113,17 @@ class Streams:
         self._wasted = 0
 
     @property
+    def markers(self) -> Set[int]:
+        """See `Streams`."""
+        return {stream.marker for stream in self._streams if stream.marker >= 0}
+
+    @property
     def wasted_pages(self) -> int:
-        """Pages read ahead for streams that were forgotten before they came to them."""
+        """See `Streams`."""
         return self._wasted
 
     def fault(self, page: int, most: int) -> Ahead | None:
-        """Take note of an access to a page that is not in memory; return what to read ahead, if anything.
-
-        `most` is how many pages there is room for. A fault on a marker counts as one too.
-        """
+        """See `Streams`."""
         for stream in self._streams:
             step = stream.step
             steps, rest = divmod(page - stream.last, step)
@@ -110,33 +131,17 @@ class Streams:
                 continue
             # One amid the window is not of the stream, which has there what it was given.
             if steps == 1 or steps > stream.pending or page == stream.marker:
-                ahead = self._go_on(stream, page, steps, most)
-                self._tell()
-                return ahead
+                return self._go_on(stream, page, steps, most)
         return self._compare(page, most)
-
-    def passed(self, pages: Iterable[int]) -> None:
-        """Take note of accesses that `reach` tells to be of no stream, nor to make one."""
-        for page in pages:
-            step, _ = self._take_nearby(page)
-            self._note(page, step)
-
-    def _tell(self) -> None:
-        reach = self.reach
-        reach[0] = len(self._streams)
-        at = 1
-        for stream in self._streams:
-            reach[at], reach[at + 1], reach[at + 2] = stream.last, stream.step, stream.pending + SLACK_PAGES
-            at += 3
 
     def _compare(self, page: int, most: int) -> Ahead | None:
         """Look for a fault nearby, and begin a stream with it if both are of one."""
         step, of_a_stream = self._take_nearby(page)
         if of_a_stream:
-            ahead = self._begin(page, step, most)
-            self._tell()
-            return ahead
-        self._note(page, step)
+            return self._begin(page, step, most)
+        if len(self._candidates) >= CANDIDATES:
+            del self._candidates[next(iter(self._candidates))]
+        self._candidates[page // LARGEST_STEP_PAGES] = _Candidate(page, step)
         return None
 
     def _take_nearby(self, page: int) -> tuple[int, bool]:
@@ -153,11 +158,6 @@ class Streams:
                 return distance, distance in (1, -1) or (distance == candidate.step and distance != 0)
         return 0, False
 
-    def _note(self, page: int, step: int) -> None:
-        if len(self._candidates) >= CANDIDATES:
-            del self._candidates[next(iter(self._candidates))]
-        self._candidates[page // LARGEST_STEP_PAGES] = _Candidate(page, step)
-
     def _begin(self, page: int, step: int, most: int) -> Ahead | None:
         if len(self._streams) >= STREAMS:
             self._forget(self._streams[0])
@@ -167,7 +167,6 @@ class Streams:
 
     def _forget(self, stream: _Stream) -> None:
         self._streams.remove(stream)
-        self.markers.discard(stream.marker)
         self._wasted += stream.pending
         if stream.pending * WASTED_SHARE > stream.used:
             self._cap = max(self._cap // 2, SMALLEST_CAP_PAGES)
@@ -193,20 +192,17 @@ class Streams:
         largest = LARGEST_WINDOW_PAGES if neighbours else LARGEST_STRIDED_WINDOW_PAGES
         cap = max(self._cap, stream.used // WASTED_SHARE)
         stream.window = min(stream.window * 2, largest, cap)
-        self.markers.discard(stream.marker)
+        stream.marker = -1
         waits = first == stream.last + stream.step
         # The page that is waited for is the first of its window.
         count = min(stream.window - waits, most, self._left(first, stream.step))
         if count <= 0:
-            stream.next, stream.marker = stream.last + stream.step, -1
+            stream.next = stream.last + stream.step
             return None
         stream.next = first + count * stream.step
         if count + waits >= SMALLEST_MARKED_PAGES:
             # Of what is read for one that waits, half is used up before the next window is asked for.
             stream.marker = first + (count // 2 if waits else 0) * stream.step
-            self.markers.add(stream.marker)
-        else:
-            stream.marker = -1
         return Ahead(first, stream.step, count, stream.marker)
 
     def _left(self, first: int, step: int) -> int:

@@ -9,18 +9,13 @@ The oldest entry leaves first. As an entry ends with its use, that is the one th
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Final
 
 from farpage.pager import store
-from farpage.pager.checksum import page_checksum
 from farpage.pager.table import PAGE_BYTES
 
 ENTRY_BYTES: Final = store.ENTRY_BYTES
 """What an entry takes beside its content, on average."""
-
-MOST_HELD: Final = 16
-"""Pages that are held as they are."""
 
 FAILURES: Final = store.FAILURES
 """After so many pages in a row that do not compress, only samples are tried."""
@@ -40,8 +35,6 @@ class RamTier:
     def __init__(self, most_bytes: int = 0) -> None:
         self._most_bytes = most_bytes
         self.store: Final = store.new_store(most_bytes)
-        """All but what is held as it is."""
-        self._held: dict[int, bytes] = {}
         self._appetite = _Appetite(self.store)
 
     def __len__(self) -> int:
@@ -50,12 +43,7 @@ class RamTier:
 
     def __contains__(self, page: int) -> bool:
         """Tell whether it holds a page."""
-        return page in self.store or page in self._held
-
-    @property
-    def held(self) -> Collection[int]:
-        """Pages that it holds as they are, at most MOST_HELD."""
-        return self._held.keys()
+        return page in self.store
 
     @property
     def stored_bytes(self) -> int:
@@ -64,13 +52,13 @@ class RamTier:
 
     @property
     def taken_bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory that compressed pages take."""
         return self.store.taken_bytes
 
     @property
     def taken_pages(self) -> int:
         """The same in pages, rounded up, and those that are held as they are."""
-        return (self.store.taken_bytes + PAGE_BYTES - 1) // PAGE_BYTES + len(self._held)
+        return (self.store.taken_bytes + PAGE_BYTES - 1) // PAGE_BYTES + self.store.held
 
     def wanted(self, count: int) -> int:
         """Return how many pages of a run that leaves memory are to be offered to `keep`: its first ones."""
@@ -78,37 +66,25 @@ class RamTier:
 
     def keep(self, first: int, content: memoryview) -> None:
         """Take a run of whole pages in, those that get small; the oldest make room."""
-        for page in range(first, first + len(content) // PAGE_BYTES) if self._held else ():
-            self._held.pop(page, None)
         self.store.keep(first, content)
 
-    def hold(self, page: int, content: bytes) -> None:
+    def hold(self, page: int, content: memoryview) -> None:
         """Take in one page as it is: it was read ahead, and is about to be asked for.
 
         A few of them are held at a time, whatever there is room for.
         """
-        self.forget(page)
-        if len(self._held) >= MOST_HELD:
-            del self._held[next(iter(self._held))]
-        self._held[page] = content
+        self.store.hold(page, content)
 
     def take(self, page: int, checksum: int) -> bytes | None:
         """Give a page and hold it no more; None when it is not here, or is not what has this checksum."""
-        if self._held and (content := self._held.pop(page, None)) is not None:
-            return _checked(content, checksum)
         return self.store.take(page, checksum)
 
     def look(self, page: int, checksum: int) -> bytes | None:
         """Return a page and go on holding it; None as for `take`."""
-        content = self._held.get(page)
-        return self.store.look(page, checksum) if content is None else _checked(content, checksum)
+        return self.store.look(page, checksum)
 
     def forget(self, first: int, count: int = 1) -> None:
         """Drop those of a range of pages that are here."""
-        held = self._held
-        if held:
-            for page in range(first, first + count):
-                held.pop(page, None)
         self.store.forget(first, count)
 
     def resize(self, most_bytes: int) -> None:
@@ -119,11 +95,6 @@ class RamTier:
     def clear(self) -> None:
         """Drop everything."""
         self.store.clear()
-        self._held.clear()
-
-
-def _checked(content: bytes, checksum: int) -> bytes | None:
-    return content if page_checksum(memoryview(content)) == checksum else None
 
 
 class _Appetite:

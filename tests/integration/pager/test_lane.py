@@ -37,8 +37,8 @@ from farpage.pager.checksum import page_checksum
 from farpage.pager.compiled import COMPILED, libraries
 from farpage.pager.eviction import SLICE_RUNS
 from farpage.pager.lane import (
+    AHEAD,
     DEFERRED,
-    HELD,
     HIGH,
     LOW,
     MOST,
@@ -51,9 +51,7 @@ from farpage.pager.lane import (
 from farpage.pager.readahead import new_read_ahead
 from farpage.pager.states import CLEAN, DIRTY, ON_DEVICE, POISONED, REWRITTEN, STATE_COUNT, WRITING, ZERO
 from farpage.pager.states import READING as READING_STATE
-from farpage.pager.streams import Streams
 from farpage.pager.table import PageTable
-from farpage.pager.tier import MOST_HELD
 from tests.support.paging import content_of
 
 if TYPE_CHECKING:
@@ -128,9 +126,10 @@ class Client:
         called = libraries()
         assert called is not None
         self.store = COMPILED.store(pages * PAGE_SIZE, *called)
-        self.streams = Streams(pages)
-        self.marks = array("q", [0] * (HELD + 1 + MOST_HELD))
+        self.streams = COMPILED.streams(pages)
+        self.marks = array("q", [0] * (AHEAD + 1))
         self.marks[MOST], self.marks[READING], self.marks[HIGH] = pages, pages, 1 << 60
+        self.marks[AHEAD] = pages
         self.marks[WRITABLE], self.marks[UNWRITABLE] = pages, -1
         self.calls = 0
         self.left: list[tuple[int, int, float]] = []
@@ -156,9 +155,9 @@ class Client:
             "checksum": self.table.checksum,
             "counts": self.table.counts,
             "marks": self.marks,
-            "reach": self.streams.reach,
             "store": self.store,
             "order": self.order,
+            "streams": self.streams,
             "zero_ahead": new_read_ahead(),
             "write_ahead": new_read_ahead(32, gaps=False),
             "on_attention": self._attention,
@@ -420,12 +419,10 @@ def test_a_page_on_the_device_comes_in_clean_and_protected(
 def test_what_has_come_in_is_counted_once(client: Client) -> None:
     for page in (100, 300, 500):
         client.has_read(page)
-    faults, read, from_tier, zeroed, given_back, _, buckets, waited, longest, _ = client.lane.counted()
+    faults, read, from_tier, zeroed, given_back, _, _, buckets, waited, longest, _ = client.lane.counted()
     assert (faults, read, from_tier, zeroed, given_back, sum(buckets)) == (3, 3, 0, 0, 0, 3)
     assert 0 < longest < waited
-    assert client.lane.passed() == [100, 300, 500]
     assert client.lane.counted()[:5] == (0, 0, 0, 0, 0)
-    assert client.lane.passed() == []
 
 
 def test_a_write_brings_a_page_in_dirty_and_unprotected(client: Client, polled: Polled) -> None:
@@ -614,7 +611,6 @@ def test_a_page_that_is_read_ahead_comes_and_counts_as_no_wait(client: Client, p
     polled.until(lambda: client.states(300, 307) == [CLEAN, DIRTY])
     faults, read, *_, buckets, waited, longest, _ = client.lane.counted()
     assert (faults, read, sum(buckets), waited, longest) == (0, 2, 0, 0.0, 0.0)
-    assert client.lane.passed() == []
     assert (len(client.order), client.has_read(300), client.has_read(307)) == (
         2,
         content_of(300),
@@ -694,7 +690,7 @@ def test_neighbours_are_read_together(client: Client, polled: Polled) -> None:
     assert all(client.held(page) == content_of(page) for page in range(300, 364))
     assert client.protected(300)
     assert client.protected(363)
-    assert (len(client.order), client.lane.passed()) == (64, [])
+    assert len(client.order) == 64
 
 
 def test_neighbours_that_are_about_to_be_written_to_come_in_dirty(client: Client, polled: Polled) -> None:
@@ -871,7 +867,7 @@ def test_a_page_that_is_waited_for_comes_with_those_behind_it(client: Client, po
     polled.until(access.ended)
     assert client.states(*range(300, 307)) == [CLEAN] * 6 + [ON_DEVICE]
     assert access.content == content_of(300)
-    assert (sum(client.lane.counted()[6]), client.lane.in_flight) == (1, 0)
+    assert (sum(client.lane.counted()[7]), client.lane.in_flight) == (1, 0)
 
 
 def test_what_comes_with_a_page_that_is_written_to_comes_in_dirty(client: Client, polled: Polled) -> None:
@@ -926,38 +922,169 @@ def test_nothing_is_read_ahead_that_is_not_on_the_device_alone_or_that_may_not_b
     assert client.lane.fetch(range(300, 302), False) == (0, [301])
 
 
-@pytest.mark.parametrize("recent", [[300], [302], [173, 237], [365, 333], [429, 365]])
-def test_an_access_that_may_make_a_stream_is_left(client: Client, polled: Polled, recent: list[int]) -> None:
-    for page in recent:
+@pytest.mark.parametrize("recent", [[299], [303], [290, 296], [365], [500, 401]])
+def test_an_access_that_is_merely_near_recent_ones_comes_alone(client: Client, recent: list[int]) -> None:
+    for page in [*recent, 301]:
+        assert client.has_read(page) == content_of(page)
+    assert client.table.counts[ON_DEVICE] == PAGES - len(recent) - 1
+    assert client.streams.markers == set()
+
+
+@pytest.mark.parametrize(
+    "pages", [range(PAGES), range(PAGES - 1, -1, -1), range(3, PAGES, 7), range(PAGES - 1, 0, -64)]
+)
+def test_a_reader_of_any_step_is_read_ahead_of_without_the_interpreter(client: Client, pages: range) -> None:
+    faults = 0
+    for page in pages:
+        assert client.has_read(page) == content_of(page)
+        faults += client.lane.counted()[0]
+    assert (client.left, client.back, client.calls) == ([], [], 0)
+    assert faults <= 24
+    assert client.states(*pages) == [CLEAN] * len(pages)
+    assert client.streams.wasted_pages == 0
+
+
+def test_what_is_read_ahead_of_a_writer_comes_in_dirty(client: Client, polled: Polled) -> None:
+    for page in range(300, 400):
+        access = client.write(page, b"new")
+        polled.until(access.ended)
+    assert client.states(*range(302, 400)) == [DIRTY] * 98
+    assert client.lane.counted()[0] < 20
+
+
+def test_several_readers_in_turn_are_told_apart(client: Client) -> None:
+    for page in range(200):
+        for first in (0, 500, 1000, 1500):
+            assert client.has_read(first + page) == content_of(first + page)
+    assert client.lane.counted()[0] < 60
+
+
+def test_a_page_that_the_ram_tier_has_begins_a_stream_as_well(client: Client, polled: Polled) -> None:
+    client.store.keep(301, memoryview(content_of(301)))
+    client.has_read(300)
+    assert client.has_read(301) == content_of(301)
+    polled.until(lambda: client.states(302) == [CLEAN])
+    assert client.lane.counted()[2:3] == (1,)
+
+
+def sweep_to_a_marker(client: Client) -> int:
+    """Read pages in order until one that is read ahead is a marker, and return that."""
+    page = 300
+    while not client.streams.markers:
         client.has_read(page)
+        page += 1
+    (marker,) = client.streams.markers
+    return marker
+
+
+def test_a_marker_is_at_hand_but_not_in_memory(client: Client, polled: Polled) -> None:
+    marker = sweep_to_a_marker(client)
+    polled.until(lambda: client.states(marker - 1, marker + 1) == [CLEAN] * 2 and client.store.held)
+    assert client.states(marker) == [ON_DEVICE]
+    assert client.held(marker) is None
+    for page in range(marker - 3, marker):
+        client.has_read(page)
+    client.lane.counted()
+    device = PipeDevice(client)
+    access = client.read(marker)
+    polled.until(access.ended)
+    assert access.content == content_of(marker)
+    assert (client.states(marker), client.store.held) == ([CLEAN], 0)
+    assert client.states(marker + 8) == [READING_STATE], "the next window"
+    assert client.lane.counted()[:3] == (1, 0, 0)
+    device.close()
+
+
+def test_a_marker_that_is_asked_for_while_it_is_read_comes_with_its_window(
+    client: Client, polled: Polled
+) -> None:
+    sweep_to_a_marker(client)
+    device = PipeDevice(client)
+    (marker,) = client.streams.markers
+    access = client.read(marker)
+    polled.until(access.ended)
+    (marker,) = client.streams.markers
+    access = client.read(marker)
+    client.waits()
+    polled.until(lambda: not client.uffd.state.pending_faults)
+    (following,) = client.streams.markers
+    assert following > marker
+    assert client.states(marker, following) == [READING_STATE] * 2
+    assert not access.ended()
+    device.close()
+    polled.until(lambda: len(client.back) == client.table.counts[READING_STATE])
+    assert [page for page, _, _, began in client.back if began > 0] == [marker], "nobody waits for the others"
+    for page, *_ in client.back:
+        client.table.put(page, ON_DEVICE)
+
+
+def test_a_marker_that_was_written_meanwhile_is_not_given_as_it_was(client: Client, polled: Polled) -> None:
+    marker = sweep_to_a_marker(client)
+    polled.until(lambda: client.store.held)
+    client.table.checksum[marker] = page_checksum(memoryview(content_of(marker, 2)))
+    with open(client.file, "rb+") as file:
+        file.seek(marker * PAGE_SIZE)
+        file.write(content_of(marker, 2))
+    assert client.has_read(marker) == content_of(marker, 2)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_marker_is_held_back_unless_all_is_to_come_in(
+    client: Client, polled: Polled, device: PipeDevice, on: bool
+) -> None:
+    for page in (299, 300, 303, 307):
+        client.streams.fault(page, PAGES)
+    (marker,) = client.streams.markers
+    assert in_runs(client, 308, 7) == (7, [])
+    client.lane.turn(on=on)
+    device.answer(b"".join(content_of(page) for page in range(308, 315)))
+    others = [page for page in range(308, 315) if page != marker]
+    assert client.states(*others) == [CLEAN] * 6
+    assert (client.states(marker), client.store.held) == ([ON_DEVICE if on else CLEAN], on)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_marker_of_pages_that_are_apart_is_held_back_unless_all_is_to_come_in(
+    client: Client, polled: Polled, device: PipeDevice, on: bool
+) -> None:
+    for page in (300, 307, 314, 328, 356):
+        client.streams.fault(page, PAGES)
+    (marker,) = client.streams.markers
+    assert client.lane.fetch(range(marker, marker + 1), False) == (1, [])
+    client.lane.turn(on=on)
+    device.answer(content_of(marker))
+    assert (client.states(marker), client.store.held) == ([ON_DEVICE if on else CLEAN], on)
+    assert (len(client.order), client.lane.counted()[1]) == (not on, 1)
+
+
+def test_a_stream_is_left_where_nothing_may_be_read(client: Client, polled: Polled) -> None:
+    client.lane.use(-1, 0, 0.0)
+    for page in (300, 301):
+        client.store.keep(page, memoryview(content_of(page)))
+    client.has_read(300)
     client.read(301)
     polled.until(lambda: client.left)
     assert client.accesses_left() == [(301, 0)]
-    assert client.states(301) == [ON_DEVICE]
+    assert client.streams.fault(301, 100) is not None, "it was not taken note of"
 
 
-@pytest.mark.parametrize("recent", [[299], [303], [290, 296], [365], [500, 401]])
-def test_an_access_that_is_merely_near_recent_ones_is_not_left(
-    client: Client, polled: Polled, recent: list[int]
+def test_a_stream_is_left_while_there_is_no_room(client: Client, polled: Polled) -> None:
+    client.has_read(300)
+    client.marks[MOST] = 1
+    client.read(301)
+    polled.until(lambda: client.left)
+    assert client.accesses_left() == [(301, 0)]
+    assert client.states(302) == [ON_DEVICE]
+
+
+@pytest.mark.parametrize(("mark", "most", "ahead"), [(MOST, 300, 236), (READING, 100, 100), (AHEAD, 50, 100)])
+def test_no_more_is_read_ahead_than_there_is_room_for(
+    client: Client, mark: int, most: int, ahead: int
 ) -> None:
-    for page in [*recent, 301]:
+    client.marks[mark] = most
+    for page in range(300, 364):
         assert client.has_read(page) == content_of(page)
-
-
-def test_an_access_within_a_streams_reach_is_left(client: Client, polled: Polled) -> None:
-    for page in (400, 390, 380):
-        client.streams.fault(page, 0)
-    assert client.has_read(705) == content_of(705)
-    client.read(370)
-    polled.until(lambda: client.left)
-    assert client.accesses_left() == [(370, 0)]
-
-
-def test_an_access_to_a_page_that_the_ram_tier_holds_as_it_is_is_left(client: Client, polled: Polled) -> None:
-    client.marks[HELD : HELD + 3] = array("q", [2, 700, 300])
-    client.read(300)
-    polled.until(lambda: client.left)
-    assert client.accesses_left() == [(300, 0)]
+    assert 50 <= PAGES - client.table.counts[ON_DEVICE] - 64 <= ahead
 
 
 def test_an_access_to_a_missing_page_that_should_be_in_memory_is_left(client: Client, polled: Polled) -> None:
@@ -1782,7 +1909,7 @@ def test_a_lane_that_is_closed_does_nothing(client: Client, polled: Polled) -> N
         assert (client.lane.wants_buffer, client.lane.is_ready) == (False, False)
         assert client.lane.take() == ([], [])
         client.lane.acknowledged([(200, 1, 0)], buffer.view, 1)
-    assert (client.lane.left(), client.lane.back(), client.lane.passed()) == ([], [], [])
+    assert (client.lane.left(), client.lane.back()) == ([], [])
     assert (client.lane.offered, client.lane.in_flight, client.lane.chosen) == (0, 0, 0)
     client.lane.close()
     polled.poll()
@@ -1859,46 +1986,31 @@ def test_reads_that_fail_are_left_to_the_interpreter_when_nobody_takes_those_bef
 
 
 @pytest.mark.parametrize(
-    "reach", [[1, 300, 0, 9], [1 << 40, 0, 1, 0], [1, 300, -(1 << 63), 9], [-1, 0, 0, 0]]
-)
-def test_streams_that_nobody_can_be_of_are_passed_over(client: Client, reach: list[int]) -> None:
-    client.streams.reach[: len(reach)] = array("q", reach)
-    assert client.has_read(500) == content_of(500)
-
-
-@pytest.mark.parametrize("held", [-1, 17, 1 << 40])
-def test_no_more_pages_are_looked_for_than_the_ram_tier_can_hold(
-    client: Client, polled: Polled, held: int
-) -> None:
-    client.marks[HELD] = held
-    client.marks[MOST] = 1 << 60
-    assert client.has_read(500) == content_of(500)
-
-
-@pytest.mark.parametrize(
     "changed",
     [
         {"counts": array("q", [0] * (STATE_COUNT - 1))},
-        {"marks": array("q", [0] * (HELD + MOST_HELD))},
-        {"reach": array("q", [0] * 24)},
+        {"marks": array("q", [0] * AHEAD)},
         {"state": memoryview(bytearray(PAGES - 1))},
         {"checksum": memoryview(bytearray(4 * PAGES - 4)).cast("I")},
         {"order": PAGES - 1},
         {"order": PAGES + 1},
+        {"streams": PAGES - 1},
     ],
     ids="".join,
 )
 def test_arrays_that_do_not_fit_are_refused(client: Client, changed: dict[str, Any]) -> None:
     client.lane.close()
+    assert COMPILED is not None
     if "order" in changed:
-        assert COMPILED is not None
         changed = {"order": COMPILED.order(changed["order"])}
+    if "streams" in changed:
+        changed = {"streams": COMPILED.streams(changed["streams"])}
     with pytest.raises(ValueError, match="do not fit"):
         client.new_lane(**changed)
 
 
 @pytest.mark.parametrize(
-    "name", ["hub", "state", "checksum", "counts", "marks", "reach", "store", "order", "zero_ahead"]
+    "name", ["hub", "state", "checksum", "counts", "marks", "store", "order", "streams", "zero_ahead"]
 )
 def test_a_lane_has_all_that_it_works_on(client: Client, name: str) -> None:
     client.lane.close()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from farpage.pager import store as stores
 from farpage.pager.checksum import page_checksum
 from farpage.pager.compression import MOST_BYTES, WORD_BYTES, pack
-from farpage.pager.store import FAILURES, PythonStore, Store, new_store
+from farpage.pager.store import FAILURES, MOST_HELD, PythonStore, Store, new_store
 from farpage.pager.table import PAGE_BYTES
 
 MakeStore: TypeAlias = Callable[[int], Store]
@@ -168,6 +168,74 @@ def test_a_content_lies_at_any_address(make: MakeStore, content: bytes) -> None:
     store = make(1 << 20)
     assert store.keep(7, memoryview(b"..." + content)[3:]) == 1
     assert store.take(7, checksum_of(content)) == content
+
+
+def test_a_page_is_held_as_it_is_whatever_there_is_room_for(make: MakeStore) -> None:
+    store = make(0)
+    content = random_page(1, PAGE_BYTES)
+    store.hold(7, memoryview(content))
+    assert (7 in store, len(store), store.held, store.taken_bytes) == (True, 0, 1, 0)
+    assert store.look(7, checksum_of(content)) == content
+    assert store.take(7, checksum_of(content)) == content
+    assert (7 in store, store.held, store.given) == (False, 0, 0)
+    assert store.take(7, checksum_of(content)) is None
+
+
+def test_of_pages_that_are_held_as_they_are_the_oldest_makes_room(make: MakeStore) -> None:
+    store = make(0)
+    for page in range(MOST_HELD):
+        store.hold(page, random_page(page, PAGE_BYTES))
+    assert store.take(3, checksum_of(random_page(3, PAGE_BYTES)))
+    for page in range(100, 103):
+        store.hold(page, random_page(page, PAGE_BYTES))
+    assert store.held == MOST_HELD
+    left = [*range(2, 3), *range(4, MOST_HELD), 100, 101, 102]
+    assert [page for page in range(200) if page in store] == left
+    assert all(store.take(page, checksum_of(random_page(page, PAGE_BYTES))) for page in left)
+
+
+def test_a_page_is_held_in_its_newest_content_alone(make: MakeStore) -> None:
+    store = make(1 << 20)
+    store.keep(7, memoryview(half(1)))
+    store.hold(7, half(2))
+    assert (len(store), store.held) == (0, 1)
+    store.hold(7, half(3))
+    assert store.look(7, checksum_of(half(2))) is None
+    assert store.look(7, checksum_of(half(3))) == half(3)
+    store.keep(7, memoryview(half(4)))
+    assert (len(store), store.held) == (1, 0)
+    assert store.take(7, checksum_of(half(4))) == half(4)
+
+
+def test_a_page_that_is_held_with_another_checksum_is_not_given_and_dropped_when_taken(
+    make: MakeStore,
+) -> None:
+    store = make(0)
+    store.hold(7, half(1))
+    assert store.look(7, 1) is None
+    assert 7 in store
+    assert store.take(7, 1) is None
+    assert 7 not in store
+
+
+@pytest.mark.parametrize("count", [3, 1 << 40, (1 << 64) - 1])
+def test_pages_that_are_held_as_they_are_are_forgotten_with_the_others(make: MakeStore, count: int) -> None:
+    store = make(1 << 20)
+    for page in range(6):
+        store.hold(page, half(page))
+    store.forget((1 << 64) - 1, 2)
+    store.forget(3, count)
+    assert [page in store for page in range(6)] == [True] * 3 + [False] * 3
+    store.clear()
+    assert (0 in store, store.held) == (False, 0)
+
+
+@pytest.mark.parametrize("length", [0, PAGE_BYTES - 1, 2 * PAGE_BYTES])
+def test_a_whole_page_is_held_or_none(make: MakeStore, length: int) -> None:
+    store = make(0)
+    with pytest.raises(ValueError, match=f"a page of {length} bytes"):
+        store.hold(7, bytes(length))
+    assert store.held == 0
 
 
 Step: TypeAlias = tuple[str, int, int]
