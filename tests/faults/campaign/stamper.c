@@ -1,5 +1,5 @@
 /*
- * Threads that use the pages of a memory at random and know what each of them must hold, as a shared
+ * Threads that use the pages of a memory at random, alone and in runs, and know what each of them must hold, as a shared
  * library for a process that has such a memory.
  *
  * Every word of a page is derived from the client, the page, its version and the word's place, and can be
@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 enum { WORDS = 512, MOST_THREADS = 8, PAGES_OF_ONE_THREAD = 8, LONGEST_RUN = 32 };
+static const uint64_t STEPS[] = {1, 1, (uint64_t)-1, 7};
 enum { MOST_CLIENTS = 0xFFFF, MOST_PAGES = 0x3FFFF, MOST_VERSIONS = 0x3FFFFF };
 
 static const uint64_t STEP = 0xD1342543DE82EF95u;
@@ -148,7 +149,8 @@ static void *work(void *argument)
         uint64_t length = dice & 1 ? 1 : 1 + (dice >> 1) % LONGEST_RUN;
         int verifies = dice >> 40 & 3 ? 1 : 0; /* one run of four is written without having been read */
         int writes = !verifies || (dice >> 42 & 1);
-        for (uint64_t page = first; page < first + length && page < pages; page++)
+        uint64_t step = STEPS[dice >> 43 & 3]; /* below the first page the number gets large */
+        for (uint64_t page = first; length-- && page < pages; page += step)
             if (owns(self, page) && !__atomic_load_n(&stopping, __ATOMIC_RELAXED))
                 use(self, page, verifies, writes);
         nanosleep(&nap, NULL);
