@@ -411,9 +411,12 @@ async def test_a3_assist(claim: Claim, evidence: Evidence) -> None:
         vios_redundancy=ViosRedundancy.NONE,
     )
     await hypervisor.create_client(wanted)
-    assert scene.file("common", "small").stat().st_size == 1 << 20
+    definition = await claim.definition()
+    (replica,) = definition.clients["small"].volumes[0].replicas
+    file = scene.file(definition.devices[replica.device].name, "small")
+    assert file.stat().st_size == 1 << 20
     await hypervisor.delete_client("small")
-    assert not scene.file("common", "small").exists()
+    assert not file.exists()
 
     await pair.until(
         lambda info: sorted(path.state for path in info.paths) == ["active", "standby"], "two paths"
