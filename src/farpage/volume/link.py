@@ -20,6 +20,8 @@ from farpage.volume.server import ServerProcess
 from farpage.volume.state import PathState
 
 PROBE_BYTES = 4096
+TIMES_ASKED = 10
+"""A VIOS is asked so often for what was moved to it: it may not know yet that it has all of it."""
 
 
 @dataclass(eq=False)
@@ -101,6 +103,7 @@ class PathLink:
         """Why it failed, until the owner is told."""
         self.left = ""
         """Why the path was given up on purpose; empty again once it is back."""
+        self._to_ask = 0
         self._connector = connector
         self._server: ServerProcess | None = None
         self._away: asyncio.TimerHandle | None = None
@@ -152,6 +155,7 @@ class PathLink:
                 connection.direct.close()
             raise VolumeTooSmall(volume, self.endpoint.vios, connection.size_bytes, size_bytes)
         self.connection = connection
+        self._to_ask = TIMES_ASKED if self.endpoint.source and connection.peer_pid is not None else 0
         self.give_back()
         self.direct = connection.direct
         self.epoch = epoch
@@ -167,6 +171,34 @@ class PathLink:
                 self._server = ServerProcess(connection.peer_pid)
             except OSError:  # it died since; the connection's loss will tell
                 self._server = None
+
+    @property
+    def may_borrow(self) -> bool:
+        """Whether the path was opened while its volume was moved here, of which a part is lent to nobody, and
+        all of it is here now. A VIOS that has refused it some times is not asked again."""
+        return self.connection is not None and self._to_ask > 0 and not self.endpoint.source
+
+    async def borrow(self, volume: str, timeout_seconds: float) -> bool:
+        """Ask the path's VIOS for the storage, over a connection of its own; tells whether it was lent.
+
+        :raise FarpageError: when the server cannot be reached, or refuses.
+        """
+        asked = self.connection
+        self._to_ask -= 1
+        name = self._ownership.export_name(
+            volume, self.epoch, self._lease.identifier if self._lease else "", self.device
+        )
+        connection = await self._connector(self.endpoint, name, timeout_seconds)
+        direct = connection.direct
+        connection.abort()
+        if direct is None:
+            return False
+        if self.connection is not asked:  # it was lost, or opened anew, meanwhile
+            direct.close()
+            return False
+        self._to_ask = 0
+        self.direct = direct
+        return True
 
     def stay_away(self, reason: str, seconds: float) -> None:
         """Do not use the path until `come_back`, or for so long."""

@@ -501,6 +501,17 @@ class Paths:
         self._opened(path)
         self.quarantine.opened(path)
 
+    async def borrow(self, path: PathLink) -> None:
+        """Have the storage lent of what was moved here while the path was open."""
+        if not path.may_borrow:
+            return
+        try:
+            lent = await path.borrow(self._place.volume, self._place.path_timeout_seconds)
+        except (FarpageError, OSError):  # all is served meanwhile
+            return
+        if lent:
+            self.direct.lent(path)
+
     def _opened(self, path: PathLink) -> None:
         """Take note that a server has accepted the epoch, and so that it has nothing older left."""
         self._predecessors.opened(path, self._loop.time())

@@ -36,6 +36,9 @@ class UpkeepOwner(Protocol):
         :raise TimeoutError: when no answer comes in time.
         """
 
+    async def borrow(self, path: PathLink) -> None:
+        """Have the storage lent that the path leads to, if that could not be when it was opened."""
+
     def stands_by(self) -> None:
         """The path is connected and answers: it may take over."""
 
@@ -93,6 +96,7 @@ class Upkeep:
                 path.machine.apply(PathEvent.PROBED, self._loop.time())
                 self._owner.stands_by()
             if not await self._fails_within(self._probe_interval):
+                await self._owner.borrow(path)
                 await self._probe_idle()
 
     async def _fails_within(self, seconds: float) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from farpage.api.remote import RemoteError
+from farpage.hypervisor.model import ClientInfo, ReadWay
 from farpage.hypervisor.movement import ClientMove, EvacuationStart, MoveAdjust, MoveKind, MoveStage
 from tests.support.moving_client import MovingClient, moving_client
 from tests.support.paged_set import DEADLINE_SECONDS
@@ -39,6 +40,21 @@ async def test_it_is_moved_while_it_works_and_nothing_is_left_where_it_was(clien
     await client.whole_on(target)
     await client.paged.until_alarm("client_moved")
     assert not (await client.alarms()) & {"path_failed", "no_path", "fenced", "checksum_error"}
+
+
+def is_read_directly(info: ClientInfo) -> bool:
+    return {path.reads for path in info.paths} == {ReadWay.DIRECT}
+
+
+async def test_it_reads_directly_where_it_was_moved_to(client: MovingClient) -> None:
+    await client.paged.until(is_read_directly, "read directly before")
+    _, target = client.places
+    await client.move()
+    assert (await client.ended()).stage is MoveStage.DONE
+    await client.paged.until(is_read_directly, "read directly again")
+    await client.whole_on(target)
+    (path,) = (await client.paged.info()).paths
+    assert (path.direct_reads > 0, path.direct_failures) == (True, 0)
 
 
 async def test_paused_it_copies_nothing_and_the_client_goes_on(client: MovingClient) -> None:
