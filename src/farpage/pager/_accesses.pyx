@@ -132,14 +132,13 @@ cdef inline int64_t may_read_ahead(const lane_t *lane) noexcept nogil:
 cdef void read_ahead(lane_t *lane, const ahead_t *ahead, bint write) noexcept nogil:
     """Begin to read what is on the device of a window; what cannot be is read when it is asked for."""
     cdef access_t access
-    cdef uint64_t left
     cdef int64_t done = 0, first
     cdef int length
     if ahead.step == 1 or ahead.step == -1:
         while done < ahead.length:
             length = <int>min(ahead.length - done, RUN)  # the first ones do not wait for the last
             first = ahead.first + done if ahead.step > 0 else ahead.first - done - length + 1
-            lane.read_ahead += (<Reads>lane.hub.reads).begin_neighbours(lane, first, length, write, &left)
+            lane.read_ahead += (<Reads>lane.hub.reads).begin_neighbours(lane, first, length, write)
             done += length
     else:
         access.began, access.flags = 0, UFFD_PAGEFAULT_FLAG_WRITE if write else 0

@@ -353,13 +353,12 @@ cdef class Lane:
         if not 0 <= count <= RUN or not 0 <= first <= lane.pages - count:
             raise IndexError(f"{count} pages from {first} on")
         if lane.on and lane.file >= 0:
-            begun = self._reads.begin_neighbours(lane, first, count, write, &wanted)
-        else:
-            for at in range(count):
-                if lane.state[first + at] == ON_DEVICE:
-                    wanted |= <uint64_t>1 << at
+            begun = self._reads.begin_neighbours(lane, first, count, write)
         if begun:
             self._reads.submit()
+        for at in range(count):
+            if lane.state[first + at] == ON_DEVICE:
+                wanted |= <uint64_t>1 << at
         while wanted:
             lowest = lowest_bit(wanted)
             highest = lowest + lowest_bit(~(wanted >> lowest)) if ~(wanted >> lowest) else 64

@@ -72,10 +72,8 @@ cdef class Reads:
     cdef int begin_near(self, lane_t *lane, const access_t *access, int count) noexcept nogil
 
     # Begin to read those of at most 64 neighbours that are on the device, though nobody waits for them yet, with few
-    # reads. Returns how many, and in `left` a bit for each for which that cannot be.
-    cdef int begin_neighbours(
-        self, lane_t *lane, int64_t first, int count, bint write, uint64_t *left
-    ) noexcept nogil
+    # reads; returns how many. Those for which that cannot be stay as they are.
+    cdef int begin_neighbours(self, lane_t *lane, int64_t first, int count, bint write) noexcept nogil
 
     # Let an access wait for a read that another one has begun here.
     cdef bint joined(self, lane_t *lane, const access_t *access) noexcept nogil

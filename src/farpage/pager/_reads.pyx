@@ -163,9 +163,7 @@ cdef class Reads:
         lane.ahead -= 1
         return length
 
-    cdef int begin_neighbours(
-        self, lane_t *lane, int64_t first, int count, bint write, uint64_t *left
-    ) noexcept nogil:
+    cdef int begin_neighbours(self, lane_t *lane, int64_t first, int count, bint write) noexcept nogil:
         cdef run_t *run
         cdef uint64_t wanted = 0
         cdef int at, lowest, highest, begun = 0
@@ -186,7 +184,6 @@ cdef class Reads:
                 run.write = run.wanted
             begun += count_bits(run.wanted)
             wanted &= ~all_of(highest + 1)
-        left[0] = wanted
         return begun
 
     cdef bint joined(self, lane_t *lane, const access_t *access) noexcept nogil:
@@ -293,14 +290,13 @@ cdef class Reads:
 
     cdef void _run_arrived(self, run_t *run, const uint8_t *content, int32_t result, int64_t now) noexcept nogil:
         cdef lane_t *lane = run.lane
-        cdef uint64_t good = 0, bit, markers
+        cdef uint64_t good = 0, bit
         cdef int at, length, done
         cdef bint write
         run.busy = False
         if lane == NULL:
             return
         self._no_more_reading(run)
-        markers = (<Streams>lane.streams).markers_of(run.first, run.count) & ~run.waited
         for at in range(run.count):
             bit = <uint64_t>1 << at
             if not run.wanted & bit or lane.state[run.first + at] != READING:  # or it was given up meanwhile
@@ -309,7 +305,7 @@ cdef class Reads:
                 result >= (at + 1) * PAGE
                 and <uint32_t>(<Store>lane.store)._digest(content + at * PAGE, PAGE) == lane.checksum[run.first + at]
             ):
-                if markers & bit and self._held_back(lane, run.first + at, content + at * PAGE):
+                if not run.waited & bit and self._held_back(lane, run.first + at, content + at * PAGE):
                     lane.answered += 1
                 else:
                     good |= bit

@@ -1,7 +1,7 @@
 # What other compiled modules may call: without objects of Python, and without its lock if the caller sees to it
 # that one thread at a time uses it.
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t
 
 cdef enum:
     # Those of farpage.pager.streams
@@ -45,9 +45,6 @@ cdef class Streams:
     cdef bint is_alone(self, int64_t page) noexcept nogil
 
     cdef bint is_marker(self, int64_t page) noexcept nogil
-
-    # Which of at most 64 pages are markers, a bit for each.
-    cdef uint64_t markers_of(self, int64_t first, int count) noexcept nogil
 
     cdef int _found(self, int64_t page, int64_t *steps) noexcept nogil
     cdef int _nearby(self, int64_t page) noexcept nogil

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """`farpage.pager.streams.PythonStreams` as machine code; the same tests hold for both."""
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t
 from libc.string cimport memmove
 
 cdef enum:
@@ -17,6 +17,11 @@ cdef enum:
 
 cdef inline int64_t pending(const stream_t *stream) noexcept nogil:
     return max((stream.next - stream.last) // stream.step - 1, <int64_t>0)
+
+
+cdef inline bint are_of_one(int64_t distance, int64_t step) noexcept nogil:
+    """Whether an access so far from a candidate, which may follow another one at `step`, makes a stream with it."""
+    return distance == 1 or distance == -1 or (distance == step and distance)
 
 
 cdef class Streams:
@@ -54,7 +59,7 @@ cdef class Streams:
                 &self._candidates[index], &self._candidates[index + 1],
                 (self._candidate_count - index) * sizeof(candidate_t),
             )
-            if distance == 1 or distance == -1 or (distance == step and distance):
+            if are_of_one(distance, step):
                 return self._begin(page, distance, most, ahead)
         if self._candidate_count == CANDIDATES:
             self._candidate_count -= 1
@@ -65,15 +70,12 @@ cdef class Streams:
         return False
 
     cdef bint is_alone(self, int64_t page) noexcept nogil:
-        cdef int64_t steps = 0, distance
+        cdef int64_t steps = 0
         cdef int index
         if self._found(page, &steps) >= 0:
             return False
         index = self._nearby(page)
-        if index < 0:
-            return True
-        distance = page - self._candidates[index].page
-        return distance != 1 and distance != -1 and (distance != self._candidates[index].step or not distance)
+        return index < 0 or not are_of_one(page - self._candidates[index].page, self._candidates[index].step)
 
     cdef bint is_marker(self, int64_t page) noexcept nogil:
         cdef int index
@@ -81,16 +83,6 @@ cdef class Streams:
             if self._streams[index].marker == page:
                 return True
         return False
-
-    cdef uint64_t markers_of(self, int64_t first, int count) noexcept nogil:
-        cdef uint64_t found = 0
-        cdef int64_t at
-        cdef int index
-        for index in range(self._count):
-            at = self._streams[index].marker - first
-            if 0 <= at < count and self._streams[index].marker >= 0:
-                found |= <uint64_t>1 << at
-        return found
 
     cdef int _found(self, int64_t page, int64_t *steps) noexcept nogil:
         """Return the stream that an access is of, and how far it has come; negative without one."""
