@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from farpage.device.buffers import BufferPool
 from farpage.device.reads import RingReader
 from farpage.device.spans import SpanGate
 from farpage.device.threads import IoThreads
 from farpage.device.writes import AsyncWriter
+from farpage.kernel.buffers import AlignedPool
 
 Result = TypeVar("Result")
+
+PREALLOCATED: Final = {4 << 10: 64, 64 << 10: 16, 1 << 20: 4}
+"""Buffers that are there from the start by size, so that paging out under memory pressure needs no memory."""
 
 
 class Engine:
@@ -24,7 +27,7 @@ class Engine:
         self.threads = IoThreads(f"io-{device_name}"[:15])
         self.reader = RingReader.open() if direct else None
         self.writer = AsyncWriter.open() if direct else None
-        self.buffers = BufferPool()
+        self.buffers = AlignedPool(preallocated=PREALLOCATED)
         self._gates: weakref.WeakValueDictionary[str, SpanGate] = weakref.WeakValueDictionary()
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:

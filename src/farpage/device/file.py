@@ -139,7 +139,7 @@ class FileVolume:
                     with buffer.view[offset - start : offset - start + length] as payload:
                         done(0, payload)
             finally:
-                self._buffers.give_back(buffer)
+                self._buffers.give(buffer)
 
         if self._reading < READS_OF_ONE_MAX:
             self._begin_read(finished, buffer, start, end - start)
@@ -168,7 +168,7 @@ class FileVolume:
         buffer = self._buffers.take(end - start)
 
         def finished(error: int) -> None:
-            self._buffers.give_back(buffer)
+            self._buffers.give(buffer)
             done(error)
 
         if aligned:

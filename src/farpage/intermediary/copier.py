@@ -23,7 +23,8 @@ from farpage.blockio import CONNECTION_LOST, BlockIO, Done, Extent, Feature, Joi
 from farpage.definition.model import PAGE_BYTES
 from farpage.intermediary.plan import Run, absent, runs
 from farpage.intermediary.window import PACED_SECONDS, STEPS, Window
-from farpage.nbd.buffers import AlignedPool
+from farpage.kernel.buffers import AlignedPool
+from farpage.kernel.memory import AlignedBuffer
 from farpage.volume.pace import Pace
 
 READ_BYTES: Final = 256 << 10
@@ -233,12 +234,12 @@ class Copier:
         arrived = Joined(partial(self._arrived, run, buffer), -(-run.length // READ_BYTES)).part_done
         for at in range(0, run.length, READ_BYTES):
             stop = min(at + READ_BYTES, run.length)
-            self._read(run.offset + at, buffer[at:stop], arrived)
+            self._read(run.offset + at, buffer.view[at:stop], arrived)
 
-    def _arrived(self, run: Run, buffer: memoryview, error: int) -> None:
+    def _arrived(self, run: Run, buffer: AlignedBuffer, error: int) -> None:
         if not error and not self._ended:
             self.read_bytes += run.length
-            data = buffer[: run.length]
+            data = buffer.view[: run.length]
             self._target.write(run.offset, data, partial(self._written, run, buffer))
             return
         self._let_go(run, buffer)
@@ -250,7 +251,7 @@ class Copier:
             self._fail(f"{run.length} bytes at {run.offset} cannot be read at the source", error)
         self._pump()
 
-    def _written(self, run: Run, buffer: memoryview, error: int) -> None:
+    def _written(self, run: Run, buffer: AlignedBuffer, error: int) -> None:
         self._let_go(run, buffer)
         if error:
             self._fail(f"{run.length} bytes at {run.offset} cannot be written at the target", error)
@@ -260,7 +261,7 @@ class Copier:
             self._succeeded()
         self._pump()
 
-    def _let_go(self, run: Run, buffer: memoryview) -> None:
+    def _let_go(self, run: Run, buffer: AlignedBuffer) -> None:
         self._commands -= 1
         self._in_flight_bytes -= run.length
         self._pool.give(buffer)

@@ -166,16 +166,16 @@ class AlignedBuffer:
                 self._touch()
 
     @staticmethod
-    def of_huge_page(size_bytes: int) -> list[AlignedBuffer]:
-        """Return buffers of `size_bytes`, which divides HUGE_PAGE_BYTES, that make up a huge page, populated.
+    def parts(whole_bytes: int, size_bytes: int) -> list[AlignedBuffer]:
+        """Return buffers of `size_bytes` that make up one of `whole_bytes`, a multiple of it, populated.
 
         Its memory goes with the last of them and its slices.
 
         :raise OSError: ENOMEM.
         """
-        whole = AlignedBuffer(HUGE_PAGE_BYTES, populate=True)
+        whole = AlignedBuffer(whole_bytes, populate=True)
         parts = []
-        for start in range(0, HUGE_PAGE_BYTES, size_bytes):
+        for start in range(0, whole_bytes, size_bytes):
             part = AlignedBuffer.__new__(AlignedBuffer)
             part._map = None
             part._take(whole.view[start : start + size_bytes])
@@ -197,7 +197,7 @@ class AlignedBuffer:
     def close(self) -> None:
         """Give the memory back.
 
-        :raise BufferError: while slices of `view` are in use, unless it is part of a huge page.
+        :raise BufferError: while slices of `view` are in use, unless it is part of another one.
         """
         self.view.release()
         if self._map is not None:

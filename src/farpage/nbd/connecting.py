@@ -17,7 +17,6 @@ from farpage.blockio import BlockLimits, Lent
 from farpage.kernel.process import pid_of
 from farpage.nbd import codec, options
 from farpage.nbd import protocol as p
-from farpage.nbd.buffers import UNIX_SEND_BYTES
 from farpage.nbd.codec import ProtocolViolation
 from farpage.nbd.errors import (
     HandshakeTimedOut,
@@ -25,6 +24,7 @@ from farpage.nbd.errors import (
     ServerUnreachable,
     ServerViolatedProtocol,
 )
+from farpage.nbd.outgoing import UNIX_SEND_BYTES
 
 _REPLY_MAX_BYTES: Final = 2 * p.STRING_MAX_BYTES + 64
 _REPLIES_MAX: Final = 1 << 16

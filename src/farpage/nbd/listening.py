@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from farpage.address import Address, TcpAddress, UnixAddress
-from farpage.nbd.buffers import UNIX_SEND_BYTES
 from farpage.nbd.export import Peer
+from farpage.nbd.outgoing import UNIX_SEND_BYTES
 
 BACKLOG: Final = 128
 _UCRED: Final = struct.Struct("=iII")

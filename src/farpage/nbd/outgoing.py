@@ -14,6 +14,9 @@ AREA_BYTES: Final = 512 << 10
 """Room for the answers to a whole receive buffer of 4 KiB reads at queue depth 64, twice over."""
 DIRECT_MIN_BYTES: Final = 64 << 10
 """Payloads from this size on are sent from where they are, if the socket takes them now."""
+UNIX_SEND_BYTES: Final = 1 << 20
+"""Send buffer of a UNIX socket: it does not grow by itself as TCP's do, and each time that it is full costs
+both ends a wake-up. The kernel gives at most net.core.wmem_max (socket(7))."""
 _SEGMENTS_MAX: Final = 64
 
 

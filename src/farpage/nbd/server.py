@@ -16,9 +16,9 @@ from typing import Any, Final, Protocol
 from farpage.address import Address, TcpAddress, UnixAddress
 from farpage.blockio import Lent
 from farpage.errors import ExitStatus, FarpageError
+from farpage.kernel.buffers import AlignedPool
 from farpage.nbd import negotiation as n
 from farpage.nbd import protocol as p
-from farpage.nbd.buffers import AlignedPool
 from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import Export, ExportInfo, ExportProvider, Peer
 from farpage.nbd.listening import BACKLOG, listen, prepare

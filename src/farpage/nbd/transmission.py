@@ -18,9 +18,10 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from farpage.kernel.buffers import AlignedPool
+from farpage.kernel.memory import AlignedBuffer
 from farpage.nbd import codec, eventloop
 from farpage.nbd import protocol as p
-from farpage.nbd.buffers import AlignedPool
 from farpage.nbd.commands import Commands, Request
 from farpage.nbd.crossing import Crossing, Held
 from farpage.nbd.directpath import RESERVE_BYTES, WRITE_MAX_BYTES
@@ -124,7 +125,7 @@ class Transmission:
         self._input_end = 0
         self._sink: memoryview | None = None
         """Rest of the payload that is being received into `_sink_buffer`."""
-        self._sink_buffer: memoryview | None = None
+        self._sink_buffer: AlignedBuffer | None = None
         self._sink_filled: Callable[[], None] | None = None
         self._discard_bytes = 0
         self._discarded: Callable[[], None] | None = None
@@ -527,17 +528,18 @@ class Transmission:
         at = self._input_start
         available = min(length, self._input_end - at)
         buffer = self._pool.take(length)
-        buffer[:available] = self._input_view[at : at + available]
+        content = buffer.view[:length]
+        content[:available] = self._input_view[at : at + available]
 
         def filled() -> None:
-            self._commands.write(request, buffer[:length], lambda: self._pool.give(buffer))
+            self._commands.write(request, content, lambda: self._pool.give(buffer))
 
         if available == length:
             self._input_start += length
             filled()
             return True
         self._sink_buffer = buffer
-        self._sink = buffer[available:length]
+        self._sink = content[available:]
         self._sink_filled = filled
         self._input_start = self._input_end = 0
         return False

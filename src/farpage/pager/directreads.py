@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from farpage.blockio import DirectFile, Lent, ReadDone
 from farpage.device.reads import RingReader
 from farpage.device.threads import IoThreads
+from farpage.kernel.buffers import AlignedPool
 from farpage.kernel.memory import AlignedBuffer
 
 IN_FLIGHT: Final = 128
@@ -24,35 +25,6 @@ KEPT_BYTES: Final = 8 << 20
 PREALLOCATED: Final = 32
 """Buffers of one page that are there from the start."""
 BLOCK_BYTES: Final = 4096
-
-
-class Buffers:
-    """Aligned buffers in powers of two from one page up."""
-
-    def __init__(self) -> None:
-        self._pages: list[AlignedBuffer] = []
-        self._free: dict[int, list[AlignedBuffer]] = {BLOCK_BYTES: self._pages}
-        self._kept_bytes = 0
-        for _ in range(PREALLOCATED):
-            self.give(AlignedBuffer(BLOCK_BYTES, populate=True))
-
-    def take(self, length: int) -> AlignedBuffer:
-        """Return a buffer of at least `length` bytes."""
-        if length == BLOCK_BYTES and self._pages:
-            self._kept_bytes -= BLOCK_BYTES
-            return self._pages.pop()
-        size_bytes = 1 << (length - 1).bit_length()
-        free = self._free.get(size_bytes)
-        if free:
-            self._kept_bytes -= size_bytes
-            return free.pop()
-        return AlignedBuffer(size_bytes, populate=True)
-
-    def give(self, buffer: AlignedBuffer) -> None:
-        """Take a buffer back."""
-        if self._kept_bytes + buffer.size_bytes <= KEPT_BYTES:
-            self._kept_bytes += buffer.size_bytes
-            self._free.setdefault(buffer.size_bytes, []).append(buffer)
 
 
 class Engine(Protocol):
@@ -106,14 +78,14 @@ class DirectReader:
     def __init__(self, engine: Engine | None = None) -> None:
         """Without an `engine` one is made when it is needed."""
         self._engine = engine
-        self._buffers: Buffers | None = None
+        self._buffers: AlignedPool | None = None
 
     def file(self, lent: Lent) -> DirectFile:
         """Take what is lent over."""
         if self._engine is None:
             self._engine = open_engine()
         if self._buffers is None:
-            self._buffers = Buffers()
+            self._buffers = AlignedPool(KEPT_BYTES, preallocated={BLOCK_BYTES: PREALLOCATED})
         return BorrowedFile(lent.take(), lent.origin_bytes, self._engine, self._buffers)
 
 
@@ -125,7 +97,7 @@ def open_engine() -> Engine:
 class BorrowedFile:
     """A `DirectFile` over a descriptor, which it owns."""
 
-    def __init__(self, descriptor: int, origin_bytes: int, engine: Engine, buffers: Buffers) -> None:
+    def __init__(self, descriptor: int, origin_bytes: int, engine: Engine, buffers: AlignedPool) -> None:
         """The volume begins at `origin_bytes` of the file."""
         self._descriptor = descriptor
         self._origin = origin_bytes

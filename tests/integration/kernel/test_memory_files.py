@@ -87,7 +87,7 @@ def test_a_long_buffer_begins_with_a_huge_page(size_bytes: int, populate: bool) 
 
 def test_the_parts_of_a_huge_page_are_memory_of_their_own_that_stays_with_each() -> None:
     size_bytes = HUGE_PAGE_BYTES // 8
-    parts = AlignedBuffer.of_huge_page(size_bytes)
+    parts = AlignedBuffer.parts(HUGE_PAGE_BYTES, size_bytes)
     assert [part.address for part in parts] == [parts[0].address + n * size_bytes for n in range(8)]
     assert parts[0].address % HUGE_PAGE_BYTES == 0
     for number, part in enumerate(parts):
