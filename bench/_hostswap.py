@@ -26,20 +26,25 @@ _PAGE_BYTES: Final = 4096
 _PREFIX: Final = "farpage-bench-"
 
 
-def why_unavailable() -> str:
-    """Return why host swap cannot be measured here; empty when it can."""
+def why_no_limit() -> str:
+    """Return why the kernel's own limits of memory cannot be used here; empty when they can."""
     if os.geteuid() != 0:
-        return "swapon(2) and memory limits need root"
-    missing = [tool for tool in TOOLS if _tool(tool) is None]
-    if missing:
-        return f"{', '.join(missing)} not found; install util-linux and mount"
-    if not PAGE_CLUSTER.exists():
-        return "this kernel has no swap"
+        return "memory limits and swapon(2) need root"
     try:
         _find_memory_controller()
     except Unsupported as problem:
         return str(problem)
     return ""
+
+
+def why_unavailable() -> str:
+    """Return why host swap cannot be measured here; empty when it can."""
+    missing = [tool for tool in TOOLS if _tool(tool) is None]
+    if missing:
+        return f"{', '.join(missing)} not found; install util-linux and mount"
+    if not PAGE_CLUSTER.exists():
+        return "this kernel has no swap"
+    return why_no_limit()
 
 
 def _tool(name: str) -> str | None:

@@ -129,19 +129,22 @@ async def run(settings: Settings) -> PagingResult:
             cpu=settings.cpu,
         )
         farpage = Farpage(sparse=settings.sparse)
-        kernels: list[Pager] = []
+        files: list[Pager] = []
+        if not _hostswap.why_no_limit():
+            files = [MappedFile(kind) for kind in (MemoryKind.FILE, MemoryKind.FILE_RANDOM)]
+        swaps: list[Pager] = []
         compressing: list[Pager] = []
         own: list[Pager] = [farpage, FarpageInPython(sparse=settings.sparse)] if settings.twin else [farpage]
         without_swap = ""
         try:
-            kernels, compressing = _kernels_pagers(undo, work)
+            swaps, compressing = _swap_pagers(undo, work)
         except Unsupported as problem:
             without_swap = str(problem)
             tell(without_swap)
         parts = [
-            (_chosen(PHASES, settings.only), [*own, *kernels]),
-            (_chosen(SCATTERED_PHASES, settings.only), [*own, *kernels]),
-            (_chosen(COMPRESSIBLE_PHASES, settings.only), [*own, *kernels, *compressing]),
+            (_chosen(PHASES, settings.only), [*own, *swaps, *files]),
+            (_chosen(SCATTERED_PHASES, settings.only), [*own, *swaps, *files]),
+            (_chosen(COMPRESSIBLE_PHASES, settings.only), [*own, *swaps, *files, *compressing]),
         ]
         found = [
             (phases, await _rounds(replace(work, phases=phases), contenders, settings.rounds))
@@ -192,22 +195,21 @@ async def _rounds(work: Work, contenders: list[Pager], count: int) -> Rounds:
     return rounds
 
 
-def _kernels_pagers(undo: ExitStack, work: Work) -> tuple[list[Pager], list[Pager]]:
-    """Return the kernel's own pagers; the second list needs zram.
+def _swap_pagers(undo: ExitStack, work: Work) -> tuple[list[Pager], list[Pager]]:
+    """Return host swap's contenders; the second list needs zram.
 
     The swap file is made, and it is tried once whether it and the limit can be used.
 
     :raise Unsupported: they cannot.
     """
     if why := _hostswap.why_unavailable():
-        raise Unsupported("host swap", why, "the figures are farpage's alone")
+        raise Unsupported("host swap", why, "figures are without it")
     path = undo.enter_context(_hostswap.swap_file(work.folder, int(work.memory_bytes * SWAP_SHARE)))
     with _hostswap.swapping_on(path), _hostswap.memory_cgroup(work.limit_bytes):
         pass
     if why := _hostswap.why_no_zram():
         tell(f"without zram: {why}")
-    files = [MappedFile(kind) for kind in (MemoryKind.FILE, MemoryKind.FILE_RANDOM)]
-    return [*(HostSwap(path, exponent) for exponent in CLUSTERS), *files], [] if why else [Zram(path)]
+    return [HostSwap(path, exponent) for exponent in CLUSTERS], [] if why else [Zram(path)]
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench._hostswap import why_unavailable
+from bench._hostswap import why_no_limit
 from bench._pagers import MappedFile, Work, measure
 from bench._toucher import MemoryKind, Pattern, Phase, build
 
@@ -15,7 +15,7 @@ MEMORY_BYTES, LIMIT_BYTES = 64 << 20, 16 << 20
 PAGES = MEMORY_BYTES // 4096
 
 
-@pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
+@pytest.mark.skipif(bool(why_no_limit()), reason=why_no_limit())
 @pytest.mark.parametrize("kind", [MemoryKind.FILE, MemoryKind.FILE_RANDOM])
 async def test_what_the_limit_keeps_out_of_memory_is_read_from_the_disk(kind: MemoryKind) -> None:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:  # a tmpfs has no disk to read
