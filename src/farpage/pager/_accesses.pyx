@@ -94,7 +94,7 @@ cdef bint joined(lane_t *lane, const access_t *access) noexcept nogil:
     cdef bint marker = (<Streams>lane.streams).is_marker(access.page)
     if not (<Reads>lane.hub.reads).joined(lane, access):
         return False
-    if marker and (<Streams>lane.streams).next_window(access.page, may_read_ahead(lane), &ahead):
+    if marker and lane.file >= 0 and (<Streams>lane.streams).next_window(access.page, may_read_ahead(lane), &ahead):
         read_ahead(lane, &ahead, (access.flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0)
     return True
 
@@ -183,7 +183,11 @@ cdef bint from_tier(lane_t *lane, const access_t *access, bint marker) noexcept 
     cdef int64_t page = access.page
     if not (<Store>lane.store).take_into(<uint64_t>page, lane.checksum[page], lane.hub.scratch):
         return False
-    if not copy(lane, page, lane.hub.scratch, write, ON_DEVICE):
+    # A client that is woken may write, and then this process be killed, before the table says that it has the page:
+    # of one that is being read, a pager that is started in the place of this one keeps what is in memory.
+    move(lane, page, ON_DEVICE, READING)
+    if not copy(lane, page, lane.hub.scratch, write, READING):
+        move(lane, page, READING, ON_DEVICE)
         return False
     if not marker:
         lane.from_tier += 1
