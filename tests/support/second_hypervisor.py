@@ -36,10 +36,14 @@ class Other:
                 assert self.process.poll() is None, "it ended"
                 await asyncio.sleep(0.05)
 
-    async def restart(self) -> None:
-        """Kill the control process, and start another one."""
+    async def kill(self) -> None:
+        """Kill the control process."""
         self.process.kill()
         await asyncio.to_thread(self.process.wait, DEADLINE_SECONDS)
+
+    async def restart(self) -> None:
+        """Kill the control process, and start another one."""
+        await self.kill()
         await self.start()
 
     async def stop(self) -> None:

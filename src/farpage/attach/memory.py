@@ -84,6 +84,16 @@ class ClientMemory:
             cause = os.strerror(error.errno or errno.EIO)
             raise NotPageable(self.pid, f"UFFDIO_REGISTER: {cause}") from error
 
+    def must_be_free(self) -> None:
+        """See that the memory could be registered, and leave it as it is.
+
+        :raise AlreadyAttached: as `register`.
+        :raise NotPageable: as `register`.
+        """
+        self.register()
+        with suppress(OSError):  # the client is gone, as whoever goes on finds out
+            self.unregister()
+
     def is_registered(self) -> bool:
         """Tell whether the memory is registered with a userfaultfd; only for when nobody pages it.
 

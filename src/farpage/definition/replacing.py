@@ -25,6 +25,7 @@ from farpage.definition.model import (
     ViosRedundancy,
 )
 from farpage.definition.placement import NEEDED_COMMANDS, free_bytes_of
+from farpage.definition.releasing import refusal
 from farpage.definition.rules import client_of, next_revision
 
 
@@ -96,6 +97,8 @@ def _problems(
             yield f"client {name} belongs to hypervisor {client.hypervisor!r}"
         if name in definition.moves:
             yield f"client {name} is being moved"
+        if client.released is not None:
+            yield f"client {name} is released, and nobody copies its pages: attach it first"
         if _holds(client, old) and _holds(client, new):
             if not is_under_way(client, old, new):
                 yield f"client {name} has a replica on {device.name} already"
@@ -149,9 +152,10 @@ def begin(definition: Definition, name: str, new: str) -> Definition:
     """Give a client a stale replica on another device; nothing changes when it has one there.
 
     :raise ClientMissing: there is none.
+    :raise ClientReleased: nobody would copy its pages.
     :raise InvalidDefinition: it does not fit.
     """
-    client = client_of(definition, name)
+    client = _not_released(definition, name)
     if _holds(client, new):
         return definition
     volumes = tuple(
@@ -172,8 +176,9 @@ def finish(definition: Definition, name: str, old: str, new: str) -> Definition:
     """Retire the old replica of a client that has nothing paged out: so the new one is in sync too.
 
     :raise ClientMissing: there is none.
+    :raise ClientReleased: it has everything paged out.
     """
-    client = client_of(definition, name)
+    client = _not_released(definition, name)
     states = {new: ReplicaState.IN_SYNC, old: ReplicaState.RETIRED}
     volumes = tuple(
         volume.model_copy(
@@ -208,6 +213,13 @@ def forget(definition: Definition, name: str, device: str, state: ReplicaState) 
         for volume in client.volumes
     )
     return _with_volumes(definition, name, client.model_copy(update={"volumes": volumes}))
+
+
+def _not_released(definition: Definition, name: str) -> ClientRecord:
+    client = client_of(definition, name)
+    if client.released is not None:
+        raise refusal(name, client.released, client.hypervisor)
+    return client
 
 
 def _with_volumes(definition: Definition, name: str, client: ClientRecord) -> Definition:

@@ -55,6 +55,8 @@ class MoveRecords:
     ) -> Move:
         """Begin a move and make the volume on the target; nothing of it is left when that fails.
 
+        Where the target's VIOS is away its volume, which it may have made, is cleared when it is back.
+
         :raise ClientElsewhere: another hypervisor has claimed the client.
         :raise NotMovable: it cannot be.
         :raise FarpageError: the volume cannot be made.
@@ -73,8 +75,8 @@ class MoveRecords:
         try:
             await self.make_volume(client, move)
         except FarpageError as error:
+            await self.cancel(client)
             if error.code not in ("no_vios", "unreachable"):
-                await self.cancel(client)
                 await self.clear(client, move.target)
             raise
         return move
@@ -133,12 +135,15 @@ class MoveRecords:
         await self._records.delete_retired(client, device)
         await self._keeper.change(lambda now: replacing.forget(now, client, device, ReplicaState.RETIRED))
 
-    async def copy_status(self, move: Move) -> CopyStatus:
-        """Ask the target's VIOS how far the copy is.
+    async def copy_status(self, move: Move) -> CopyStatus | None:
+        """Ask the target's VIOS how far the copy is; None when it knows of another move, or of none.
 
-        :raise FarpageError: it does not answer, or has not heard of the move.
+        One whose definition is old may have had the volume before, and still say that all of it is there.
+
+        :raise FarpageError: it does not answer, or nothing was copied there.
         """
-        return await self._vioses[move.target_vios].copy_status(move.volume, move.target)
+        status = await self._vioses[move.target_vios].copy_status(move.volume, move.target)
+        return status if status.principal == move.principal else None
 
     async def _change(
         self, client: str, step: Callable[[Definition, str, moving.Claim], Definition]

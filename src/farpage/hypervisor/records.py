@@ -361,6 +361,8 @@ class ClientRecords:
 
         :raise FarpageError: that cannot be; nothing is changed.
         """
+        if unproven := self._keeper.unproven:
+            raise unproven
         now = self._keeper.current
         asking = replacing.Replacing(self.hypervisor, self._vioses.keys(), self._provisioned())
         clients = replacing.plan(now, old, new, asking, only)

@@ -164,11 +164,17 @@ class Recovery:
         seconds = now - self._noticed.pop(client, now)
         self.counts.recovered += 1
         self.counts.recovery_seconds += seconds
-        attached.paged.set()
+        self._paged(attached)
         self._start(self._on_recovered(client, attached))
         where = f"data worker {attached.worker.index}"
         log.info("client_recovered", client=client, worker=attached.worker.index, seconds=round(seconds, 3))
         self._alarm(client, "worker_recovered", f"{where} pages the client after {seconds * 1e3:.0f} ms")
+
+    def _paged(self, attached: Attached) -> None:
+        """Take note that a client is paged: its pages may change, and be no more what was released."""
+        if attached.record.handover is not None:
+            self._clients.keep(attached, attached.record.model_copy(update={"handover": None}))
+        attached.paged.set()
 
     # The control process was lost
 
@@ -228,7 +234,7 @@ class Recovery:
         attached = Attached(record, memory, state, worker, limit_pages * PAGE_BYTES)
         attached.served = order.replicas
         self._clients.take_in(attached)
-        attached.paged.set()
+        self._paged(attached)
         self.counts.adopted += 1
         self._epochs.append(EpochRaised(client=client, epoch=handed.epoch, owner=order.owner))
         log.info("client_adopted", client=client, worker=worker.pid)

@@ -71,16 +71,20 @@ class Releases:
         """Bring every page of a client to its devices and let go of it, for another hypervisor to adopt.
 
         :raise ClientNotAttached: only an attached client has pages to release.
+        :raise ClientElsewhere: another hypervisor has claimed it: what is here is cut off from its pages.
         :raise ClientRuns: without `force`, when its process is not stopped.
         :raise FarpageError: it cannot be done; the client goes on here as before.
         """
-        record = self._clients.records.of(client)
         async with self._clients.only(client, "release"):
+            # Another hypervisor may have changed it.
+            await self._keeper.load()
+            record = self._clients.records.of(client)
             attached = self._clients.attached.get(client)
             if attached is None:
                 if record.released:
                     raise refusal(client, record.released, self._clients.records.hypervisor)
                 raise ClientNotAttached(client)
+            self._clients.records.must_be_ours(client, record)
             if client in self._keeper.current.moves:
                 raise ClientMoving(client)
             socket = qmp_socket or attached.qmp

@@ -258,8 +258,9 @@ class DeviceReplacements:
         old, new = replacement.old, replacement.new
         let_go: Attached | None = None
         while client in self._keeper.current.clients:
-            states = self._records.replica_states(client)
-            if old not in states:
+            if unproven := self._keeper.unproven:
+                raise unproven
+            if old not in self._records.replica_states(client):
                 return
             try:
                 async with self._clients.only(client, WHAT):
@@ -285,7 +286,8 @@ class DeviceReplacements:
         if states.get(old) is ReplicaState.RETIRED and attached in (None, let_go):
             await records.remove_retired(client, old)
             return False
-        if client in self._clients.unrecovered:
+        if attached is None and self._clients.run.record(client) is not None:
+            # It is to be recovered, or its release is to be put in force again: its pages are out.
             await asyncio.sleep(POLL_SECONDS)
             return False
         if records.of(client).hypervisor != records.hypervisor:
@@ -310,7 +312,9 @@ class DeviceReplacements:
         attached = self._clients.attached.get(client)
         while attached and self._clients.attached.get(client) is attached:
             if self._records.replica_states(client).get(new) is ReplicaState.IN_SYNC:
-                await self._replicas.retire(client, attached, old)
+                # A release under way keeps the page table beside the replicas that it has found.
+                async with self._clients.only(client, WHAT):
+                    await self._replicas.retire(client, attached, old)
                 return attached
             await asyncio.sleep(POLL_SECONDS)
         return None

@@ -166,6 +166,8 @@ class CopyOrders(Document):
 class CopyStatus(Document):
     """`GET /v1/volumes/{name}/copy?device=`: a volume that is copied here while its client uses it."""
 
+    principal: str | None
+    """Of the move that this is about, as this VIOS' definition has it; None where that has none any more."""
     present_pages: int
     total_pages: int
     relay_connected: bool

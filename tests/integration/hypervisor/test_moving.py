@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from farpage.api.remote import RemoteError
-from farpage.hypervisor.model import ClientInfo, ReadWay
+from farpage.hypervisor.model import ClientAdopt, ClientInfo, ClientRelease, ReadWay
 from farpage.hypervisor.movement import ClientMove, EvacuationStart, MoveAdjust, MoveKind, MoveStage
 from tests.support.moving_client import MovingClient, moving_client
-from tests.support.paged_set import DEADLINE_SECONDS
+from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -185,3 +186,42 @@ async def test_a_vios_is_evacuated_by_intermediate_clients_when_that_is_asked_fo
     await client.whole_on(target)
     again = await hypervisor.evacuate("vioses", vios, EvacuationStart())
     assert again.clients == ()
+
+
+async def test_a_vios_that_had_the_volume_before_does_not_end_a_move_to_it(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    devices = (f"dir:{tmp_path / 'a'}", f"vios2=dir:{tmp_path / 'b'}")
+    async with running_set(workers=1, devices=devices) as embedded:
+        hypervisor, root = embedded.hypervisor, embedded.layout.root
+
+        async def is_on_b_alone() -> bool:
+            definition = await hypervisor.definition()
+            replicas = definition.clients["vm"].volumes[0].replicas
+            return not definition.moves and [definition.devices[r.device].name for r in replicas] == ["b"]
+
+        first = await RegionProcess.start(root, PAGES, LIMIT, "vm")
+        await first.do(f"write 0 {PAGES}")
+        embedded.supervise_vios("vios1", supervised=False)
+        embedded.kill_vios("vios1", signal.SIGKILL)
+        await embedded.vios_exited("vios1")
+        await hypervisor.move("vm", ClientMove(to="b"))
+        await until(is_on_b_alone)
+        await hypervisor.release("vm", ClientRelease(force=True))
+        await first.stop()
+        with pytest.raises(RemoteError):
+            await hypervisor.move("vm", ClientMove(to="a", indirect=True))
+        await embedded.start_vios("vios1")  # whose definition says that all of vm is on a
+        await until(is_on_b_alone)
+        await hypervisor.adopt("vm", ClientAdopt())
+        second = await RegionProcess.start(root, PAGES, LIMIT, "vm", version=1)
+        try:
+            assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
+        finally:
+            await second.stop()
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not await condition():
+            await asyncio.sleep(0.05)

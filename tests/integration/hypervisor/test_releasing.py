@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from farpage.attach.region import Region, RegionRefused
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet
 from farpage.hypervisor.model import ClientAdopt, ClientAttach, ClientInfo, ClientRelease
+from tests.support.hammer import hammering
 from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set, until_client
 from tests.support.scrape import Scrape
 from tests.support.second_hypervisor import Other, second_hypervisor
@@ -196,6 +198,45 @@ async def test_a_destination_that_fails_with_the_vioses_leaves_an_adopted_client
     assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
     assert await second.do("close") == "done"
     await two.second.delete_client(name)
+
+
+async def test_a_client_that_began_with_a_release_is_not_released_when_its_control_process_was_killed(
+    two: Two, hammer_program: Path
+) -> None:
+    name = "begun"
+    async with hammering(hammer_program, PAGES) as first:
+        await two.first.attach(name, ClientAttach(pid=first.pid, limit_bytes=LIMIT_BYTES))
+        await two.first.release(name, FORCE)
+    await two.second.adopt(name, ClientAdopt())
+    worker = (await two.second.info()).workers[0].pid
+    async with hammering(hammer_program, PAGES) as second:
+        attaching = asyncio.create_task(two.second.attach(name, ClientAttach(pid=second.pid)))
+        await until_it_pages(worker)
+        await two.other.kill()
+        await asyncio.gather(attaching, return_exceptions=True)
+        await two.other.start()
+        await until_client(two.second, name, lambda info: info.attachment == "process", "attached")
+        await two.other.kill()
+    await two.other.start()
+    # Its pages may have been changed since.
+    info = await until_client(two.second, name, lambda info: info.attachment == "none", "let go")
+    assert released_by(info) is None
+    await two.second.delete_client(name)
+
+
+async def until_it_pages(worker: int) -> None:
+    """Wait until a worker was given some client's memory."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not has_memory(worker):
+            await asyncio.sleep(0.001)
+
+
+def has_memory(worker: int) -> bool:
+    for link in Path(f"/proc/{worker}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            if "userfaultfd" in str(link.readlink()):
+                return True
+    return False
 
 
 async def test_a_release_whose_page_table_nobody_can_store_leaves_the_client_at_work(two: Two) -> None:

@@ -14,13 +14,21 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from farpage.api.remote import RemoteError
 from farpage.definition.model import Redundancy
 from farpage.embedded.set import EmbeddedSet
 from farpage.errors import FarpageError
-from farpage.hypervisor.model import ClientCreate, DeviceReplacement, ReplaceStage
+from farpage.hypervisor.model import (
+    ClientAdopt,
+    ClientCreate,
+    ClientRelease,
+    DeviceReplacement,
+    ReplaceStage,
+)
+from farpage.hypervisor.movement import ClientMove, MoveStage
 from farpage.vios.model import DeviceAdd
 from tests.support.losses import heal, kill_all, kill_control
-from tests.support.paged_set import DEADLINE_SECONDS, PagedSet, paged_region, running_set
+from tests.support.paged_set import DEADLINE_SECONDS, PagedSet, RegionProcess, paged_region, running_set
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -168,3 +176,59 @@ async def test_a_client_that_is_not_attached_just_gets_its_volume_elsewhere(comm
         assert all(moved.stage is ReplaceStage.DONE for moved in (await ended(client, on)).clients)
         assert "idle" in await volumes_on(client, to)
         assert await volumes_on(client, on) == set()
+
+
+@pytest.mark.parametrize("released_first", [True, False])
+async def test_a_client_that_is_released_keeps_every_page_whatever_moves(
+    common: EmbeddedSet, released_first: bool
+) -> None:
+    async with paged(common, Redundancy.PATH) as (client, _, new):
+        await client.write_all()
+        hypervisor = client.embedded.hypervisor
+        if not released_first:
+            await hypervisor.move("client", ClientMove(to=new))
+        await once_free(lambda: hypervisor.release("client", ClientRelease(force=True)))
+        await client.client.stop()
+        if released_first:
+            with pytest.raises(FarpageError, match="client client is released"):
+                await hypervisor.move("client", ClientMove(to=new))
+        else:
+            while (await hypervisor.move_progress("client")).stage not in (MoveStage.DONE, MoveStage.FAILED):
+                await asyncio.sleep(0.05)
+        await hypervisor.adopt("client", ClientAdopt())
+        root = client.embedded.layout.root
+        second = await RegionProcess.start(root, PAGES, LIMIT, "client", version=1)
+        try:
+            assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
+        finally:
+            await second.stop()
+
+
+async def once_free(request: Callable[[], Awaitable[object]]) -> None:
+    """Ask for something, again while something else is done with the client."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while True:
+            try:
+                await request()
+            except RemoteError as error:
+                if error.code != "client_busy":
+                    raise
+                await asyncio.sleep(0.001)
+            else:
+                return
+
+
+async def test_nothing_is_replaced_while_the_definition_is_not_known(common: EmbeddedSet) -> None:
+    async with paged(common, Redundancy.PATH) as (client, old, new):
+        hypervisor = client.embedded.hypervisor
+        await kill_control(client.embedded)
+        for copy in client.embedded.layout.hypervisor_dir.glob("definition*.json"):
+            copy.unlink()
+        client.signal("vios2", signal.SIGKILL)
+        await client.embedded.vios_exited("vios2")
+        await client.embedded.start_hypervisor()
+        assert (await hypervisor.info()).definition_problem
+        with pytest.raises(RemoteError) as caught:
+            await hypervisor.replace_device(old, new)
+        assert caught.value.code == "definition_unproven"
+        await client.embedded.start_vios("vios2")

@@ -14,7 +14,7 @@ import pytest_asyncio
 from farpage.api.client import ControlClient
 from farpage.api.remote import RemoteError
 from farpage.embedded.set import EmbeddedSet
-from farpage.hypervisor.model import ClientAttach
+from farpage.hypervisor.model import ClientAttach, ClientRelease
 from farpage.vios.model import VolumeInfo, VolumeOpen
 from tests.support.hammer import hammering
 from tests.support.paged_set import RegionProcess, running_set, until_client
@@ -63,6 +63,9 @@ async def test_of_two_hypervisors_that_own_a_client_exactly_one_writes(embedded:
                 with pytest.raises(RemoteError) as caught:
                     await old.delete_client("client")
                 assert caught.value.code == "client_attached"
+                with pytest.raises(RemoteError) as caught:
+                    await old.release("client", ClientRelease(force=True))
+                assert caught.value.code == "client_elsewhere"
 
                 # The one that is fenced made the client for its region, and deletes nothing of the other's.
                 await first.stop()
@@ -76,6 +79,22 @@ async def test_of_two_hypervisors_that_own_a_client_exactly_one_writes(embedded:
             await until_client(other.control, "client", lambda info: info.attachment == "none", "let go")
     finally:
         await first.stop()
+
+
+async def test_a_process_that_is_paged_already_takes_no_client_from_anybody(
+    embedded: EmbeddedSet, hammer_program: Path
+) -> None:
+    async with second_hypervisor(embedded) as other, hammering(hammer_program, PAGES) as process:
+        first = embedded.hypervisor
+        info = await first.attach("kept", ClientAttach(pid=process.pid, limit_bytes=LIMIT_BYTES))
+        await other.control.refresh_devices()
+        with pytest.raises(RemoteError) as caught:
+            await other.control.attach("kept", ClientAttach(pid=process.pid, limit_bytes=LIMIT_BYTES))
+        assert caught.value.code == "already_attached"
+        record = (await first.definition()).clients["kept"]
+        assert (record.hypervisor, record.epoch) == ("hypervisor", info.epoch)
+        await first.detach("kept")
+        await first.delete_client("kept")
 
 
 async def farpage(embedded: EmbeddedSet, *arguments: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from farpage.definition import replacing, rules
+from farpage.definition import releasing, replacing, rules
 from farpage.definition.errors import DeviceMissing, InvalidDefinition, NotReplaceable
-from farpage.definition.model import Definition, Redundancy, ReplicaState, ViosRedundancy
+from farpage.definition.model import Definition, Redundancy, Release, ReplicaState, ViosRedundancy
 from tests.unit.definition.test_definition_rules import MIB, A, B, C, defined, found
 
 ASKING = replacing.Replacing("host", frozenset({"one", "two"}), {})
@@ -100,3 +100,14 @@ def test_the_owner_of_a_mirror_may_record_a_replica_retired() -> None:
     recorded = rules.set_replica_states(begun, "vm1", "", epoch, {A: IN_SYNC, B: IN_SYNC, C: RETIRED})
     assert states(recorded) == {A: IN_SYNC, C: RETIRED, B: IN_SYNC}
     assert {path.device for path in rules.paths(recorded, "vm1")} == {A, B}
+
+
+def test_a_released_client_has_its_pages_where_they_are() -> None:
+    begun = replacing.begin(clients(), "vm1", A)
+    released = Release(hypervisor="other", epoch=1, digest="0" * 64)
+    gone = releasing.release(begun, "vm1", begun.clients["vm1"].owner, 1, released)
+    assert "client vm1 is released" in refusal(gone, "b", "a")
+    with pytest.raises(releasing.ClientReleased):
+        replacing.finish(gone, "vm1", B, A)
+    with pytest.raises(releasing.ClientReleased):
+        replacing.begin(gone, "vm1", C)

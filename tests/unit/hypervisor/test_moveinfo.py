@@ -26,6 +26,7 @@ def begun(*tcp: str) -> tuple[Definition, Move]:
 
 def status(*, seen: float | None = 0.3, principal: str = PRINCIPAL, problem: str = "") -> CopyStatus:
     return CopyStatus(
+        principal=PRINCIPAL,
         present_pages=25,
         total_pages=100,
         relay_connected=True,

@@ -29,7 +29,8 @@ class Set:
             name: {"old": ReplicaState.IN_SYNC} for name in NAMES
         }
         self.attached = {name: object() for name in NAMES}
-        self.unrecovered: dict[str, object] = {}
+        self.run = SimpleNamespace(record=lambda client: None)
+        self.unproven = None
         self.records = self
         self.copying: set[str] = set()
         self.volumes: set[str] = set()

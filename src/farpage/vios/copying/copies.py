@@ -440,6 +440,7 @@ class Copies:
         intermediary = self._intermediaries.get(move.principal) if move else None
         now = asyncio.get_running_loop().time()
         return CopyStatus(
+            principal=move.principal if move else None,
             present_pages=present_pages,
             total_pages=total_pages,
             relay_connected=False,
