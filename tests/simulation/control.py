@@ -47,6 +47,7 @@ class SimulatedRecords:
     """Stands in for `ClientRecords` and `DefinitionKeeper` of one control process."""
 
     hypervisor = HOST
+    unproven = None
 
     def __init__(self, hypervisor: Hypervisor, process: Process) -> None:
         self._hypervisor = hypervisor
