@@ -1,7 +1,8 @@
 """An NBD export over connections that are made anew when they end.
 
 A command whose connection ends is repeated on another one (`farpage.nbd.replaying`). That a repeated change
-does not pass a later one of the same range is seen to by the volume over it (`farpage.device.remote`).
+does not pass a later one of the same range, nor comes after its owner has lost the volume, is seen to by the
+volume over it (`farpage.device.remotevolume`).
 """
 
 from __future__ import annotations

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from farpage.blockio import BlockLimits, Done, Extent, ExtentsDone, Feature, ReadDone
+from farpage.blockio import BlockIO, BlockLimits, Done, Extent, ExtentsDone, Feature, ReadDone
 from farpage.device.base import BLOCK_BYTES, never
 from farpage.device.file import client_errno
 from farpage.device.layout import DATA_OFFSET_BYTES, HEADER_BYTES, Header
 from farpage.device.reconnect import Reconnecting
 from farpage.device.spans import SpanGate
 from farpage.device.whole import HeaderReader, Hold
+from farpage.nbd.replaying import Command
 
 _MAXIMUM_BYTES: Final = 32 << 20
 
@@ -59,7 +60,8 @@ class RemoteVolume:
     """`BlockIO` of the volume on an export.
 
     Changes of overlapping ranges are carried out in the order in which they came, one after the other, so
-    that one that is repeated after its connection was lost never undoes a later one.
+    that one that is repeated after its connection was lost never undoes a later one. Each is sent right after
+    a look whether the volume is still the owner's, and looked at anew before it is repeated.
     """
 
     def __init__(
@@ -107,9 +109,8 @@ class RemoteVolume:
 
     def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
         """Write, if the header says that the volume is still the owner's."""
-        self._change(
-            offset, len(data), done, partial(self._export.write, DATA_OFFSET_BYTES + offset, data, fua=fua)
-        )
+        place = DATA_OFFSET_BYTES + offset
+        self._change(offset, len(data), done, lambda io, end: io.write(place, data, end, fua=fua))
 
     def zero(
         self,
@@ -122,16 +123,18 @@ class RemoteVolume:
         fua: bool = False,
     ) -> None:
         """Zero."""
-        start = partial(
-            self._export.zero, DATA_OFFSET_BYTES + offset, length, punch=punch, fast=fast, fua=fua
+        place = DATA_OFFSET_BYTES + offset
+        self._change(
+            offset,
+            length,
+            done,
+            lambda io, end: io.zero(place, length, end, punch=punch, fast=fast, fua=fua),
         )
-        self._change(offset, length, done, start)
 
     def trim(self, offset: int, length: int, done: Done, *, fua: bool = False) -> None:
         """Discard."""
-        self._change(
-            offset, length, done, partial(self._export.trim, DATA_OFFSET_BYTES + offset, length, fua=fua)
-        )
+        place = DATA_OFFSET_BYTES + offset
+        self._change(offset, length, done, lambda io, end: io.trim(place, length, end, fua=fua))
 
     def cache(self, offset: int, length: int, done: Done) -> None:
         """Have the server read ahead."""
@@ -178,7 +181,7 @@ class RemoteVolume:
 
         start(finished)
 
-    def _change(self, offset: int, length: int, done: Done, start: Callable[[Done], None]) -> None:
+    def _change(self, offset: int, length: int, done: Done, start: Callable[[BlockIO, Done], None]) -> None:
         self._check_range(offset, length)
         if self._hold is None or length == 0:
             done(0 if self._hold else errno.EPERM)
@@ -198,9 +201,17 @@ class RemoteVolume:
                 elif hold.is_superseded(header) or self._over():
                     finished(errno.ESHUTDOWN)
                 else:
-                    start(finished)
+                    self._export.submit(command)
 
-            self._checks.look(seen)
+            def look() -> None:
+                self._checks.look(seen)
+
+            command = Command(
+                lambda io, end: start(io, lambda error: end(error, None)),
+                lambda error, _result: finished(error),
+                late=look,
+            )
+            look()
 
         self._gate.enter(offset, offset + length, begin, exclusive=True)
 

@@ -2,7 +2,8 @@
 
 To read or write the same bytes in the same place once more does no harm. This alone does not keep a
 repeated change from passing a later one of the same range, nor what the lost connection may still carry out
-from coming after it: whoever needs that sees to it, by waiting or by fencing.
+from coming after it: whoever needs that sees to it, by waiting or by fencing, or is asked before a command is
+sent late (`Command.late`).
 """
 
 from __future__ import annotations
@@ -37,13 +38,23 @@ class Losable(BlockIO, Protocol):
 class Command:
     """One command, until it is finished."""
 
-    __slots__ = ("expires", "finished", "given_up", "start", "user")
+    __slots__ = ("expires", "finished", "given_up", "late", "start", "user")
 
-    def __init__(self, start: Start, finished: Finished, user: object = None) -> None:
+    def __init__(
+        self,
+        start: Start,
+        finished: Finished,
+        user: object = None,
+        *,
+        late: Callable[[], None] | None = None,
+    ) -> None:
         self.start = start
         self.finished = finished
         self.user = user
         """Whose it is, where several share the connections."""
+        self.late = late
+        """Called where it would have to wait or be sent again: it is to be submitted once more, or finished.
+        None if it may be sent at any time."""
         self.given_up = False
         """Whether nobody waits for it any more: it is not to be sent again."""
         self.expires = 0.0
@@ -100,7 +111,7 @@ class Replaying:
 
     def read(self, offset: int, length: int, done: ReadDone) -> None:
         """Read."""
-        self._submit(Command(lambda io, end: io.read(offset, length, end), done))
+        self.submit(Command(lambda io, end: io.read(offset, length, end), done))
 
     def write(self, offset: int, data: memoryview, done: Done, *, fua: bool = False) -> None:
         """Write; `data` stays unchanged until `done`, however often it is sent."""
@@ -133,10 +144,10 @@ class Replaying:
 
     def extents(self, offset: int, length: int, done: ExtentsDone) -> None:
         """Report the allocation."""
-        self._submit(Command(lambda io, end: io.extents(offset, length, end), done))
+        self.submit(Command(lambda io, end: io.extents(offset, length, end), done))
 
     def _plain(self, start: Callable[[Losable, Done], None], done: Done) -> None:
-        self._submit(
+        self.submit(
             Command(
                 lambda io, end: start(io, lambda error: end(error, None)), lambda error, _result: done(error)
             )
@@ -144,7 +155,8 @@ class Replaying:
 
     # On their way
 
-    def _submit(self, command: Command) -> None:
+    def submit(self, command: Command) -> None:
+        """Carry a command out, or keep it until there is a connection."""
         if self._closed:
             command.finished(self._closed_error, None)
             return
@@ -189,6 +201,9 @@ class Replaying:
             command.expires = now + self._wait_seconds
         if self._closed or command.expires <= now:
             command.finished(self._closed_error, None)
+            return
+        if command.late is not None:
+            command.late()
             return
         self._waiting.append(command)
         if self._expiry is None and command.expires != math.inf:

@@ -85,6 +85,13 @@ def cut(server: Serving) -> None:
         connection.disconnect()
 
 
+def refuse_held(io: MemoryIO) -> None:
+    """Have the server end the writes that it holds without carrying them out, as one that shuts down does."""
+    io.errors["write"] = errno.ESHUTDOWN
+    io.release_all()
+    io.errors.clear()
+
+
 def start(command: Callable[[Done], None]) -> asyncio.Future[int]:
     future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     command(future.set_result)
@@ -173,6 +180,43 @@ async def test_a_repeated_write_never_undoes_a_later_one_of_the_same_range() -> 
         assert not any(await asyncio.gather(first, second, elsewhere))
         assert await read_bytes(volume, 0, 8192) == b"1" * 4096 + b"2" * 4096
         io.release_all()
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["connection_lost", "server_shuts_down"])
+async def test_a_write_is_not_repeated_once_a_newer_owner_has_the_volume(lost: bool) -> None:
+    io = SlowWrites(STORAGE)
+    async with (
+        served(io) as (server, _device, old),
+        opened(server.uri("disk")) as other_device,
+    ):
+        io.hold_writes = True
+        late = start(lambda done: old.write(0, memoryview(b"1" * 4096), done))
+        await condition(lambda: bool(io.held))
+        io.hold_writes = False
+        async with volume_on(other_device, 2) as new:
+            assert await write(new, 0, b"2" * 4096) == 0
+            if lost:
+                cut(server)
+            refuse_held(io)
+            assert await late == errno.ESHUTDOWN
+            assert await read_bytes(new, 0, 4096) == b"2" * 4096
+
+
+async def test_a_write_is_not_repeated_once_the_lease_is_over() -> None:
+    io = SlowWrites(STORAGE)
+    over = False
+    async with served(io) as (server, device, _volume):
+        volume = await device.open_volume("vm1", 1, lambda: over)
+        io.hold_writes = True
+        late = start(lambda done: volume.write(0, memoryview(b"1" * 4096), done))
+        await condition(lambda: bool(io.held))
+        io.hold_writes = False
+        over = True
+        cut(server)
+        refuse_held(io)
+        assert await late == errno.ESHUTDOWN
+        assert await read_bytes(volume, 0, 4096) == bytes(4096)
+        await volume.close()
 
 
 async def test_without_a_server_commands_fail_after_a_while_and_work_again_when_it_is_back(

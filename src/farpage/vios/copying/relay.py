@@ -112,10 +112,6 @@ class Relay(Replaying):
         """End: every command, now and later, finishes with `RELAY_DROPPED`."""
         self._finish_all(RELAY_DROPPED)
 
-    def submit(self, command: Command) -> None:
-        """Carry a command out, or keep it until there is a connection."""
-        self._submit(command)
-
     def give_up(self, port: RelayPort) -> None:
         """Finish the commands of one port with ESHUTDOWN.
 
