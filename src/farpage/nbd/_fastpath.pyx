@@ -123,7 +123,7 @@ cdef class FastPath:
         self._cost = 0
         if self._output_end:
             outcome = self._push()
-            if outcome != GO_ON:
+            if outcome != GO_ON and (outcome == OVER or not self._stopped):
                 return outcome
         while not self._stopped:
             if not self._is_whole():

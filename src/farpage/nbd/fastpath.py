@@ -110,7 +110,11 @@ class FastPath:
         """
         self._check()
         served_before, self._cost = self.served, 0
-        if self.output_end and (outcome := self._push()) is not None:
+        if (
+            self.output_end
+            and (outcome := self._push()) is not None
+            and (outcome == Outcome.OVER or not self.stopped)
+        ):
             return outcome
         while not self.stopped:
             if not self._is_whole():

@@ -164,6 +164,22 @@ def test_a_path_that_is_closed_does_nothing(made: Made, ring: Ring, direct: bool
         made.other.recv(1)
 
 
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+def test_a_path_that_is_stopped_waits_for_no_client_that_reads_nothing(
+    made: Made, ring: Ring, direct: bool
+) -> None:
+    path = made.direct(ring) if direct else made.fast()
+    outcome: int = Outcome.WAIT_READ
+    while outcome != Outcome.WAIT_WRITE:
+        made.ask(p.NBD_CMD_READ, 0, PAGE_SIZE)
+        outcome = path.turn()
+    path.stopped = True
+    while (outcome := path.turn()) == Outcome.WAIT_DEVICE:
+        pass
+    assert outcome == Outcome.OVER
+    assert path.output_end > path.output_start
+
+
 @pytest.mark.parametrize(
     ("input_bytes", "area_bytes"), [(HEADER_BYTES - 1, AREA_BYTES), (INPUT_BYTES, 27), (0, 0)]
 )
