@@ -207,7 +207,8 @@ class SimulatedServerConnection:
 
     def __init__(self, vios: SimulatedVios, pipe: Pipe) -> None:
         self.export: Export | None = None
-        self.in_flight = 0
+        self.asked = ""
+        self.in_flight = self.in_flight_past_counters = 0
         self._vios = vios
         self._exports = vios.service.exports
         self._process = pipe.server
@@ -227,11 +228,12 @@ class SimulatedServerConnection:
 
     async def _open(self, export_name: str, opened: Opened) -> None:
         refusal: ExportRefused | None = None
+        self.asked = export_name
         try:
             self.export = await self._exports.open(export_name, Peer(self._vios.name))
         except ExportRefused as error:
             refusal = error
-        self._opening = False
+        self._opening, self.asked = False, ""
         if self._hung_up:
             self._ended()
             return
@@ -287,6 +289,16 @@ class SimulatedServerConnection:
                 self.export.on_given_up()
             elif not self.in_flight and not self._opening:
                 self._process.loop.call_soon(self._ended)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+        return self._hung_up
+
+    @property
+    def left(self) -> bool:
+        """Whether it is closed, by either end."""
+        return self._hung_up
 
     async def wait_closed(self) -> None:
         """Return when it is closed and nothing is in flight."""

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import socket
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ class ServerConnection:
         self.peer = peer
         self.export: Export | None = None
         """The export, from the moment the provider opened it."""
+        self.asked = ""
+        """Name of the export that the provider is asked for at this moment; empty at any other."""
         self._server = server
         self._socket = sock
         self._transmission: Transmission | None = None
@@ -73,6 +76,20 @@ class ServerConnection:
         self._lent: Lent | None = None
         self._pidfd = -1
         self._closed = asyncio.Event()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the socket is closed; commands may still be in flight."""
+        return self._socket.fileno() < 0
+
+    @property
+    def left(self) -> bool:
+        """Whether the client has hung up, or was; what it has asked for may still be under way."""
+        if self.closed:
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     @property
     def in_flight(self) -> int:
@@ -123,11 +140,14 @@ class ServerConnection:
         self, step: n.Enter, agreed: n.Agreed, refused: Callable[[ExportRefused], None]
     ) -> n.Negotiation | None:
         negotiation = n.Negotiation.resumed(agreed)
+        self.asked = step.name
         try:
             answer = await self._enter(negotiation, step)
         except ExportRefused as refusal:
             refused(refusal)
             return None
+        finally:
+            self.asked = ""
         deadline = asyncio.get_running_loop().time() + self._server.handshake_timeout_seconds
         await self._send(answer.data, deadline)
         self._let_go_of_lent()
@@ -245,6 +265,7 @@ class ServerConnection:
                 return step
             case n.ListNames():
                 return n.Reply(negotiation.listed(await provider.names(self.peer)))
+        self.asked = step.name
         try:
             if self._server.closing:
                 raise ExportRefused(p.NBD_REP_ERR_SHUTDOWN, "the server is shutting down")
@@ -258,6 +279,8 @@ class ServerConnection:
         except ExportRefused as refusal:
             log.info("client %s: export %r refused: %s", self.peer.address, step.name, refusal.message)
             return negotiation.refused(step, refusal)
+        finally:
+            self.asked = ""
 
     async def _enter(self, negotiation: n.Negotiation, step: n.Enter) -> n.Reply:
         # No await between this and the assignment: `Server.fence` must never miss an open export.
@@ -280,7 +303,8 @@ class Server:
         connections_max: int = CONNECTIONS_MAX,
         adopts: bool = False,
     ) -> None:
-        """Prepare; `start` begins to listen. More clients than `connections_max` are turned away.
+        """Prepare; `start` begins to listen. More clients than `connections_max` are turned away; those whose
+        sockets are closed do not count, whatever their commands wait for.
 
         A server that `adopts` clients of another process tells them which process serves them.
         """
@@ -340,7 +364,7 @@ class Server:
         :raise ExportRefused: it does not get the export; nothing was sent, and the socket is closed here.
         """
         try:
-            if self.closing or len(self._connections) >= self._connections_max:
+            if self.closing or self._is_full():
                 problem = "is shutting down" if self.closing else "has too many connections"
                 raise ExportRefused(p.NBD_REP_ERR_SHUTDOWN, f"the server {problem}")
             peer = prepare(sock)
@@ -374,6 +398,12 @@ class Server:
             await asyncio.gather(*(connection.fence() for connection in matching))
             await asyncio.gather(*(connection.wait_closed() for connection in matching))
 
+    def _is_full(self) -> bool:
+        return (
+            len(self._connections) >= self._connections_max
+            and sum(not connection.closed for connection in self._connections) >= self._connections_max
+        )
+
     def _forget(self, connection: ServerConnection) -> None:
         self._connections.discard(connection)
 
@@ -391,8 +421,8 @@ class Server:
                 loop.remove_reader(listener)
                 loop.call_later(_ACCEPT_PAUSE_SECONDS, self._accept_again, listener)
                 return
-            if len(self._connections) >= self._connections_max:
-                log.warning("turned a client away: %d connections are open", len(self._connections))
+            if self._is_full():
+                log.warning("turned a client away: %d connections are open", self._connections_max)
                 sock.close()
                 continue
             try:

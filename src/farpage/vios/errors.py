@@ -58,6 +58,18 @@ class LeaseOver(FarpageError):
 
 
 @dataclass(eq=False)
+class DeviceHangs(FarpageError):
+    """Clients who have gone have left commands behind in the device: one more would do so, too."""
+
+    code = "device_hangs"
+    template = "volume {volume!r}: its device hangs, with what {clients} clients wanted who have gone"
+    remedy = "find out why the device does not answer; when it does the volume can be opened again"
+    exit_status = ExitStatus.UNREACHABLE
+    volume: str
+    clients: int
+
+
+@dataclass(eq=False)
 class StateInUse(FarpageError):
     """Another VIOS runs on the same folder."""
 

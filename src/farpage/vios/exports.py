@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 from farpage.blockio import BlockIO
 from farpage.definition.model import Move
@@ -17,18 +18,21 @@ from farpage.log import get_logger
 from farpage.nbd.errors import ExportRefused
 from farpage.nbd.export import Counters, Export, ExportInfo, Peer
 from farpage.nbd.protocol import NBD_REP_ERR_PLATFORM, NBD_REP_ERR_UNKNOWN
-from farpage.nbd.server import Server
+from farpage.nbd.server import Server, ServerConnection
 from farpage.vios.commands import ConvertedVolume, offered_features
 from farpage.vios.copying.copies import Copies, Copying
 from farpage.vios.copying.errors import NotCopied, NotGranted
 from farpage.vios.copying.fill import FillVolume
 from farpage.vios.copying.volume import COPYING_FEATURES, CopyingVolume, page_limits
-from farpage.vios.errors import LeaseOver
+from farpage.vios.errors import DeviceHangs, LeaseOver
 from farpage.vios.figures import Figures
 from farpage.vios.grants import authorize
 from farpage.vios.leases import GivesLeases, LeaseExport, Leases, parse_lease_name
-from farpage.vios.names import ExportName, parse_export_name, refusal_text
+from farpage.vios.names import ExportName, parse_export_name, place_of, refusal_text
 from farpage.vios.volumes import Located, Volumes, if_it_answers
+
+LATE_MAX: Final = 4
+"""Clients of a volume that have gone and that its device has not done with: so many, and nobody gets in."""
 
 log = get_logger()
 
@@ -88,8 +92,7 @@ class VolumeExports:
         if lease_id is not None:
             return self._open_lease(name, lease_id)
         try:
-            wanted = parse_export_name(name)
-            authorize(self._volumes.definition, wanted)
+            wanted = self._wanted(name)
             export = await self._open(name, wanted)
         except FarpageError as error:
             self.refused += 1
@@ -116,6 +119,21 @@ class VolumeExports:
         if claim is not None and not wanted.principal:
             export.lend = volume.lend
         return export
+
+    def _wanted(self, name: str) -> ExportName:
+        """Understand what a client asks for, if it may and if what others have left behind lets it.
+
+        :raise InvalidInput: it is no export name.
+        :raise NotGranted: a principal without a grant.
+        :raise DeviceHangs: clients who have gone still wait; each that comes would be one more of them.
+        """
+        wanted = parse_export_name(name)
+        authorize(self._volumes.definition, wanted)
+        place = place_of(name)
+        late = sum(_is_late(connection, place) for connection in self.server.connections)
+        if late >= LATE_MAX:
+            raise DeviceHangs(wanted.volume, late)
+        return wanted
 
     async def _refuse_incomplete(self, wanted: ExportName) -> None:
         """Refuse a replica that lacks pages, which would read as zeros.
@@ -238,8 +256,7 @@ class VolumeExports:
         if parse_lease_name(name) is not None:
             return ExportInfo(LeaseExport.size_bytes, description="a lease")
         try:
-            wanted = parse_export_name(name)
-            authorize(self._volumes.definition, wanted)
+            wanted = self._wanted(name)
             copied = self._copied(wanted) is not None
             if not copied:
                 await self._refuse_incomplete(wanted)
@@ -378,6 +395,17 @@ async def _close(volume: BlockIO) -> None:
         log.exception("close_failed")
 
 
+def _is_late(connection: ServerConnection, place: str) -> bool:
+    """Tell whether the client has gone and the device at `place` has not done with what it asked for."""
+    export = connection.export
+    if place_of(export.name if export else connection.asked) != place:
+        return False
+    if isinstance(export, VolumeExport) and export.copying is not None and not connection.closed:
+        return False  # it may be the intermediate client that is waited for, until the socket is closed
+    busy = connection.asked or connection.in_flight or connection.in_flight_past_counters
+    return bool(busy) and connection.left
+
+
 def _begun(counters: Counters) -> int:
     return counters.reads + counters.writes + counters.others + counters.errors + counters.in_flight
 
@@ -401,6 +429,6 @@ def refusal(name: str, error: FarpageError) -> ExportRefused:
             return ExportRefused.unknown(name[:80])
         case InvalidInput():
             return ExportRefused(NBD_REP_ERR_UNKNOWN, str(error))
-        case DeviceUnusable():
+        case DeviceUnusable() | DeviceHangs():
             return ExportRefused(NBD_REP_ERR_PLATFORM, error.cause)
     return ExportRefused.forbidden(refusal_text(error))

@@ -25,6 +25,7 @@ _EXPORT = re.compile(
     r"(?:@(?P<epoch>[1-9][0-9]{0,15})(?::(?P<owner>[0-9a-f]{16})(?::(?P<lease>[0-9a-f]{16}))?)?)?"
     r"(?:\+(?P<principal>[0-9a-f]{16}))?"
 )
+_PLACE = re.compile(r"[<@+]")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class ExportName:
         if self.epoch is not None:
             name = ":".join(filter(None, (f"{name}@{self.epoch}", self.owner, self.lease)))
         return f"{name}+{self.principal}" if self.principal else name
+
+
+def place_of(text: str) -> str:
+    """Return the part of an export's name that says which volume is meant, and on which device."""
+    return _PLACE.split(text, 1)[0]
 
 
 def parse_export_name(text: str) -> ExportName:

@@ -330,6 +330,24 @@ async def test_clients_beyond_the_limit_are_turned_away_and_the_others_served() 
         await fourth.close()
 
 
+async def test_clients_that_were_hung_up_on_make_room_although_their_commands_hang() -> None:
+    hung = MemoryIO(SIZE, at_hand=False)
+    hung.hold = True
+    async with serving({"hung": hung, "v": MemoryIO(SIZE)}, connections_max=2) as serving_:
+        for _ in range(2):
+            connection = await Connection.open(serving_.address, "hung")
+            connection.read(0, 4096, lambda error, payload: None)
+        await condition(lambda: len(hung.held) == 2)
+        for server_side in serving_.server.connections:
+            server_side.disconnect()
+        try:
+            other = await Connection.open(serving_.address, "v")
+            assert await read_bytes(other, 0, 4) == bytes(4)
+            await other.close()
+        finally:
+            hung.release_all()
+
+
 async def test_long_reads_of_holes_are_answered_with_hole_chunks() -> None:
     volume = MemoryIO(SIZE)
     volume.content[65536:65540] = b"data"

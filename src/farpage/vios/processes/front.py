@@ -28,10 +28,8 @@ from farpage.nbd.protocol import NBD_REP_ERR_PLATFORM
 from farpage.vios.copying.copies import Copies
 from farpage.vios.exports import VolumeExports, refusal
 from farpage.vios.figures import Figures, ViosState, merged
-from farpage.vios.grants import authorize
 from farpage.vios.leases import parse_lease_name
 from farpage.vios.model import CopyOrders, CopyStatus, IntermediaryReport, VolumeInfo
-from farpage.vios.names import ExportName, parse_export_name
 from farpage.vios.processes import messages as m
 from farpage.vios.processes.errors import DataProcessAway, DataProcessLost
 from farpage.vios.processes.leasetable import LeaseTable
@@ -71,11 +69,6 @@ class FrontExports(VolumeExports):
         if opened.refusal is not None:
             raise ExportRefused(opened.refusal.reply_type, opened.refusal.message)
         return True
-
-    def _wanted(self, name: str) -> ExportName:
-        wanted = parse_export_name(name)
-        authorize(self._volumes.definition, wanted)
-        return wanted
 
     async def describe(self, name: str, peer: Peer) -> ExportInfo:
         """Have the volume's process describe it.
