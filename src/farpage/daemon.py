@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,15 @@ def started() -> None:
     """Collect garbage from now on, but without looking through all that was loaded: pages would wait."""
     gc.freeze()
     gc.enable()
+
+
+def allow_descriptors() -> None:
+    """Let this process, and those that it starts, have as many descriptors as the hard limit says.
+
+    The soft one, 1024 mostly, is for programs that use select(2).
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def prepare_for_paging() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from farpage.address import Address, parse_address
 from farpage.api.tls import check_addresses
-from farpage.daemon import prepare_for_paging, started
+from farpage.daemon import allow_descriptors, prepare_for_paging, started
 from farpage.definition.database import Database
 from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore, EpochStore
@@ -63,6 +63,7 @@ async def run(settings: ViosSettings) -> None:
     check_addresses(control, settings.tls, field="control")
     # Sockets, database and volumes are for this user alone.
     os.umask(0o077)
+    allow_descriptors()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -44,6 +45,28 @@ async def test_it_says_when_it_is_ready_and_ends_in_order_on_a_signal(folder: Pa
     assert lines[-1]["event"] == "stopped"
     assert {line["vios"] for line in lines} == {"one"}
     assert {path.name for path in folder.iterdir()} == {"disk", "one", "one.log"}  # noqa: ASYNC240
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_it_and_its_data_processes_take_as_many_descriptors_as_they_may(
+    folder: Path, workers: int
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    vios = ViosProcess(folder, "one", devices=[spec(folder)])
+    vios.change = {"workers": workers}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        vios.launch()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        vios.until_ready()
+        async with vios.client() as client:
+            health = await client.get("/v1/health", Health)
+        for pid in (vios.pid, *health.data_processes):
+            assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        vios.close()
 
 
 async def test_added_devices_and_the_definition_come_back_after_a_restart(folder: Path) -> None:
