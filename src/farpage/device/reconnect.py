@@ -91,12 +91,18 @@ class Reconnecting(Replaying):
 
     async def _connect(self, link: Link) -> str:
         """Connect and make sure that this is the same export as ever; returns the problem."""
+        if problem := self._one_too_many():
+            return problem
         try:
             connection = await open_connection(self.address, self.export)
         except (FarpageError, OSError) as error:
             return _cause(error)
         try:
-            problem = self._other_export(connection) or await self._verified(connection)
+            problem = (
+                self._other_export(connection)
+                or await self._verified(connection)
+                or self._one_too_many(connection.features)
+            )
         except BaseException:
             connection.abort()
             raise
@@ -117,6 +123,13 @@ class Reconnecting(Replaying):
             return f"the export takes no blocks below {connection.limits.minimum} bytes now"
         missing = self.features & ~connection.features
         return f"the export can do less now: {missing}" if missing & ~Feature.MULTI_CONN else ""
+
+    def _one_too_many(self, features: Feature = Feature.MULTI_CONN) -> str:
+        """Say what is wrong with a connection of these features beside the present ones."""
+        present = [link.connection.features for link in self._links if link.connection is not None]
+        if present and any(Feature.MULTI_CONN not in promised for promised in (*present, features)):
+            return "the server allows one connection only now"
+        return ""
 
     async def _verified(self, connection: Connection) -> str:
         try:

@@ -339,6 +339,23 @@ async def test_one_connection_where_it_does_not() -> None:
         assert Feature.MULTI_CONN in volume.features
 
 
+async def test_one_connection_for_as_long_as_the_server_allows_no_more() -> None:
+    io = MemoryIO(STORAGE)
+    async with served(io) as (server, device, volume):
+        await condition(lambda: device.access == "4 connections")
+        io._features &= ~Feature.MULTI_CONN
+        opened_before = len(server.provider.opened)
+        cut(server)
+        # Each of the four places asks for a connection, and one gets it.
+        await condition(lambda: len(server.provider.opened) == opened_before + 4)
+        await condition(lambda: len(server.server.connections) == 1)
+        assert device.access == "1 connection"
+        assert await write(volume, 0, b"x" * 4096) == 0
+        io._features |= Feature.MULTI_CONN
+        cut(server)
+        await condition(lambda: device.access == "4 connections")
+
+
 @pytest.mark.parametrize("features", [Feature.NONE, Feature.FLUSH, Feature.ZERO | Feature.FLUSH], ids=str)
 async def test_what_a_server_cannot_do_is_not_offered(features: Feature) -> None:
     io = MemoryIO(STORAGE, features=features)
