@@ -5,7 +5,7 @@ Clean ones are given back to the host, dirty ones are protected and read into a 
 while nothing else is to be done; to write what is in the buffer is left to the interpreter.
 """
 
-from libc.errno cimport EIO, errno
+from libc.errno cimport EIO, ENOENT, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport qsort
 from libc.string cimport memmove
@@ -174,6 +174,7 @@ cdef void prepare(lane_t *lane) noexcept nogil:
     """Protect the next of the dirty victims that are neighbours, and read them."""
     cdef int64_t first, page, may = may_write(lane)
     cdef int count = 0, index
+    cdef bint done
     while lane.other != lane.other_end and not is_writable(lane, lane.others[lane.other]):
         page = lane.others[lane.other]
         lane.other += 1
@@ -188,8 +189,12 @@ cdef void prepare(lane_t *lane) noexcept nogil:
             and lane.others[lane.other + count] == first + count and is_writable(lane, first + count)
         ):
             count += 1
+        done = protected(lane, first, count)
+        if not done and count > 1 and errno == ENOENT:
+            count = 1  # they may be in two mappings, and Linux before 6.3 protects nothing across those
+            done = protected(lane, first, 1)
         lane.other += count
-        if not protected(lane, first, count):
+        if not done:
             for index in range(count):
                 lane.busy[index] = first + index
             lane.busy_count = count

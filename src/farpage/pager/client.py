@@ -14,7 +14,7 @@ from farpage.pager.doubts import Doubts
 from farpage.pager.eviction import Eviction
 from farpage.pager.faults import Faults
 from farpage.pager.limit import Limit
-from farpage.pager.memory import ClientGone, PagedMemory
+from farpage.pager.memory import CannotPoison, ClientGone, PagedMemory
 from farpage.pager.outage import Outage
 from farpage.pager.recovery import recover
 from farpage.pager.releasing import Freeze
@@ -183,6 +183,7 @@ class PagedClient:
 
         :raise ClientGone: when the client exits meanwhile.
         :raise VolumeFenced: another owner has the volume; the client stays paged then, and its accesses wait.
+        :raise CannotPoison: it has lost pages, which would be zeros then; the client stays paged.
         """
         self.stop_scrub()
         self.eviction.stop()
@@ -196,7 +197,7 @@ class PagedClient:
                 await self._settle()
                 await self._bring_in_all()
             await self._mark_lost()
-        except VolumeFenced:
+        except (VolumeFenced, CannotPoison):
             self.faults.resume()
             self.eviction.resume()
             raise

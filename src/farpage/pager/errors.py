@@ -40,3 +40,17 @@ class ScrubUnderWay(FarpageError):
     )
     exit_status = ExitStatus.CONFLICT
     client: str
+
+
+@dataclass(eq=False)
+class PagesLost(FarpageError):
+    """A client with lost pages is not let go where accesses to them would read zeros."""
+
+    code = "pages_lost"
+    template = (
+        "client {client!r} has lost pages, and this kernel cannot make accesses to them fail: "
+        "once it is detached they would read zeros"
+    )
+    remedy = "end its process; with Linux 6.6 or newer accesses to such pages fail, and it can be detached"
+    exit_status = ExitStatus.CONFLICT
+    client: str

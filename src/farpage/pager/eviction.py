@@ -169,6 +169,9 @@ class Eviction:
             self._put_back()
             self._release_clean_ones()
             return
+        if space.short is not None:  # they waited when this was scheduled
+            self.wake()
+            return
         victims = self._next_victims()
         states = space.table.state
         dirty = [page for page in victims if states[page] == DIRTY]

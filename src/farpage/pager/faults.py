@@ -18,7 +18,7 @@ from farpage.kernel.userfaultfd import FLAG_MINOR, FLAG_WP, FLAG_WRITE
 from farpage.nbd import eventloop
 from farpage.pager.checksum import page_checksum, page_checksums
 from farpage.pager.lane import ShortWay
-from farpage.pager.memory import ClientGone
+from farpage.pager.memory import CannotPoison, ClientGone
 from farpage.pager.readahead import new_read_ahead
 from farpage.pager.salvage import Salvage, Salvaged
 from farpage.pager.space import Space, ends_with_client
@@ -108,6 +108,7 @@ class Faults:
         self.stopped = True
         if self._space.short is not None:
             self._space.short.turn(on=False)
+            self._space.short.ask_all()
 
     def resume(self) -> None:
         """Take back `stop`."""
@@ -605,20 +606,32 @@ class Faults:
 
     def _give_up(self, page: int, why: str) -> None:
         space = self._space
-        space.alarm("poisoned", f"page {page} is lost: {why}; accesses to it fail")
         space.table.put(page, POISONED)
         space.tier.forget(page)
         space.counters.poisoned_pages += 1
         self._waiting.pop(page, None)
         self._write_wanted.discard(page)
-        self._poison(page)
+        then = (
+            "fail"
+            if self._poison(page)
+            else "wait for good, as this kernel cannot make them fail (Linux 6.6)"
+        )
+        space.alarm("poisoned", f"page {page} is lost: {why}; accesses to it {then}")
 
-    def _poison(self, page: int) -> None:
-        if not self.mark_lost(page):
-            self._loop.call_later(RETRY_SECONDS, self._again, Fault(page, 0, self._loop.time()))
+    def _poison(self, page: int) -> bool:
+        """Have accesses to a page that was given up fail, now or soon; False where they wait for good."""
+        try:
+            if not self.mark_lost(page):
+                self._loop.call_later(RETRY_SECONDS, self._again, Fault(page, 0, self._loop.time()))
+        except CannotPoison:
+            return False
+        return True
 
     def mark_lost(self, page: int) -> bool:
-        """Have accesses to a page that was given up fail; False when that is to be tried again."""
+        """Have accesses to a page that was given up fail; False when that is to be tried again.
+
+        :raise CannotPoison: the kernel is too old for that.
+        """
         try:
             return bool(self._space.memory.poison(page))
         except FileExistsError:

@@ -155,9 +155,7 @@ class ShortWay:
         else:
             self._lane.use(*place)
         if useless:
-            for read in self._lane.withdraw():
-                self._ask(*read)
-            self._space.volume.push()
+            self.ask_all()
 
     # Pages that are to be given back
 
@@ -255,6 +253,12 @@ class ShortWay:
     def join(self, page: int, *, write: bool) -> bool:
         """Let an access wait for a read that is in flight here; False when there is none of its page."""
         return self._lane.join(page, write)
+
+    def ask_all(self) -> None:
+        """Ask the volume for everything that is being read here, which may never come."""
+        for read in self._lane.withdraw():
+            self._ask(*read)
+        self._space.volume.push()
 
     def ask_again(self) -> None:
         """Ask the volume for what did not come, or not as it should."""

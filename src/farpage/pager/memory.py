@@ -18,8 +18,17 @@ class ClientGone(Exception):
     """The client's memory no longer exists: the process exited or unmapped it."""
 
 
+class CannotPoison(Exception):
+    """The kernel cannot make accesses to a page fail: UFFDIO_POISON is of Linux 6.6."""
+
+
 class PagedMemory:
-    """Registered memory of `pages` pages. Every method raises ClientGone when the client has exited."""
+    """Registered memory of `pages` pages. Every method raises ClientGone when the client has exited.
+
+    The client may have changed a part of it (madvise(2), mprotect(2)), which is a mapping of its own then.
+    The kernel fills no range across two, and says ENOENT as where there is none (mm/userfaultfd.c,
+    mfill_atomic); before Linux 6.3 it protects none. So a range that is refused is tried by the page.
+    """
 
     def __init__(self, client: ClientMemory) -> None:
         self._client: Final = client
@@ -59,11 +68,18 @@ class PagedMemory:
         """
         address, length = self._start + first * PAGE_BYTES, count * PAGE_BYTES
         result = self._uffd.copy(address, source_address, length, write_protect=protect)
-        return count if result == length else self._pages_done(result)
+        if result == length:
+            return count
+        if result == -errno.ENOENT and count > 1:
+            return self.copy_in(first, source_address, 1, protect=protect)
+        return self._pages_done(result)
 
     def zero_in(self, first: int, count: int) -> int:
         """Fill up to `count` missing pages with zeros; as `copy_in`."""
-        return self._pages_done(self._uffd.zeropage(self._start + first * PAGE_BYTES, count * PAGE_BYTES))
+        result = self._uffd.zeropage(self._start + first * PAGE_BYTES, count * PAGE_BYTES)
+        if result == -errno.ENOENT and count > 1:
+            return self.zero_in(first, 1)
+        return self._pages_done(result)
 
     def map_in(self, page: int, *, protect: bool) -> int:
         """Map a page that is in the memfd but not in the client's page table; as `copy_in`.
@@ -77,7 +93,10 @@ class PagedMemory:
         return self._pages_done(result)
 
     def poison(self, page: int) -> int:
-        """Make accesses to a missing page fail for good; as `copy_in`."""
+        """Make accesses to a missing page fail for good; as `copy_in`.
+
+        :raise CannotPoison: the kernel is too old for that.
+        """
         address = self._start + page * PAGE_BYTES
         result = self._uffd.poison(address, PAGE_BYTES)
         if result == -errno.EEXIST:
@@ -85,6 +104,8 @@ class PagedMemory:
             # nothing, not even a mark (mm/userfaultfd.c, mfill_atomic_pte_poison).
             self.unprotect(page, 1)
             result = self._uffd.poison(address, PAGE_BYTES)
+        if result == -errno.EINVAL:
+            raise CannotPoison
         return self._pages_done(result)
 
     def _pages_done(self, result: int) -> int:
@@ -98,15 +119,17 @@ class PagedMemory:
 
     def protect(self, first: int, count: int) -> bool:
         """Write-protect pages; False for "try later"."""
-        return self._settled(
-            self._uffd.write_protect(self._start + first * PAGE_BYTES, count * PAGE_BYTES, True)
-        )
+        return self._protect(first, count, True)
 
     def unprotect(self, first: int, count: int) -> bool:
         """Let writes through again and wake who waits for that; False for "try later"."""
-        return self._settled(
-            self._uffd.write_protect(self._start + first * PAGE_BYTES, count * PAGE_BYTES, False)
-        )
+        return self._protect(first, count, False)
+
+    def _protect(self, first: int, count: int, on: bool) -> bool:
+        result = self._uffd.write_protect(self._start + first * PAGE_BYTES, count * PAGE_BYTES, on)
+        if result == -errno.ENOENT and count > 1:
+            return all(self._protect(page, 1, on) for page in range(first, first + count))
+        return self._settled(result)
 
     def wake(self, first: int, count: int) -> None:
         """Let accesses that wait in the range try again."""

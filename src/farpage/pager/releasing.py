@@ -68,6 +68,8 @@ class Freeze:
         if not self._faults.frozen:
             self._faults.frozen = True
             eventloop.remove_reader(self._loop, self._space.memory.fileno())
+            if self._space.short is not None:
+                self._space.short.ask_all()
 
     def end(self) -> None:
         """Answer accesses again, also those that have waited.

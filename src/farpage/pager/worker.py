@@ -28,9 +28,9 @@ from farpage.pager.channel import Handing
 from farpage.pager.client import PagedClient, VolumeFenced
 from farpage.pager.control import ControlLink
 from farpage.pager.directreads import DirectReader
-from farpage.pager.errors import ClientExited, NotAttached, ScrubUnderWay
+from farpage.pager.errors import ClientExited, NotAttached, PagesLost, ScrubUnderWay
 from farpage.pager.lane import open_hub
-from farpage.pager.memory import ClientGone, PagedMemory
+from farpage.pager.memory import CannotPoison, ClientGone, PagedMemory
 from farpage.pager.messages import (
     AddReplica,
     Attach,
@@ -400,6 +400,9 @@ class Worker:
         except VolumeFenced as fenced:
             attached.detaching = None
             raise ClientFenced(client, str(fenced)) from None
+        except CannotPoison:
+            attached.detaching = None
+            raise PagesLost(client) from None
         self._forget(client)
         await self._let_go(attached)
 
