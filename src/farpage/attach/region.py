@@ -8,6 +8,7 @@ from an array. Slices, `len`, `find`, `read` and `write` come with it.
 from __future__ import annotations
 
 import fcntl
+import json
 import mmap
 import os
 import socket
@@ -20,7 +21,7 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from farpage.address import UNIX_PATH_MAX_BYTES
+from farpage.address import UNIX_PATH_MAX_BYTES, UnixAddress, parse_address
 from farpage.attach.messages import (
     HEADER,
     AnyMessage,
@@ -217,12 +218,22 @@ def _attach_path(state: str | os.PathLike[str] | None, hypervisor: str | os.Path
                 f"pass hypervisor=SOCKET or state=FOLDER, or set {STATE_VARIABLE}; "
                 "'farpage up --state FOLDER' starts one",
             )
-        path = str(Path(folder).expanduser().absolute() / "hypervisor" / "attach.sock")
+        path = _attach_socket(Path(folder).expanduser().absolute())
     if len(os.fsencode(path)) > UNIX_PATH_MAX_BYTES:
         raise InvalidInput(
             "hypervisor", f"{path!r} is too long for a UNIX socket", "use a folder with a shorter path"
         )
     return path
+
+
+def _attach_socket(state: Path) -> str:
+    """Return where the set in a state folder takes regions: as its `set.json` says, else where one has it."""
+    try:
+        attach = json.loads((state / "set.json").read_bytes())["hypervisor"]["attach"]
+        address = parse_address(attach, field="attach")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, InvalidInput):
+        address = None
+    return address.path if isinstance(address, UnixAddress) else str(state / "hypervisor" / "attach.sock")
 
 
 def _rounded(size_bytes: int) -> int:
