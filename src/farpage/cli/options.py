@@ -61,9 +61,15 @@ AsJson: TypeAlias = Annotated[
 ]
 
 
-def size_option(name: str, help_text: str) -> Any:
-    """Return an option that takes a size such as 512M; its value is bytes."""
-    return typer.Option(name, metavar="SIZE", parser=_naming(parse_size, name), help=help_text)
+def size_option(name: str, help_text: str, default: str = "") -> Any:
+    """Return an option that takes a size such as 512M; its value is bytes. `default` is what help shows."""
+    return typer.Option(
+        name,
+        metavar="SIZE",
+        parser=_naming(parse_size, name),
+        help=help_text,
+        show_default=default or True,
+    )
 
 
 def duration_option(name: str, help_text: str) -> Any:

@@ -23,6 +23,7 @@ def report(problem: BaseException) -> int:
         problems.trace(problem)
         command = getattr(getattr(problem, "ctx", None), "command_path", "farpage")
         cause = str(getattr(problem, "format_message", lambda: problem)())
-        problems.say(cause.rstrip("."), f"see '{command} --help'")
+        if cause:  # else it has printed the help already: nothing was asked for
+            problems.say(cause.rstrip("."), f"see '{command} --help'")
         return int(ExitStatus.USAGE)
     return problems.report(problem)

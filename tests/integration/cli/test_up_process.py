@@ -60,6 +60,11 @@ def test_a_wrong_option_is_a_usage_error_with_a_pointer_to_help() -> None:
     assert "see 'farpage client create --help'" in done.stderr
 
 
+def test_the_command_alone_prints_its_help_and_no_problem() -> None:
+    done = farpage()
+    assert (done.returncode, "Start with: farpage demo" in done.stdout, done.stderr) == (2, True, "")
+
+
 def test_a_traceback_comes_only_when_asked_for(state: Path) -> None:
     done = farpage("client", "list", FARPAGE_STATE=str(state), FARPAGE_DEBUG="1")
     assert "Traceback" in done.stderr

@@ -40,6 +40,13 @@ def test_every_command_has_a_summary_and_an_example(page: str, line: str, comman
     assert line in command.epilog  # type: ignore[attr-defined]
 
 
+def test_the_overview_names_every_command() -> None:
+    overview = (PAGES / "README.md").read_text()
+    for page, line, _ in commands():
+        row = next(row for row in overview.splitlines() if f"({page}.md)" in row)
+        assert line.split()[-1] in row.replace("\\|", " ").replace("`", " ").replace(":", " ").split(), line
+
+
 def test_the_overview_links_every_page() -> None:
     overview = (PAGES / "README.md").read_text()
     assert {path.name for path in PAGES.glob("*.md")} - {"README.md"} == {

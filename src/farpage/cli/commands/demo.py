@@ -23,9 +23,11 @@ def demo(
             help="A Linux guest in QEMU, or a process with a Region; by default qemu where it is installed.",
         ),
     ] = None,
-    memory: Annotated[int, size_option("--memory", "Memory of the guest.")] = 512 << 20,
-    fill: Annotated[int, size_option("--fill", "Memory that the guest fills with checked data.")] = 300 << 20,
-    limit: Annotated[int, size_option("--limit", "Memory that may be resident.")] = 128 << 20,
+    memory: Annotated[int, size_option("--memory", "Memory of the guest.", "512M")] = 512 << 20,
+    fill: Annotated[
+        int, size_option("--fill", "Memory that the guest fills with checked data.", "300M")
+    ] = 300 << 20,
+    limit: Annotated[int, size_option("--limit", "Memory that may be resident.", "128M")] = 128 << 20,
     state: Annotated[
         Path | None,
         typer.Option("--state", metavar="DIR", help="Keep logs and state in this empty folder afterwards."),

@@ -65,7 +65,9 @@ def run(
     path_timeout: PathTimeout = 1.0,
     resync_bandwidth: Annotated[
         int,
-        size_option("--resync-bandwidth", "The most a second that is copied to a replica that missed pages."),
+        size_option(
+            "--resync-bandwidth", "The most a second that is copied to a replica that missed pages.", "100M"
+        ),
     ] = 100 << 20,
     no_path_timeout: NoPathTimeout = None,
     direct_reads: DirectReads = True,
