@@ -10,10 +10,11 @@ import abc
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from farpage.blockio import BlockIO, BlockLimits, Feature
 from farpage.device.claim import Claim
+from farpage.device.errors import DeviceUnusable
 from farpage.device.spec import Allocate
 from farpage.errors import InvalidInput
 
@@ -173,3 +174,34 @@ def check_new_volume(name: str, size_bytes: int) -> None:
         raise InvalidInput(
             "size_bytes", f"{size_bytes} is not a size for a volume", f"give a multiple of {BLOCK_BYTES}"
         )
+
+
+class Labelled(Protocol):
+    """A label, or a device that has one."""
+
+    @property
+    def name(self) -> str:
+        """What the device is called."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What its volumes may add up to."""
+
+
+def refuse_relabelling(spec: str, found: Labelled, *, name: str | None, size_bytes: int | None) -> None:
+    """Refuse a device that is asked for under another name or size than it has.
+
+    :raise DeviceUnusable:
+    """
+    # Some kinds keep whole blocks only of a size that was asked for.
+    if size_bytes is not None and found.size_bytes not in (
+        size_bytes,
+        size_bytes // BLOCK_BYTES * BLOCK_BYTES,
+    ):
+        raise DeviceUnusable(
+            spec,
+            f"it has {found.size_bytes} bytes, not {size_bytes}",
+            "leave the size out: a device keeps the size that it was labelled with",
+        )
+    if name is not None and name != found.name:
+        raise DeviceUnusable(spec, f"its name is {found.name!r}, not {name!r}", "leave the name out")

@@ -31,6 +31,7 @@ from farpage.device.base import (
     VolumeStat,
     check_new_volume,
     never,
+    refuse_relabelling,
 )
 from farpage.device.claim import Claim
 from farpage.device.engine import Engine
@@ -389,16 +390,7 @@ def prepare_directory(
                 clear_unfinished(folder / "volumes")
     except (OSError, ValueError) as error:
         raise unusable(text, error) from error
-    if wanted_bytes is not None and wanted_bytes != label.size_bytes:
-        raise DeviceUnusable(
-            text,
-            f"its label says {label.size_bytes} bytes, not {wanted_bytes}",
-            "leave the size out: a device keeps the size that it was labelled with",
-        )
-    if name is not None and name != label.name:
-        raise DeviceUnusable(
-            text, f"its label says that it is {label.name!r}, not {name!r}", "leave the name out"
-        )
+    refuse_relabelling(text, label, name=name, size_bytes=wanted_bytes)
     return label
 
 

@@ -13,7 +13,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from farpage.device.base import BLOCK_BYTES, PagingDevice, Usage, VolumeStat, check_new_volume
+from farpage.device.base import (
+    BLOCK_BYTES,
+    PagingDevice,
+    Usage,
+    VolumeStat,
+    check_new_volume,
+    refuse_relabelling,
+)
 from farpage.device.claim import Claim
 from farpage.device.errors import CapacityExceeded, DeviceUnusable, VolumeExists, VolumeInUse, VolumeMissing
 from farpage.device.layout import (
@@ -304,16 +311,7 @@ def prepare_label(
             f"its label promises {label.size_bytes} bytes, and there are {room}",
             "give it back its size",
         )
-    if size_bytes is not None and size_bytes // BLOCK_BYTES * BLOCK_BYTES != label.size_bytes:
-        raise DeviceUnusable(
-            text,
-            f"its label says {label.size_bytes} bytes, not {size_bytes}",
-            "leave the size out: a device keeps the size that it was labelled with",
-        )
-    if name is not None and name != label.name:
-        raise DeviceUnusable(
-            text, f"its label says that it is {label.name!r}, not {name!r}", "leave the name out"
-        )
+    refuse_relabelling(text, label, name=name, size_bytes=size_bytes)
     return label
 
 

@@ -16,7 +16,7 @@ from farpage.definition.compare import diff
 from farpage.definition.model import PAGE_BYTES, Definition
 from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore
-from farpage.device.base import PagingDevice, Usage
+from farpage.device.base import PagingDevice, Usage, refuse_relabelling
 from farpage.device.claim import Claim
 from farpage.device.errors import DeviceUnusable, VolumeFenced, VolumeMissing
 from farpage.device.open import open_device
@@ -155,6 +155,7 @@ class ViosService:
         device = await self.serve_device(
             wanted.spec, name=wanted.name, size_bytes=wanted.size_bytes, force=wanted.force
         )
+        refuse_relabelling(wanted.spec, device, name=wanted.name, size_bytes=wanted.size_bytes)
         await asyncio.to_thread(
             self.remembered.add, RememberedDevice(wanted.spec, wanted.name, wanted.size_bytes)
         )

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from farpage.address import parse_address
+from farpage.api.remote import RemoteError
 from farpage.blockio import CONNECTION_LOST, read_bytes
 from farpage.definition.database import Database
 from farpage.definition.model import Definition, ViosRecord
 from farpage.definition.rules import next_revision
+from farpage.errors import ExitStatus
 from farpage.nbd.client import Connection
 from farpage.vios.model import DeviceAdd, DeviceInfo, Health, VolumeCreate, VolumeInfo
 from farpage.vios.remembered import RememberedDevice, RememberedDevices
@@ -88,6 +90,23 @@ async def test_added_devices_and_the_definition_come_back_after_a_restart(folder
         assert {device.id for device in after if device.kind == "dir"} == {
             device.id for device in before if device.kind == "dir"
         }
+
+
+@pytest.mark.parametrize("change", [{"name": "other"}, {"size_bytes": 32 << 20}])
+async def test_a_served_device_that_is_added_under_another_name_or_size_stays_as_it_was_added(
+    folder: Path, change: dict[str, object]
+) -> None:
+    with vios_processes(folder, "one", devices=[spec(folder)]) as (vios,):
+        wanted = DeviceAdd(spec=f"dir:{folder}/more", name="more", size_bytes=16 << 20)
+        async with vios.client() as client:
+            for _ in range(2):
+                await client.post("/v1/devices", wanted, DeviceInfo)
+            with pytest.raises(RemoteError) as refused:
+                await client.post("/v1/devices", wanted.model_copy(update=change), DeviceInfo)
+        assert refused.value.exit_status is ExitStatus.CONFLICT
+        vios.kill()
+        vios.start()
+        assert {device.name for device in await devices_of(vios)} == {"disk", "more"}
 
 
 async def test_a_device_that_is_away_leaves_the_others_served(folder: Path) -> None:
