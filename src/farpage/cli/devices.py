@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from farpage.cli.session import read_set
+from farpage.definition.model import Definition
 from farpage.embedded.control import HypervisorControl, ViosControl
 from farpage.embedded.layout import SetDocument
 from farpage.errors import FarpageError
@@ -47,11 +48,24 @@ def reached_devices(state: Path | None, vios: str | None) -> list[ViosDevices]:
 async def _reached(document: SetDocument, name: str, *, tolerant: bool) -> ViosDevices:
     async with ViosControl(document.vios(name).control, name, document.tls) as server:
         try:
-            return ViosDevices(vios=name, problem="", devices=await server.devices())
+            return _named(name, await server.devices(), await server.definition())
         except FarpageError as problem:
             if not tolerant:
                 raise
             return ViosDevices(vios=name, problem=str(problem), devices=())
+
+
+def _named(vios: str, devices: Sequence[DeviceInfo], definition: Definition) -> ViosDevices:
+    """Call devices what the definition calls them: the labels of two may say the same."""
+    records = definition.devices
+    return ViosDevices(
+        vios=vios,
+        problem="",
+        devices=tuple(
+            device.model_copy(update={"name": records[device.id].name}) if device.id in records else device
+            for device in devices
+        ),
+    )
 
 
 def add_device(state: Path | None, document: DeviceAdd, names: Sequence[str]) -> list[ViosDevices]:
@@ -65,12 +79,12 @@ def add_device(state: Path | None, document: DeviceAdd, names: Sequence[str]) ->
     servers = [(name, description.vios(name)) for name in names or description.vioses]
 
     async def run() -> list[ViosDevices]:
-        added = []
+        added: dict[str, DeviceInfo] = {}
         for name, vios in servers:
             async with ViosControl(vios.control, name, description.tls) as server:
-                added.append(ViosDevices(vios=name, problem="", devices=(await server.add_device(document),)))
+                added[name] = await server.add_device(document)
         async with HypervisorControl(description.hypervisor.control, description.tls) as hypervisor:
-            await hypervisor.refresh_devices()
-        return added
+            definition = await hypervisor.refresh_devices()
+        return [_named(name, (device,), definition) for name, device in added.items()]
 
     return asyncio.run(run())

@@ -10,7 +10,7 @@ import abc
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 from farpage.blockio import BlockIO, BlockLimits, Feature
 from farpage.device.claim import Claim
@@ -30,6 +30,16 @@ Result = TypeVar("Result")
 def never() -> bool:
     """Say that nothing ends the leave to write."""
     return False
+
+
+Admit: TypeAlias = Callable[[str, str], None]
+"""Refuses a device, by its identifier and its name, before anything is changed on it; fit for any thread.
+
+The identifier of one without a label is empty."""
+
+
+def admit_all(_identifier: str, _name: str) -> None:
+    """Refuse none."""
 
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from farpage.blockio import BlockIO, BlockLimits, ExtentsDone, Feature
-from farpage.device.base import BLOCK_BYTES, never
+from farpage.device.base import BLOCK_BYTES, Admit, admit_all, never
 from farpage.device.directory import default_name
 from farpage.device.engine import Engine
 from farpage.device.errors import DeviceUnusable
@@ -285,6 +285,7 @@ def open_block_device(
     name: str | None = None,
     size_bytes: int | None = None,
     force: bool = False,
+    admit: Admit = admit_all,
 ) -> tuple[BlockStorage, DeviceLabel]:
     """Open a block device and label it if it has no label yet; `force` overrides the refusals. Blocks.
 
@@ -305,6 +306,7 @@ def open_block_device(
                 name=name,
                 size_bytes=size_bytes,
                 refuse_foreign=(lambda: None) if force else (lambda: refuse_signed(text, spec.path)),
+                admit=admit,
             )
         except BaseException:
             storage.close()

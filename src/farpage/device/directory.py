@@ -26,9 +26,11 @@ from farpage.device.base import (
     BLOCK_BYTES,
     EPOCH_MAX,
     NAME,
+    Admit,
     PagingDevice,
     Usage,
     VolumeStat,
+    admit_all,
     check_new_volume,
     never,
     refuse_relabelling,
@@ -366,6 +368,7 @@ def prepare_directory(
     name: str | None = None,
     size_bytes: int | None = None,
     force: bool = False,
+    admit: Admit = admit_all,
 ) -> Label:
     """Return the directory's label, and label it first if it has none.
 
@@ -376,15 +379,18 @@ def prepare_directory(
     :raise DeviceUnusable: not a directory, in use by something else, another size or name than asked for.
     """
     text, folder = text or str(spec), Path(spec.path)
+    new_name = name or default_name(spec.path)
     wanted_bytes = size_bytes if size_bytes is not None else spec.size_bytes
     try:
         if not folder.exists():
+            admit("", new_name)
             folder.mkdir(mode=0o700, exist_ok=True)  # another VIOS may make it meanwhile
         with folder_locked(folder):
             label = read_label(folder)
+            admit(label.uuid if label else "", label.name if label else new_name)
             if label is None:
                 _refuse_foreign(text, folder, force)
-                label = Label(name=name or default_name(spec.path), size_bytes=wanted_bytes or _room(folder))
+                label = Label(name=new_name, size_bytes=wanted_bytes or _room(folder))
                 write_label(folder, label)
             if (folder / "volumes").is_dir():
                 clear_unfinished(folder / "volumes")

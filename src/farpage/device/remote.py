@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from farpage.blockio import BlockIO, read_bytes
-from farpage.device.base import BLOCK_BYTES, Usage, never
+from farpage.device.base import BLOCK_BYTES, Admit, Usage, admit_all, never
 from farpage.device.directory import default_name
 from farpage.device.errors import DeviceUnusable
 from farpage.device.layout import DATA_OFFSET_BYTES, HEADER_BYTES, DeviceLabel, parse_header
@@ -122,6 +122,7 @@ async def open_remote_device(
     name: str | None = None,
     size_bytes: int | None = None,
     force: bool = False,
+    admit: Admit = admit_all,
 ) -> RemoteDevice:
     """Connect to an export and label it if it has no label yet; `force` overrides the refusal of signatures.
 
@@ -149,6 +150,7 @@ async def open_remote_device(
                 name=name,
                 size_bytes=size_bytes,
                 refuse_foreign=(lambda: None) if force else partial(_refuse_signed, text, storage),
+                admit=admit,
             )
         )
         return RemoteDevice(export, storage, label, text=text)

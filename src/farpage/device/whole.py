@@ -15,6 +15,7 @@ from typing import Protocol
 
 from farpage.device.base import (
     BLOCK_BYTES,
+    Admit,
     PagingDevice,
     Usage,
     VolumeStat,
@@ -265,6 +266,7 @@ def prepare_label(
     name: str | None,
     size_bytes: int | None,
     refuse_foreign: Callable[[], None],
+    admit: Admit,
 ) -> DeviceLabel:
     """Return the storage's label; label it first if it has none. Blocks.
 
@@ -279,6 +281,7 @@ def prepare_label(
     with storage.locked():
         header = parse_header(storage.read(0, HEADER_BYTES)) if room else Header(None, 0, ())
         label = header.label
+        admit(label.uuid if label else "", label.name if label else name or default_name)
         if label is None:
             if not room:
                 raise DeviceUnusable(

@@ -20,6 +20,23 @@ class DeviceMissing(FarpageError):
 
 
 @dataclass(eq=False)
+class DeviceNameTaken(FarpageError):
+    """The VIOS serves another device of that name."""
+
+    code = "device_name_taken"
+    template = "device {spec}: VIOS {vios!r} has another device named {name!r}: {other}"
+    remedy = (
+        "choose another name with 'farpage device add --name'; one that is labelled keeps its name: "
+        "add it to another VIOS"
+    )
+    exit_status = ExitStatus.CONFLICT
+    spec: str
+    vios: str
+    name: str
+    other: str
+
+
+@dataclass(eq=False)
 class VolumeOwned(FarpageError):
     """A client in the definition has its pages there."""
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from farpage import __version__
@@ -16,7 +17,7 @@ from farpage.definition.compare import diff
 from farpage.definition.model import PAGE_BYTES, Definition
 from farpage.definition.rules import claims
 from farpage.definition.store import DefinitionStore
-from farpage.device.base import PagingDevice, Usage, refuse_relabelling
+from farpage.device.base import Admit, PagingDevice, Usage, admit_all, refuse_relabelling
 from farpage.device.claim import Claim
 from farpage.device.errors import DeviceUnusable, VolumeFenced, VolumeMissing
 from farpage.device.open import open_device
@@ -25,6 +26,7 @@ from farpage.errors import FarpageError
 from farpage.handover import most_bytes
 from farpage.log import get_logger
 from farpage.vios.copying.copies import Copies
+from farpage.vios.errors import DeviceNameTaken
 from farpage.vios.exports import VolumeExports
 from farpage.vios.figures import ViosState
 from farpage.vios.handovers import HandoverMissing, Handovers
@@ -148,12 +150,17 @@ class ViosService:
 
         :raise InvalidInput: the specification cannot be read.
         :raise DeviceUnusable: the storage is not there, in use by something else, or not as asked for.
+        :raise DeviceNameTaken: another device that is served has its name.
         """
         return await self._on_data(self._add_device(wanted))
 
     async def _add_device(self, wanted: DeviceAdd) -> DeviceInfo:
         device = await self.serve_device(
-            wanted.spec, name=wanted.name, size_bytes=wanted.size_bytes, force=wanted.force
+            wanted.spec,
+            name=wanted.name,
+            size_bytes=wanted.size_bytes,
+            force=wanted.force,
+            admit=partial(self._refuse_taken_name, wanted.spec),
         )
         refuse_relabelling(wanted.spec, device, name=wanted.name, size_bytes=wanted.size_bytes)
         await asyncio.to_thread(
@@ -161,15 +168,26 @@ class ViosService:
         )
         return self._device_info(device, await device.run(device.usage))
 
+    def _refuse_taken_name(self, spec: str, identifier: str, name: str) -> None:
+        for other in self.volumes.devices:
+            if other.name == name and other.id != identifier:
+                raise DeviceNameTaken(spec, self.name, name, other.spec)
+
     async def serve_device(
-        self, spec: str, *, name: str | None = None, size_bytes: int | None = None, force: bool = False
+        self,
+        spec: str,
+        *,
+        name: str | None = None,
+        size_bytes: int | None = None,
+        force: bool = False,
+        admit: Admit = admit_all,
     ) -> PagingDevice:
         """Open a device, if it is not open yet; in the data plane's loop."""
         async with self._adding.setdefault(spec, asyncio.Lock()):
             for known in self.volumes.devices:
                 if known.spec == spec:
                     return known
-            device = await open_device(spec, name=name, size_bytes=size_bytes, force=force)
+            device = await open_device(spec, name=name, size_bytes=size_bytes, force=force, admit=admit)
             for known in self.volumes.devices:
                 if known.id == device.id:
                     await device.close()

@@ -117,6 +117,27 @@ def test_a_device_is_added_to_every_vios(farpage: Farpage, running_set: RunningS
     assert [device.is_common for device in found] == [True]
 
 
+def test_devices_of_one_name_are_listed_as_the_definition_calls_them(
+    farpage: Farpage, running_set: RunningSet
+) -> None:
+    for vios in ("vios1", "vios2"):
+        folder = running_set.state / f"of-{vios}"
+        folder.mkdir()
+        spec = f"dir:{folder}/twin"
+        assert farpage("device", "add", spec, "--vios", vios, "--size", "1M").status == 0
+    named = {
+        vios: [
+            device["name"]
+            for device in farpage("device", "list", "--vios", vios, "--json").json[0]["devices"]
+        ]
+        for vios in ("vios1", "vios2")
+    }
+    assert "twin" in named["vios1"]
+    assert "twin-2" in named["vios2"]
+    again = farpage("device", "add", spec, "--vios", "vios2", "--json")
+    assert again.json[0]["devices"][0]["name"] == "twin-2"
+
+
 def test_room_that_has_just_come_free_is_used(farpage: Farpage) -> None:
     sizes = [
         device["size_bytes"]

@@ -109,6 +109,33 @@ async def test_a_served_device_that_is_added_under_another_name_or_size_stays_as
         assert {device.name for device in await devices_of(vios)} == {"disk", "more"}
 
 
+async def test_a_device_with_the_name_of_a_served_one_is_refused_before_anything_is_written(
+    folder: Path,
+) -> None:
+    async with Nbdkit(folder / "s", "memory", "16M") as server:
+        with vios_processes(folder, "one", devices=[spec(folder)]) as (vios,):
+            async with vios.client() as client:
+                for wanted in (f"dir:{folder}/more", server.uri, "memory:1M"):
+                    with pytest.raises(RemoteError) as refused:
+                        await client.post("/v1/devices", DeviceAdd(spec=wanted, name="disk"), DeviceInfo)
+                    assert (refused.value.code, refused.value.exit_status) == (
+                        "device_name_taken",
+                        ExitStatus.CONFLICT,
+                    )
+                    assert spec(folder) in refused.value.cause
+                assert not (folder / "more").exists()
+                for wanted, name in ((f"dir:{folder}/more", "more"), (server.uri, "remote")):
+                    await client.post("/v1/devices", DeviceAdd(spec=wanted, name=name), DeviceInfo)
+            assert {device.name for device in await devices_of(vios)} == {"disk", "more", "remote"}
+
+
+async def test_a_served_device_is_added_by_another_specification_under_its_own_name(folder: Path) -> None:
+    with vios_processes(folder, "one", devices=[spec(folder)]) as (vios,):
+        async with vios.client() as client:
+            await client.post("/v1/devices", DeviceAdd(spec=f"dir:{folder}/disk", name="disk"), DeviceInfo)
+        assert [device.spec for device in await devices_of(vios)] == [spec(folder)]
+
+
 async def test_a_device_that_is_away_leaves_the_others_served(folder: Path) -> None:
     (folder / "one").mkdir()
     database = Database(folder / "one" / "vios.db")

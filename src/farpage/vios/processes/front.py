@@ -15,7 +15,7 @@ from farpage.definition.document import canonical_json
 from farpage.definition.model import Definition
 from farpage.definition.rules import claims
 from farpage.definition.store import EpochStore
-from farpage.device.base import PagingDevice
+from farpage.device.base import Admit, PagingDevice, admit_all
 from farpage.device.claim import Claim
 from farpage.device.errors import DeviceUnusable, VolumeMissing
 from farpage.device.spec import MemorySpec, RemoteSpec, parse_spec
@@ -199,14 +199,20 @@ class FrontService(ViosService):
     # Devices
 
     async def serve_device(
-        self, spec: str, *, name: str | None = None, size_bytes: int | None = None, force: bool = False
+        self,
+        spec: str,
+        *,
+        name: str | None = None,
+        size_bytes: int | None = None,
+        force: bool = False,
+        admit: Admit = admit_all,
     ) -> PagingDevice:
         """Open a device here and then in the processes.
 
         :raise InvalidInput: it is of a kind that several processes cannot share.
         """
         _refuse_unshared(spec)
-        device = await super().serve_device(spec, name=name, size_bytes=size_bytes, force=force)
+        device = await super().serve_device(spec, name=name, size_bytes=size_bytes, force=force, admit=admit)
         await self._processes.tell_device(device.spec)
         return device
 
