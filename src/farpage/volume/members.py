@@ -183,7 +183,7 @@ class Members:
         resync, replica.resync = replica.resync, None
         if resync:
             resync.stop()
-        replica.volume.drop(reason)
+        replica.volume.drop(reason, for_good=True)
         self._writes.release(replica)
         self._replicas.release(replica)
         self._replicas.forget_missed(replica.device)

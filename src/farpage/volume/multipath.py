@@ -252,13 +252,16 @@ class MultipathVolume:
                 command.finished = adopt(command.offset, command.length_bytes, command.finished)
         self._direct.redirect(adopt)
 
-    def drop(self, reason: str) -> None:
+    def drop(self, reason: str, *, for_good: bool = False) -> None:
         """Give up every command at once: each ends with ECANCELED, and its buffer is free then.
 
         The paths are connected anew; whatever a server may still carry out keeps the volume from being
-        `ready` until it is fenced.
+        `ready` until it is fenced. With `for_good` the volume is only abandoned after it.
         """
-        self._paths.drop(reason)
+        if for_good:
+            self._paths.give_up(reason)
+        else:
+            self._paths.drop(reason)
         self._direct.give_up(errno.ECANCELED)
         while left := self._take_all():
             for command in left:

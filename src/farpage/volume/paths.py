@@ -183,6 +183,14 @@ class Paths:
         if active:
             self.fail(active, reason)
 
+    def give_up(self, reason: str) -> None:
+        """Give up every one for good and on purpose, which is no failover; as with `drop` nothing is left."""
+        self._closing = True
+        self.commands.carry_over(None)
+        for path in self.links:
+            if path.machine.state is not PathState.FAILED:
+                self.fail(path, reason, PathEvent.LEFT)
+
     async def stop(self) -> None:
         """Connect nothing any more."""
         self._closing = True

@@ -584,6 +584,20 @@ def test_a_new_replica_gets_everything_and_the_old_one_goes() -> None:
     with_mirror(scenario)
 
 
+@pytest.mark.parametrize("common", [False, True])
+def test_a_replica_that_is_replaced_is_no_failure(common: bool) -> None:
+    async def scenario(rig: MirrorRig) -> None:
+        await rig.written(5, 1)
+        rig.add("disk3")
+        await rig.in_sync()
+        await rig.volume.retire("disk1")
+        await rig.written(5, 2)
+        assert (rig.events.alarms, rig.events.doubted) == (["replica_resynced"], [])
+        assert not rig.volume.failovers.records
+
+    with_mirror(scenario, common=common)
+
+
 def test_a_write_in_flight_when_a_replica_is_added_is_not_missed_by_it() -> None:
     async def scenario(rig: MirrorRig) -> None:
         await rig.written(5, 1)
