@@ -154,6 +154,20 @@ class MoveMissing(FarpageError):
 
 
 @dataclass(eq=False)
+class MoveUnderWay(FarpageError):
+    """The client is being moved already."""
+
+    code = "move_under_way"
+    template = "client {client!r} is being moved already"
+    remedy = (
+        "see how far it is with 'farpage client move-status {client}', or end that with "
+        "'farpage client cancel-move {client}'; nothing was changed"
+    )
+    exit_status = ExitStatus.CONFLICT
+    client: str
+
+
+@dataclass(eq=False)
 class MoveOver(FarpageError):
     """The move has come too far for this."""
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from farpage.definition.errors import DeviceMissing, InvalidDefinition, NotReplaceable
+from farpage.definition.errors import DeviceMissing, InvalidDefinition, MoveUnderWay, NotReplaceable
 from farpage.definition.model import (
     ClientRecord,
     Definition,
@@ -60,6 +60,7 @@ def plan(
     on with.
 
     :raise DeviceMissing: there is no such device.
+    :raise MoveUnderWay: an intermediate client moves one of them.
     :raise NotReplaceable: saying everything that is in the way; no client is changed then.
     """
     old, new = device_named(definition, old), device_named(definition, new)
@@ -68,6 +69,9 @@ def plan(
         for name, client in sorted(definition.clients.items())
         if only in (None, name) and (_holds(client, old) or _state(client, old) is ReplicaState.RETIRED)
     ]
+    for name in clients:
+        if name in definition.moves:
+            raise MoveUnderWay(name)
     problems = list(_problems(definition, old, new, clients, asking))
     if problems:
         devices = definition.devices
@@ -95,8 +99,6 @@ def _problems(
         client = definition.clients[name]
         if client.hypervisor != asking.hypervisor:
             yield f"client {name} belongs to hypervisor {client.hypervisor!r}"
-        if name in definition.moves:
-            yield f"client {name} is being moved"
         if client.released is not None:
             yield f"client {name} is released, and nobody copies its pages: attach it first"
         if _holds(client, old) and _holds(client, new):

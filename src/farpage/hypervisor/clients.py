@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from farpage.attach.memory import ClientKind
 from farpage.errors import FarpageError
 from farpage.hypervisor.attached import Attached
-from farpage.hypervisor.errors import ClientAttached, ClientBusy
+from farpage.hypervisor.errors import ClientAttached, ClientBusy, DetachByOwner
 from farpage.hypervisor.model import ClientCreate
 from farpage.hypervisor.pool import MemoryPool
 from farpage.hypervisor.records import ClientRecords
@@ -87,10 +88,14 @@ class Clients:
         """Remove a client that is not attached, and its volume.
 
         :raise ClientAttached: it is.
+        :raise DetachByOwner: it is a region, which is gone when its process lets it go.
         """
         async with self.only(client, "delete"):
             if client in self.attached:
-                raise ClientAttached(client, self.attached[client].memory.pid)
+                memory = self.attached[client].memory
+                if memory.kind is ClientKind.REGION:
+                    raise DetachByOwner(client, memory.pid)
+                raise ClientAttached(client, memory.pid)
             await self.records.delete(client)
 
     async def discard_unattached(self, client: str) -> None:

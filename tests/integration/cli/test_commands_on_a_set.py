@@ -52,6 +52,9 @@ def test_a_client_is_made_listed_and_deleted(farpage: Farpage) -> None:
     assert (made.memory_bytes, made.limit_bytes, made.redundancy) == (8 << 20, 2 << 20, "path")
     assert [one["name"] for one in farpage("client", "list", "--json").json] == ["web1"]
     assert "8 MiB" in farpage("client", "list").out
+    said = farpage("client", "create", "web2", "--memory", "8M").out
+    assert ("no VIOS" in said, "client attach web2" in said) == (False, True)
+    assert farpage("client", "delete", "web2").status == 0
     assert "entitlement" in farpage("client", "show", "web1").out
     definitions = eventually(
         lambda: [
@@ -233,6 +236,8 @@ def test_a_client_is_scrubbed(
     assert farpage("client", "scrub", "vm").status == ExitStatus.NOT_FOUND
     farpage("client", "attach", "vm", "--pid", str(memory_process.pid), "--limit", "4M")
     assert wrong_pages(memory_process) == 0
+    none = farpage("client", "scrub", "vm", "--stop")
+    assert (none.status, "no scrub runs" in none.out) == (0, True)
     status, found = scrub()
     assert (status, found.state, found.wrong_pages) == (0, "finished", 0)
     assert found.pages_done == found.pages_total == 4096
@@ -280,9 +285,8 @@ def test_a_client_is_moved_and_a_device_emptied(
 
     assert farpage("client", "move", "guest", "--to", "aside").status == ExitStatus.NOT_FOUND
     assert farpage("client", "attach", "guest", "--pid", str(memory_process.pid), "--limit", "4M").status == 0
-    folder = running_set.state / "aside"
-    folder.mkdir()
-    assert farpage("device", "add", f"dir:{folder}", "--name", "aside", "--size", "64M").status == 0
+    for device in ("aside", "elsewhere"):
+        assert farpage("device", "add", f"dir:{running_set.state}/{device}", "--size", "64M").status == 0
 
     moved = farpage("client", "move", "guest", "--to", "aside")
     assert (moved.status, "is on device aside" in moved.out) == (0, True), moved.err
@@ -292,10 +296,14 @@ def test_a_client_is_moved_and_a_device_emptied(
     slowly = ("--indirect", "--bandwidth", "64K", "--background")
     begun = farpage("device", "evacuate", "aside", *slowly, "--json")
     assert (begun.status, [info["client"] for info in begun.json["clients"]]) == (0, ["guest"]), begun.err
-    eventually(
-        lambda: farpage("client", "move-status", "guest", "--json").json["stage"],
-        lambda stage: bool(stage == "copying"),
+    copying = eventually(
+        lambda: farpage("client", "move-status", "guest", "--json").json,
+        lambda move: bool(move["stage"] == "copying"),
     )
+    other = "common" if copying["target"] == "elsewhere" else "elsewhere"
+    again = farpage("client", "move", "guest", "--to", other)
+    assert again.status == ExitStatus.CONFLICT
+    assert all(f"client {word} guest" in again.err for word in ("move-status", "cancel-move"))
     assert "paused" in farpage("client", "pause-move", "guest").out
     assert farpage("client", "resume-move", "guest", "--bandwidth", "128K").status == 0
     cancelled = farpage("client", "cancel-move", "guest")

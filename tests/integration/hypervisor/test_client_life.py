@@ -115,6 +115,8 @@ async def test_a_region_is_a_client_as_long_as_it_is_open(embedded: EmbeddedSet)
     try:
         info = await embedded.hypervisor.client("region")
         assert (info.attachment, info.pid) == (Attachment.REGION, region.process.pid)
+        with pytest.raises(RemoteError, match=r"close\(\) on the region"):
+            await embedded.hypervisor.delete_client("region")
         assert await region.do(f"write 0 {PAGES}") == "done"
         assert await region.do(f"verify 0 {PAGES}") == "wrong 0"
         assert "region" in await volumes(embedded)

@@ -10,8 +10,8 @@ from farpage.definition.errors import (
     InvalidDefinition,
     MoveMissing,
     MoveOver,
+    MoveUnderWay,
     NotMovable,
-    NotReplaceable,
     NotTheOwner,
 )
 from farpage.definition.model import (
@@ -176,7 +176,7 @@ def test_a_mirror_is_not_moved_but_has_a_device_replaced() -> None:
 
 
 def test_a_client_that_is_moved_has_no_device_replaced() -> None:
-    with pytest.raises(NotReplaceable, match="client vm1 is being moved"):
+    with pytest.raises(MoveUnderWay, match="client cancel-move vm1"):
         replacing.plan(begun(), "c", "a", replacing.Replacing("host", frozenset({"one", "two"}), {}))
 
 

@@ -178,13 +178,13 @@ def scrub(
     from farpage.cli.output import print_json, print_text
     from farpage.cli.scrubbing import run_scrub, stop_scrub
     from farpage.cli.wanted import named
-    from farpage.cli.wording.client import scrubbed
+    from farpage.cli.wording.client import scrub_stopped, scrubbed
 
     if stop:
-        info = stop_scrub(state, named(name))
+        info, say = stop_scrub(state, named(name)), scrub_stopped
     else:
-        info = run_scrub(state, named(name), rate, wait=not background)
-    print_json(info) if as_json else print_text(scrubbed(info))
+        info, say = run_scrub(state, named(name), rate, wait=not background), scrubbed
+    print_json(info) if as_json else print_text(say(info))
     if info.scrub and info.scrub.lost_pages:
         raise typer.Exit(1)
 

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
 
 def created(info: ClientInfo) -> str:
-    """Say that the client is there, and over which paths."""
-    over = ", ".join(path.vios for path in info.paths) or "no VIOS yet"
+    """Say that the client is there, and what it is for."""
     return (
-        f"client {info.name} created: {format_size(info.memory_bytes)}, "
-        f"redundancy {info.redundancy}, over {over}"
+        f"client {info.name} created: {format_size(info.memory_bytes)}, redundancy {info.redundancy}; "
+        f"attach its memory with 'farpage client attach {info.name} --pid PID'"
     )
 
 
@@ -60,6 +59,11 @@ def scrubbed(info: ClientInfo) -> str:
     if info.scrub is None:
         return f"client {info.name}: its pager ended, and the scrub with it; start it again"
     return f"client {info.name}: scrub {_scrub(info.scrub)}"
+
+
+def scrub_stopped(info: ClientInfo) -> str:
+    """Say how the scrub stands that was to be ended, if there was one."""
+    return scrubbed(info) if info.scrub else f"client {info.name}: no scrub runs"
 
 
 def _scrub(scrub: ScrubInfo) -> str:
