@@ -51,6 +51,15 @@ def eventually(look: Callable[[], Found], good: Callable[[Found], bool]) -> Foun
     return found
 
 
+def wrong_pages(process: subprocess.Popen[str]) -> int:
+    """Have a `memory_process` count the pages that do not hold their numbers."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("check\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
 def read_document(process: subprocess.Popen[str]) -> Any:
     """Read the indented JSON object that `up --json` prints when it is ready."""
     assert process.stdout is not None

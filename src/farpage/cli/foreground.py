@@ -49,6 +49,7 @@ async def _run_set(settings: SetSettings, as_json: bool) -> None:
         sys.stdout.flush()
         await stopping
     finally:
+        await embedded.stop_hypervisor()
         await control.stop()
         await embedded.stop()
 

@@ -28,6 +28,8 @@ PROBE_SECONDS = 0.02
 PROBE_TIMEOUT_SECONDS = 2.0
 HYPERVISOR_GRACE_SECONDS = 120.0
 """A hypervisor that stops may first page its clients' memory back in."""
+PATIENCE_SECONDS = 2.0
+"""After so long it is told what a hypervisor that stops waits for."""
 VIOS_GRACE_SECONDS = 10.0
 VIOS_COUNT_MAX = 8
 
@@ -109,13 +111,14 @@ class _HasPid(Protocol):
 class EmbeddedSet:
     """The daemons of one state folder as child processes; use it from one event loop.
 
-    `notify` hears of every start and end of a daemon.
+    `notify` hears of every start and end of a daemon, and what an end waits for.
     """
 
     def __init__(
         self, settings: SetSettings, notify: Callable[[ChildEvent], None] = lambda _event: None
     ) -> None:
         self.settings = settings
+        self._notify = notify
         self.layout = StateLayout.at(settings.state_dir)
         names = tuple(f"vios{number}" for number in range(1, settings.vios_count + 1))
         self.document: SetDocument = _placed(self.layout.describe(names), settings.placements)
@@ -172,13 +175,35 @@ class EmbeddedSet:
 
     async def stop(self) -> None:
         """Stop the hypervisor, then the VIOSes that it still needs until its end; safe to call twice."""
-        await self._hypervisor_child.stop(HYPERVISOR_GRACE_SECONDS)
+        await self.stop_hypervisor()
         await asyncio.gather(*(child.stop(VIOS_GRACE_SECONDS) for child in self._vios_children.values()))
         for control in (self.hypervisor, *self.vioses.values()):
             await control.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    async def stop_hypervisor(self) -> None:
+        """Stop the hypervisor; VIOSes may be started meanwhile, without which it may be unable to end."""
+        loop = asyncio.get_running_loop()
+        telling = loop.call_later(PATIENCE_SECONDS, self._tell_what_is_waited_for)
+        try:
+            await self._hypervisor_child.stop(HYPERVISOR_GRACE_SECONDS)
+        finally:
+            telling.cancel()
+
+    def _tell_what_is_waited_for(self) -> None:
+        message = (
+            "brings its clients' memory back before it ends; "
+            f"it is killed when that takes longer than {HYPERVISOR_GRACE_SECONDS:g} s"
+        )
+        away = [name for name, child in self._vios_children.items() if child.pid is None]
+        if away:
+            message += (
+                f"; not running: {', '.join(away)}. If it needs one of them, start that in another terminal: "
+                f"'farpage vios start {away[0]} --state {self.layout.root}'"
+            )
+        self._notify(ChildEvent("hypervisor", asyncio.get_running_loop().time(), message))
 
     def supervise_vios(self, name: str, supervised: bool) -> None:
         """Say whether a VIOS that dies is started again by itself.

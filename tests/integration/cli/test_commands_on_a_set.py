@@ -12,7 +12,7 @@ from farpage.definition.model import PAGE_BYTES, Definition
 from farpage.errors import ExitStatus
 from farpage.hypervisor.model import ClientInfo, HypervisorInfo, PathInfo, PoolInfo, ScrubInfo, ViosStatus
 from farpage.kernel.affinity import format_cpus, own_cpus
-from tests.support.running_set import Answer, Farpage, RunningSet, eventually
+from tests.support.running_set import Answer, Farpage, RunningSet, eventually, wrong_pages
 
 
 def test_up_describes_the_set_that_it_started(running_set: RunningSet) -> None:
@@ -99,14 +99,6 @@ def test_a_running_process_is_attached_limited_and_detached(
     detached = farpage("client", "detach", "job")
     assert (detached.status, detached.err) == (0, "")
     assert wrong_pages(memory_process) == 0
-
-
-def wrong_pages(process: subprocess.Popen[str]) -> int:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("check\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
 
 
 def test_a_device_is_added_to_every_vios(farpage: Farpage, running_set: RunningSet) -> None:

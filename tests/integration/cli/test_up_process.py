@@ -10,11 +10,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from farpage.errors import ExitStatus
-from tests.support.running_set import Watched, descendants, read_document
+from tests.support.running_set import Watched, descendants, eventually, read_document, wrong_pages
 
 
 @pytest.fixture
@@ -34,11 +35,11 @@ def farpage(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def start_up(state: Path, *options: str) -> subprocess.Popen[str]:
+def start_up(state: Path, *options: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "farpage", "up", "--state", str(state), "--workers", "1", "--json", *options],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         text=True,
     )
 
@@ -86,6 +87,36 @@ def test_ctrl_c_stops_the_daemons_and_leaves_no_socket(state: Path) -> None:
     assert watched.still_running(timeout_seconds=60) == 0
     assert not list(state.rglob("*.sock"))
     assert json.loads((state / "set.json").read_text()) == document
+
+
+def test_ctrl_c_without_a_vios_says_how_to_go_on_and_that_works(
+    state: Path, memory_process: subprocess.Popen[str]
+) -> None:
+    up = start_up(state, "--no-direct-reads", stderr=subprocess.PIPE)
+    read_document(up)
+
+    def answer(*arguments: str) -> dict[str, Any]:
+        done = farpage(*arguments, "--state", str(state), "--json")
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    answer("client", "attach", "job", "--pid", str(memory_process.pid), "--limit", "4M")
+    eventually(lambda: answer("client", "show", "job")["resident_bytes"], lambda size: bool(size <= 4 << 20))
+    answer("vios", "stop", "vios1")
+    answer("vios", "stop", "vios2", "--force")
+    up.send_signal(signal.SIGINT)
+    assert up.stderr is not None
+    said = next(line for line in up.stderr if "vios start" in line)
+    assert "vios1, vios2" in said
+    advice = said[said.index("'farpage ") + len("'farpage ") : said.rindex("'")]
+    started = farpage(*advice.split())
+    assert started.returncode == 0, started.stderr
+    assert "".join(up.stderr)
+    assert up.wait(timeout=120) == 0
+    assert wrong_pages(memory_process) == 0
+    for stream in (up.stdout, up.stderr):
+        assert stream is not None
+        stream.close()
 
 
 def test_the_daemons_do_not_outlive_a_killed_up(state: Path) -> None:
