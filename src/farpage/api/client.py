@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from farpage.address import Address, TcpAddress, UnixAddress, parse_address
-from farpage.api.connection import Connection, ConnectionBroken, Response
+from farpage.api.connection import Connection, ConnectionBroken, ConnectionSilent, NotConnected, Response
 from farpage.api.remote import RemoteError, remote_error
 from farpage.api.tls import client_context, explain, needed, tls_problem
 from farpage.errors import Unreachable
@@ -111,11 +111,15 @@ class ControlClient:
         content = body.model_dump_json().encode() if isinstance(body, BaseModel) else body
         kind = "application/json" if isinstance(body, BaseModel) else "application/octet-stream"
         headers = {} if content is None else {"content-type": kind}
-        timeout = httpx.USE_CLIENT_DEFAULT if timeout_seconds is None else httpx.Timeout(timeout_seconds)
+        seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         try:
             response = await self._http.request(
-                method, path, content=content, params=params, headers=headers, timeout=timeout
+                method, path, content=content, params=params, headers=headers, timeout=seconds
             )
+        except httpx.ConnectTimeout as problem:
+            raise self._unreachable(NotConnected(seconds)) from problem
+        except httpx.TimeoutException as problem:
+            raise self._unreachable(ConnectionSilent(seconds)) from problem
         except (httpx.HTTPError, ssl.SSLError) as problem:
             raise self._unreachable(problem) from problem
         if response.status_code >= 400:
@@ -127,6 +131,8 @@ class ControlClient:
         # expect it.
         refused = tls_problem(problem)
         cause, hint = str(problem) or type(problem).__name__, "check that it runs"
+        if isinstance(problem, ConnectionSilent):
+            hint = "it hangs or is stopped, or its storage hangs: look at its process and into its log"
         if refused is not None:
             cause, hint = explain(refused)
         return Unreachable(self._who, str(self.address), cause, hint)

@@ -30,6 +30,20 @@ class ConnectionBroken(Exception):
     """No answer came, or none that can be read, as the message says; the connection is of no use any more."""
 
 
+class ConnectionSilent(ConnectionBroken):
+    """A connection is there, and no answer came over it in time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"it accepts connections but has not answered for {seconds:g} s")
+
+
+class NotConnected(ConnectionBroken):
+    """No connection came about in time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no connection came about in {seconds:g} s")
+
+
 @dataclass(frozen=True)
 class Response:
     """An answer."""
@@ -66,7 +80,7 @@ class Connection:
         except ssl.SSLError:
             raise
         except TimeoutError:
-            raise ConnectionBroken("ConnectTimeout") from None
+            raise NotConnected(timeout_seconds) from None
         except socket.gaierror as problem:
             raise ConnectionBroken(str(problem)) from problem
         except OSError as problem:
@@ -93,7 +107,7 @@ class Connection:
         except ssl.SSLError:
             raise
         except TimeoutError:
-            raise ConnectionBroken("ReadTimeout") from None
+            raise ConnectionSilent(timeout_seconds) from None
         except asyncio.IncompleteReadError as problem:
             if problem.partial or problem.expected:
                 raise ConnectionBroken("the connection ended within an answer") from problem

@@ -46,6 +46,9 @@ DETACH_TIMEOUT_SECONDS = 24 * 3600.0
 CREATE_TIMEOUT_SECONDS = 3600.0
 """A new client's volume may be on a device where all of it is written as it is made."""
 
+VIOS_READ_SECONDS = 5.0
+"""What a VIOS tells of itself takes less, also while its devices hang."""
+
 
 class _Control:
     def __init__(self, address: str, who: str, tls: Path | None = None) -> None:
@@ -232,13 +235,15 @@ class ViosControl(_Control):
     def __init__(self, address: str, name: str, tls: Path | None = None) -> None:
         super().__init__(address, f"VIOS {name!r}", tls)
 
-    async def health(self, *, timeout_seconds: float | None = None) -> Health:
+    async def health(self, *, timeout_seconds: float = VIOS_READ_SECONDS) -> Health:
         """Ask for the daemon's own state."""
         return await self._client.get("/v1/health", Health, timeout_seconds=timeout_seconds)
 
     async def devices(self) -> tuple[DeviceInfo, ...]:
         """List the devices that this VIOS reaches."""
-        return await self._client.get("/v1/devices", tuple[DeviceInfo, ...])
+        return await self._client.get(
+            "/v1/devices", tuple[DeviceInfo, ...], timeout_seconds=VIOS_READ_SECONDS
+        )
 
     async def add_device(self, wanted: DeviceAdd) -> DeviceInfo:
         """Start to serve a device."""
@@ -246,11 +251,13 @@ class ViosControl(_Control):
 
     async def volumes(self) -> tuple[VolumeInfo, ...]:
         """List the volumes on this VIOS's devices."""
-        return await self._client.get("/v1/volumes", tuple[VolumeInfo, ...])
+        return await self._client.get(
+            "/v1/volumes", tuple[VolumeInfo, ...], timeout_seconds=VIOS_READ_SECONDS
+        )
 
     async def definition(self) -> Definition:
         """Ask for the copy of the definition that this VIOS stores."""
-        return await self._client.get("/v1/definition", Definition)
+        return await self._client.get("/v1/definition", Definition, timeout_seconds=VIOS_READ_SECONDS)
 
     async def details(self) -> ViosDetails:
         """Ask for everything that `vios show` shows."""

@@ -150,11 +150,25 @@ async def late_once(path: Path, asked: asyncio.Event, late: asyncio.Event) -> As
 async def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one_s(folder: Path) -> None:
     asked, late = asyncio.Event(), asyncio.Event()
     async with late_once(folder / "api", asked, late), ControlClient(f"unix:{folder}/api") as client:
-        with pytest.raises(Unreachable, match="ReadTimeout"):
+        with pytest.raises(Unreachable, match="has not answered"):
             await client.look("/number", Number, timeout_seconds=0.05)
         assert asked.is_set()
         late.set()
         assert await client.look("/number", Number) == Number(value=2)
+
+
+@pytest.mark.parametrize("look", [ControlClient.look, ControlClient.get])
+async def test_a_daemon_that_accepts_connections_and_hangs_is_not_said_to_be_away(
+    folder: Path, look: Callable[..., Awaitable[Number]]
+) -> None:
+    async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with served_by_hand(folder / "api", silent), ControlClient(f"unix:{folder}/api") as client:
+        with pytest.raises(Unreachable) as caught:
+            await look(client, "/number", Number, timeout_seconds=0.05)
+    assert "it accepts connections but has not answered for 0.05 s" in caught.value.cause
+    assert "it hangs" in caught.value.advice
 
 
 async def test_the_answer_to_a_look_that_was_cancelled_is_not_taken_for_the_next_one_s(folder: Path) -> None:

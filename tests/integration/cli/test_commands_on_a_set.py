@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from farpage.definition.model import PAGE_BYTES, Definition
+from farpage.embedded.control import VIOS_READ_SECONDS
 from farpage.errors import ExitStatus
 from farpage.hypervisor.model import ClientInfo, HypervisorInfo, PathInfo, PoolInfo, ScrubInfo, ViosStatus
 from farpage.kernel.affinity import format_cpus, own_cpus
@@ -355,3 +358,20 @@ def test_the_definition_is_verified_and_a_copy_promoted_by_force(farpage: Farpag
     assert (away.status, "vios2" in away.out) == (ExitStatus.FAILURE, True)
     assert farpage("vios", "start", "vios2").status == 0
     assert farpage("client", "delete", "checked").status == 0
+
+
+def test_a_vios_that_hangs_holds_up_what_is_asked_of_it_for_seconds_only(farpage: Farpage) -> None:
+    pid = farpage("vios", "show", "vios2", "--json").json["health"]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        said = [
+            *(one["problem"] for one in farpage("device", "list", "--json").json if one["problem"]),
+            farpage("vios", "show", "vios2").err,
+            farpage("definition", "show", "--vios", "vios2").err,
+            farpage("definition", "verify").out,
+        ]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert [f"has not answered for {VIOS_READ_SECONDS:g} s" in " ".join(text.split()) for text in said] == [
+        True
+    ] * 4
