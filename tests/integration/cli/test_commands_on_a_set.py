@@ -305,7 +305,11 @@ def test_a_client_is_moved_and_a_device_emptied(
     assert (cancelled.status, "stays on device aside" in cancelled.out) == (0, True), cancelled.err
     assert wrong_pages(memory_process) == 0
 
-    emptied = farpage("device", "evacuate", "aside")
+    # The evacuation whose move was cancelled looks for that within moments.
+    emptied = eventually(
+        lambda: farpage("device", "evacuate", "aside"),
+        lambda done: "is being evacuated already" not in done.err,
+    )
     assert (emptied.status, "done" in emptied.out) == (0, True), emptied.err
     assert "aside" not in places()
     again = farpage("device", "evacuate", "aside")
