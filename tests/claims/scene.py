@@ -254,6 +254,7 @@ class Scene:
     async def used_bytes(self, vios: str, device: str) -> int:
         """Return how much of a device is in use."""
         (found,) = [info for info in await self.vioses[vios].devices() if info.id == device]
+        assert found.used_bytes is not None
         return found.used_bytes
 
     async def connect(self, vios: str, export: str) -> Connection:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from farpage.definition.model import Redundancy
 from farpage.embedded.set import EmbeddedSet
+from farpage.hypervisor.model import ClientCreate
 from tests.support.loopdevice import loop_device
 from tests.support.losses import heal
 from tests.support.nbd import short_folder
@@ -113,3 +115,34 @@ async def test_a_vios_restarted_while_its_remote_device_is_away_serves_it_when_i
     await remote.verify_all()
     await remote.write_all()
     await remote.verify_all()
+
+
+async def test_a_common_device_that_hangs_costs_its_replica_alone(tmp_path: Path) -> None:
+    """Neither VIOS can tell what is on it, and yet both answer."""
+    with short_folder() as folder:
+        async with (
+            Nbdkit(folder / "s", "memory", "64M") as server,
+            running_set(workers=1, devices=(f"dir:{tmp_path}", server.uri)) as embedded,
+        ):
+            hypervisor = embedded.hypervisor
+            wanted = ClientCreate(
+                name="client",
+                memory_bytes=PAGES * 4096,
+                limit_bytes=LIMIT_BYTES,
+                redundancy=Redundancy.MIRROR,
+            )
+            await hypervisor.create_client(wanted)
+            async with paged_region(embedded, PAGES, LIMIT_BYTES) as paged:
+                await paged.write_all()
+                server.signal(signal.SIGSTOP)
+                await hypervisor.refresh_devices()
+                assert {len(vios.devices) for vios in await hypervisor.vioses() if vios.reachable} == {2}
+                await paged.write_all()
+                await paged.verify_all()
+                replicas = (await paged.info()).replicas
+                assert sorted(replica.state for replica in replicas) == ["in_sync", "stale"]
+                server.signal(signal.SIGCONT)
+                await paged.until(
+                    lambda info: {replica.state for replica in info.replicas} == {"in_sync"}, "in sync"
+                )
+                await paged.verify_all()

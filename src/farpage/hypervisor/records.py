@@ -118,7 +118,10 @@ class ClientRecords:
 
     def _provisioned(self) -> dict[str, int]:
         return {
-            device.id: device.provisioned_bytes for vios in self._vioses.values() for device in vios.devices
+            device.id: device.provisioned_bytes
+            for vios in self._vioses.values()
+            for device in vios.devices
+            if device.provisioned_bytes is not None
         }
 
     async def on_any_vios(self, names: list[str], request: Callable[[Vios], Awaitable[None]]) -> None:

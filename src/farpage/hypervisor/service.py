@@ -295,7 +295,7 @@ class Hypervisor:
     async def _record(self) -> Definition:
         def edit(definition: Definition) -> Definition:
             for vios in self.vioses.values():
-                if vios.reachable and vios.health:
+                if vios.reachable and vios.health and vios.listed:
                     record = ViosRecord(
                         control=vios.control,
                         data=vios.health.data,

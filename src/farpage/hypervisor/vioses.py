@@ -42,6 +42,8 @@ class Vios:
     client: ControlClient = field(init=False)
     health: Health | None = None
     devices: tuple[DeviceInfo, ...] = ()
+    listed: bool = False
+    """Whether it has ever told its devices."""
     problem: str = "not asked yet"
     _waiting: set[asyncio.Task[Any]] = field(default_factory=set, init=False)
     """Requests for its definition, which others wait for."""
@@ -63,11 +65,11 @@ class Vios:
         """Ask for its health and devices; returns whether it has come back since the last time."""
         try:
             self.health = await self.client.look("/v1/health", Health)
-            self.devices = await self.client.look("/v1/devices", tuple[DeviceInfo, ...])
         except FarpageError as error:
             self.problem = error.cause
             return False
         was_away, self.problem = bool(self.problem), ""
+        await self.ask_devices()
         return was_away
 
     async def doubt(self) -> None:
@@ -101,7 +103,8 @@ class Vios:
     async def ask_devices(self) -> None:
         """Ask for its devices anew; what is known of them stays when it does not answer."""
         with suppress(FarpageError):
-            self.devices = await self.client.get("/v1/devices", tuple[DeviceInfo, ...])
+            self.devices = await self.client.look("/v1/devices", tuple[DeviceInfo, ...])
+            self.listed = True
 
     async def definition(self) -> Definition:
         """Fetch the definition that it stores."""

@@ -64,9 +64,10 @@ class DeviceInfo(Document):
     allocate: Allocate = Allocate.SPARSE
     """When the storage allocates the blocks of a new volume: as they are written, or all of them at once."""
     size_bytes: int
-    provisioned_bytes: int
-    used_bytes: int
-    volumes: int
+    provisioned_bytes: int | None
+    """None, as the two below, while the device does not answer."""
+    used_bytes: int | None
+    volumes: int | None
     commands: tuple[PagingCommand, ...]
 
 

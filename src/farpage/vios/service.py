@@ -123,14 +123,15 @@ class ViosService:
     # Devices
 
     async def devices(self) -> tuple[DeviceInfo, ...]:
-        """List the devices that answer."""
+        """List the devices; those that do not answer without what is on them."""
         return await self._on_data(self._devices())
 
     async def _devices(self) -> tuple[DeviceInfo, ...]:
-        usages = [(device, await if_it_answers(device, device.usage)) for device in self.volumes.devices]
-        return tuple(self._device_info(device, usage) for device, usage in usages if usage is not None)
+        devices = self.volumes.devices
+        usages = await asyncio.gather(*(if_it_answers(device, device.usage) for device in devices))
+        return tuple(map(self._device_info, devices, usages))
 
-    def _device_info(self, device: PagingDevice, usage: Usage) -> DeviceInfo:
+    def _device_info(self, device: PagingDevice, usage: Usage | None) -> DeviceInfo:
         return DeviceInfo(
             id=device.id,
             name=device.name,
@@ -139,9 +140,9 @@ class ViosService:
             access=device.access,
             allocate=device.allocate,
             size_bytes=device.size_bytes,
-            provisioned_bytes=usage.provisioned_bytes,
-            used_bytes=usage.used_bytes,
-            volumes=usage.volumes,
+            provisioned_bytes=usage.provisioned_bytes if usage else None,
+            used_bytes=usage.used_bytes if usage else None,
+            volumes=usage.volumes if usage else None,
             commands=self.volumes.commands(device),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,9 +23,12 @@ from farpage.nbd.connecting import list_exports
 from farpage.nbd.errors import ServerRefused
 from farpage.vios import volumes as answering
 from farpage.vios.exports import LATE_MAX, VolumeExports
+from farpage.vios.model import DeviceInfo
 from farpage.vios.volumes import Volumes
 from tests.support.blockio import MemoryIO
 from tests.support.commands import condition
+from tests.support.nbdkit import Nbdkit
+from tests.support.vios import vios_processes
 
 SIZE = 1 << 20
 
@@ -164,3 +168,15 @@ async def test_exports_are_listed_and_pages_served_while_one_device_hangs(
         for device in devices:
             await device.close()
         database.close()
+
+
+async def test_a_device_that_hangs_is_listed_without_what_is_on_it(folder: Path) -> None:
+    async with Nbdkit(folder / "s", "memory", "16M") as server:
+        with vios_processes(folder, "one", devices=[server.uri, f"dir:{folder}/disk?size=16M"]) as (vios,):
+            server.signal(signal.SIGSTOP)
+            async with vios.client() as client:
+                hung, well = await client.get("/v1/devices", tuple[DeviceInfo, ...])
+            assert hung.spec == server.uri
+            assert {hung.provisioned_bytes, hung.used_bytes, hung.volumes} == {None}
+            assert (well.name, well.volumes) == ("disk", 0)
+            await server.kill()

@@ -203,7 +203,9 @@ async def test_an_owner_whom_another_has_replaced_stays_out_through_either_vios(
 async def test_two_vios_that_provision_at_once_stay_within_the_capacity(
     pair: tuple[ViosProcess, ViosProcess],
 ) -> None:
-    free_bytes = (await pair[0].device()).size_bytes - (await pair[0].device()).provisioned_bytes
+    device = await pair[0].device()
+    assert device.provisioned_bytes is not None
+    free_bytes = device.size_bytes - device.provisioned_bytes
     made = await asyncio.gather(
         *(
             vios.create(f"{vios.name}-{number}", free_bytes // 5 // 4096 * 4096)
@@ -214,4 +216,5 @@ async def test_two_vios_that_provision_at_once_stay_within_the_capacity(
     )
     assert sum(not isinstance(answer, BaseException) for answer in made) == 5
     device = await pair[1].device()
+    assert device.provisioned_bytes is not None
     assert device.provisioned_bytes <= device.size_bytes

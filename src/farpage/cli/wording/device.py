@@ -33,10 +33,7 @@ def overview(reached: Sequence[ViosDevices]) -> Table:
             (
                 device.name,
                 device.kind,
-                format_size(device.size_bytes),
-                format_size(device.provisioned_bytes),
-                format_size(device.used_bytes),
-                str(device.volumes),
+                *figures(device),
                 ", ".join(reached_by[device.id]),
                 device.spec,
                 device.id,
@@ -44,6 +41,16 @@ def overview(reached: Sequence[ViosDevices]) -> Table:
             for device in devices.values()
         ),
     )
+
+
+def figures(device: DeviceInfo) -> tuple[str, str, str, str]:
+    """Return size, bytes provisioned and used, and number of volumes; those as - that nobody can tell now."""
+    provisioned, used = (
+        "-" if size_bytes is None else format_size(size_bytes)
+        for size_bytes in (device.provisioned_bytes, device.used_bytes)
+    )
+    volumes = "-" if device.volumes is None else str(device.volumes)
+    return format_size(device.size_bytes), provisioned, used, volumes
 
 
 def replaced(replacement: DeviceReplacement) -> Table | str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from farpage.cli.output import fields, table
+from farpage.cli.wording.device import figures
 from farpage.terminal.sizes import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -81,10 +82,7 @@ def details(found: ViosDetails) -> Iterator[RenderableType]:
             (
                 device.name,
                 device.kind,
-                format_size(device.size_bytes),
-                format_size(device.provisioned_bytes),
-                format_size(device.used_bytes),
-                str(device.volumes),
+                *figures(device),
                 device.spec,
                 device.id,
             )
