@@ -17,7 +17,7 @@ from tests.support.loopdevice import loop_device
 from tests.support.losses import heal
 from tests.support.nbd import short_folder
 from tests.support.nbdkit import Nbdkit
-from tests.support.paged_set import PagedSet, paged_region, running_set
+from tests.support.paged_set import DEADLINE_SECONDS, PagedSet, paged_region, running_set
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -115,6 +115,32 @@ async def test_a_vios_restarted_while_its_remote_device_is_away_serves_it_when_i
     await remote.verify_all()
     await remote.write_all()
     await remote.verify_all()
+
+
+async def until_reached_by(embedded: EmbeddedSet, *vioses: str) -> None:
+    """Wait until the definition says that the one device is reached by some VIOS and by no other."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while True:
+            (device,) = (await embedded.hypervisor.definition()).devices.values()
+            if {reach.vios for reach in device.reached_by} == set(vioses):
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_a_device_that_comes_up_after_its_vios_is_reached_over_it_again(
+    remote_set: EmbeddedSet, server: Nbdkit
+) -> None:
+    await heal(remote_set)
+    await server.kill()
+    remote_set.supervise_vios("vios1", supervised=False)
+    remote_set.kill_vios("vios1", signal.SIGKILL)
+    await remote_set.vios_exited("vios1")
+    await remote_set.start_vios("vios1")
+    await until_reached_by(remote_set, "vios2")
+    await server.start()
+    await until_reached_by(remote_set, "vios1", "vios2")
+    async with paged_region(remote_set, PAGES, LIMIT_BYTES) as paged:
+        assert {path.vios for path in (await paged.info()).paths} == {"vios1", "vios2"}
 
 
 async def test_a_common_device_that_hangs_costs_its_replica_alone(tmp_path: Path) -> None:

@@ -151,6 +151,8 @@ class Hypervisor:
             self.moves, records, lambda: self.keeper.current, self.alarms.raise_alarm
         )
         self.stops = ViosStops(self.vioses, self.keeper, self.clients)
+        self._not_recorded = ""
+        """Why the devices could not be recorded when that was tried last, which is tried again and again."""
         self._started_seconds = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -249,13 +251,23 @@ class Hypervisor:
         for vios in self.vioses.values():
             if vios in came_back or self._differs(vios):
                 await self.keeper.repair(vios)
-        if came_back or (was_unproven and not self.keeper.unproven):
+        proven = was_unproven and not self.keeper.unproven
+        if came_back or proven or any(map(self._lists_others, self.vioses.values())):
             await self._record_all()
 
     def _differs(self, vios: Vios) -> bool:
         """Tell whether a VIOS that answers has missed a change, or has one that somebody else made."""
         stored = vios.health.definition_revision if vios.reachable and vios.health else None
         return stored is not None and stored != self.keeper.current.revision
+
+    def _lists_others(self, vios: Vios) -> bool:
+        """Tell whether a VIOS that answers lists other devices than the definition says that it reaches."""
+        reached = {
+            identifier
+            for identifier, device in self.keeper.current.devices.items()
+            if vios.name in {reach.vios for reach in device.reached_by}
+        }
+        return vios.reachable and vios.listed and {device.id for device in vios.devices} != reached
 
     async def promote(self, vios: str, *, force: bool) -> DefinitionPromotion:
         """Make the copy of the definition at a VIOS the newest; without `force` just say what that would do.
@@ -288,9 +300,12 @@ class Hypervisor:
             return  # told already
         try:
             await self._record()
+            self._not_recorded = ""
         except FarpageError as error:
-            log.warning("devices_not_recorded", problem=str(error))
-            self.alarms.raise_alarm("", "devices_not_recorded", str(error))
+            if str(error) != self._not_recorded:
+                log.warning("devices_not_recorded", problem=str(error))
+                self.alarms.raise_alarm("", "devices_not_recorded", str(error))
+            self._not_recorded = str(error)
 
     async def _record(self) -> Definition:
         def edit(definition: Definition) -> Definition:
