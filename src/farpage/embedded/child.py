@@ -147,11 +147,14 @@ class Child:
             if self.last_exit == 0 and not self._restarts_after_success:
                 self._tell("was asked to stop, so it is not started again by itself")
                 return
-            await asyncio.sleep(self._backoff.pause_after(loop.time() - started))
-            try:
-                await self._spawn()
-            except OSError as problem:
-                self._tell(f"cannot be started again: {problem}")
+            lifetime_seconds = loop.time() - started
+            while self._process is None and self.supervised:
+                await asyncio.sleep(self._backoff.pause_after(lifetime_seconds))
+                lifetime_seconds = 0.0
+                try:
+                    await self._spawn()
+                except OSError as problem:
+                    self._tell(f"cannot be started again: {problem}")
 
     def _note_end(self, status: int) -> None:
         self.last_exit = status

@@ -139,6 +139,8 @@ class WorkerPool:
         self._timeout_seconds = timeout_seconds
         self._launched = list(launched)
         self._folder = Path()
+        self._count = 0
+        """So many workers are wanted."""
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
@@ -207,6 +209,7 @@ class WorkerPool:
                 self._take_out(idle)
         while len(self.workers) < count:
             self.workers.append(self._spawn(len(self.workers)))
+        self._count = len(self.workers)
         self._watch = asyncio.get_running_loop().create_task(self._watch_all())
 
     def _take_out(self, idle: WorkerProcess) -> None:
@@ -263,6 +266,10 @@ class WorkerPool:
                     worker.reason = f"did not answer for {self._timeout_seconds:g} s and was killed"
                     worker.kill()
                     worker.channel.close()
+            if len(self.workers) < self._count:
+                with suppress(OSError):  # told when a worker was lost
+                    self._refill()
+                    self.start_spare()
             self.on_tick()
 
     async def _replace(self, lost: WorkerProcess) -> None:
@@ -276,18 +283,26 @@ class WorkerPool:
         if lost is self.spare:
             self.spare = None
         elif lost in self.workers:
+            self.workers.remove(lost)
             try:
-                worker = self.spare if self.spare and not self.spare.lost else self._spawn(lost.index)
+                self._refill()
             except OSError as error:
                 log.error("worker_not_replaced", index=lost.index, problem=str(error))
-                self.workers.remove(lost)
-            else:
-                self.spare = None if worker is self.spare else self.spare
-                worker.index = lost.index
-                self.workers[self.workers.index(lost)] = worker
-                log.info("worker_replaced", index=worker.index, pid=worker.pid)
         self.on_dead(lost)
         self.start_spare()
+
+    def _refill(self) -> None:
+        """Put the spare, or else a new worker, in each place that is free.
+
+        :raise OSError: when a process cannot be started; it is tried again each `TICK_SECONDS`.
+        """
+        while len(self.workers) < self._count:
+            index = min(set(range(self._count)) - {worker.index for worker in self.workers})
+            worker = self.spare if self.spare and not self.spare.lost else self._spawn(index)
+            self.spare = None if worker is self.spare else self.spare
+            worker.index = index
+            self.workers.insert(index, worker)
+            log.info("worker_replaced", index=index, pid=worker.pid)
 
     def least_loaded(self) -> WorkerProcess:
         """Return the worker with the fewest clients.
