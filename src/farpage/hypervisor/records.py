@@ -145,12 +145,12 @@ class ClientRecords:
         raise NoVios("; ".join(problems) or "the device is reached by none")
 
     async def delete(self, client: str) -> None:
-        """Delete a client's volume and remove the client.
+        """Delete a client's volume, from every device that has it, and remove the client.
 
         :raise ClientMissing: there is none.
         :raise ClientElsewhere: another hypervisor has claimed it.
         :raise ClientReleased: it waits for somebody to adopt it.
-        :raise NoVios: none answers.
+        :raise NoVios: none answers that reaches one of these devices.
         """
         released = self.of(client).released
         if released and released.adopter != self.hypervisor:
@@ -158,6 +158,10 @@ class ClientRecords:
         by_device = _by_device(rules.paths(self._keeper.current, client))
         # Under an epoch of its own, so that nobody who had the volume open still writes.
         claimed = await self.claim(client, take_over=False)
+        # First what a move or a replacement has left: where it stays for now, so does what the client uses.
+        for replica in claimed.volumes[0].replicas:
+            if replica.state is ReplicaState.RETIRED:
+                await self.delete_retired(client, replica.device)
         for paths in by_device.values():
             if released:
                 await self._delete_handovers(paths, claimed)

@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 
 from farpage.api.remote import RemoteError
-from farpage.hypervisor.model import ClientAdopt, ClientInfo, ClientRelease, ReadWay
+from farpage.embedded.control import HypervisorControl
+from farpage.hypervisor.model import ClientAdopt, ClientCreate, ClientInfo, ClientRelease, ReadWay
 from farpage.hypervisor.movement import ClientMove, EvacuationStart, MoveAdjust, MoveKind, MoveStage
 from tests.support.moving_client import MovingClient, moving_client
 from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set
@@ -225,3 +226,38 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
         while not await condition():
             await asyncio.sleep(0.05)
+
+
+async def delete(hypervisor: HypervisorControl, name: str) -> str:
+    """Delete a client when nothing else is done about it; return the code of the refusal, if any."""
+    while True:
+        try:
+            await hypervisor.delete_client(name)
+        except RemoteError as error:
+            if error.code != "client_busy":
+                return error.code
+            await asyncio.sleep(0.05)
+        else:
+            return ""
+
+
+async def test_a_client_is_not_deleted_before_what_a_cancelled_move_has_left_can_be(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    devices = (f"vios1=dir:{tmp_path / 'a'}?size=64M", f"vios2=dir:{tmp_path / 'b'}?size=128M")
+    async with running_set(workers=1, devices=devices) as embedded:
+        hypervisor, (source, target) = embedded.hypervisor, embedded.vioses.values()
+        await hypervisor.create_client(ClientCreate(name="vm", memory_bytes=PAGES * 4096, limit_bytes=LIMIT))
+        await hypervisor.move("vm", ClientMove(to="b", indirect=True, bandwidth_bytes=4096))
+        embedded.supervise_vios("vios2", supervised=False)
+        embedded.kill_vios("vios2", signal.SIGKILL)
+        await embedded.vios_exited("vios2")
+        await hypervisor.cancel_move("vm")
+        assert await delete(hypervisor, "vm") == "no_vios"
+        assert [volume.name for volume in await source.volumes()] == ["vm"]
+        await embedded.start_vios("vios2")
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while len((await hypervisor.definition()).clients["vm"].volumes[0].replicas) > 1:
+                await asyncio.sleep(0.05)
+        assert await delete(hypervisor, "vm") == ""
+        assert [*await source.volumes(), *await target.volumes()] == []
