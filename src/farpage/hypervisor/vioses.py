@@ -64,10 +64,15 @@ class Vios:
     async def ask(self) -> bool:
         """Ask for its health and devices; returns whether it has come back since the last time."""
         try:
-            self.health = await self.client.look("/v1/health", Health)
+            health = await self.client.look("/v1/health", Health)
         except FarpageError as error:
             self.problem = error.cause
             return False
+        if health.vios != self.name:
+            # One VIOS under two names would be taken for two, and so for redundancy.
+            self.problem = f"the VIOS at {self.control} is called {health.vios!r}: name it so in --vios"
+            return False
+        self.health = health
         was_away, self.problem = bool(self.problem), ""
         await self.ask_devices()
         return was_away

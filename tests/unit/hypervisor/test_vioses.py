@@ -99,3 +99,11 @@ async def test_what_a_vios_reaches_that_has_never_listed_its_devices_is_not_know
     assert await vios.ask()
     assert vios.reachable
     assert not vios.listed
+
+
+async def test_a_vios_of_another_name_is_not_used(client: Client) -> None:
+    misnamed = Vios("v1", "unix:/run/vios1")
+    misnamed.client = cast(ControlClient, client)
+    assert not await misnamed.ask()
+    assert misnamed.problem == "the VIOS at unix:/run/vios1 is called 'vios1': name it so in --vios"
+    assert (misnamed.reachable, misnamed.listed) == (False, False)
