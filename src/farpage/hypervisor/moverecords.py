@@ -6,10 +6,12 @@ import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from farpage import handover
 from farpage.definition import moving, replacing, rules
 from farpage.definition.model import Definition, Move, ReplicaState
 from farpage.errors import FarpageError
 from farpage.hypervisor.definitions import DefinitionKeeper
+from farpage.hypervisor.handovers import HandoverUnreachable
 from farpage.hypervisor.records import ClientRecords
 from farpage.hypervisor.vioses import Vios
 from farpage.vios.model import CopyStatus, VolumeCreate
@@ -110,6 +112,18 @@ class MoveRecords:
             return moving.adjust(now, client, paused=paused, bandwidth_bytes=bandwidth_bytes)
 
         return (await self._keeper.change(adjusted)).moves[client]
+
+    async def must_have_table(self, client: str, move: Move) -> None:
+        """See that what a released client is adopted with is beside the target: it goes with the source.
+
+        :raise FarpageError: it is not there yet, or cannot be.
+        """
+        record = self._records.of(client)
+        if record.released is None:
+            return
+        encoded = await self._vioses[move.target_vios].handover(move.volume, move.target)
+        if handover.check(encoded, whose=client).digest != record.released.digest:
+            raise HandoverUnreachable(client, f"VIOS {move.target_vios} has one of another release")
 
     async def finish(self, client: str) -> None:
         """Make the target the volume's place."""

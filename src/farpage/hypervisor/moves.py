@@ -293,7 +293,7 @@ class Moves:
     async def _step(self, client: str, driven: _Driven, move: Move) -> None:
         if not self._records.reaches(move.target_vios):
             raise NotMovable(client, move.target, f"VIOS {move.target_vios} is none of this hypervisor's")
-        await self._ask(driven, move)
+        answered = await self._ask(driven, move)
         if move.state is MoveState.RETIRING:
             await self._retire(client, driven, move)
             return
@@ -303,8 +303,9 @@ class Moves:
         self._want_intermediary(client, driven, move)
         if move.state is MoveState.PREPARING:
             await self._prepare(client, driven, move)
-        elif (status := driven.status) and status.present_pages == status.total_pages > 0:
+        elif answered and (status := driven.status) and status.present_pages == status.total_pages > 0:
             async with self._clients.only(client, WHAT):
+                await self._records.must_have_table(client, move)
                 await self._records.finish(client)
             log.info("move_finished", client=client)
 
@@ -389,14 +390,16 @@ class Moves:
                 f"{move.source_vios}: {command}",
             )  # fmt: skip
 
-    async def _ask(self, driven: _Driven, move: Move) -> None:
-        """Ask the target's VIOS how far it is; it may be away."""
+    async def _ask(self, driven: _Driven, move: Move) -> bool:
+        """Ask the target's VIOS how far it is; False when it is away, and what it has said before is kept."""
         try:
             driven.status = await self._records.copy_status(move)
         except FarpageError as error:
             if error.code != "unreachable":
                 driven.status = None
             driven.problem = error.cause
+            return False
+        return True
 
     # What users see
 

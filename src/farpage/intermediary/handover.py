@@ -29,6 +29,10 @@ class HandoverCarrier:
         """Digest of the table that the first VIOS is known to have."""
         self.problem = ""
 
+    def is_there(self, client: ClientRecord) -> bool:
+        """Tell whether the first VIOS is known to have the table that the definition speaks of, if of any."""
+        return client.released is None or client.released.digest == self._there
+
     async def carry(self, move: Move, client: ClientRecord) -> None:
         """Bring the first VIOS the table that the definition speaks of, if it has not got it yet."""
         released = client.released

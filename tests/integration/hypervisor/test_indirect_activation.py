@@ -89,6 +89,43 @@ async def test_a_client_starts_where_its_volume_is_out_of_reach(released: bool) 
                 await intermediary.wait()
 
 
+async def test_a_released_client_is_moved_only_with_its_page_table() -> None:
+    async with moving_client(PAGES, LIMIT) as client:
+        await let_go(client)
+        source, target = client.places
+        vios = client.vios_of(target)
+        async with second_hypervisor(client.paged.embedded, vios) as other:
+            await other.control.adopt("client", ClientAdopt())
+            command = (await alarm(other, "intermediary_wanted")).partition(": ")[2]
+            state = client.paged.embedded.layout.vios_dir(vios)
+            (presence,) = (state / "presence").iterdir()
+            in_the_way = state / "handovers" / f"{presence.name.partition('.')[0]}.new"
+            in_the_way.mkdir(parents=True)  # as on a disk that has room for little more
+            words = shlex.split(command)
+            words[words.index("--listen") + 1] = f"unix:{client.folder / 'relay'}"
+            intermediary = await asyncio.create_subprocess_exec(sys.executable, "-m", *words)
+            try:
+                async with asyncio.timeout(DEADLINE_SECONDS):
+                    while True:
+                        info = await other.control.move_progress("client")
+                        if (
+                            "stores no handover" in info.problem
+                            and info.present_pages == info.total_pages > 0
+                        ):
+                            break
+                        await asyncio.sleep(0.05)
+                assert (await client.volumes())[source] == {"client"}
+                in_the_way.rmdir()
+                await ended(other)
+                region = await RegionProcess.start(other.state, PAGES, LIMIT, version=1)
+                assert await region.do(f"verify 0 {PAGES}") == "wrong 0"
+                await region.stop()
+            finally:
+                if intermediary.returncode is None:
+                    intermediary.kill()
+                await intermediary.wait()
+
+
 async def attached(other: Other, address: str, vios: ViosControl, device: str) -> RegionProcess:
     """Attach the region when its page table has come, with the volume."""
     (found,) = [known.id for known in await vios.devices() if known.name == device]

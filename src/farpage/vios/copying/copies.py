@@ -8,7 +8,7 @@ more.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -249,15 +249,16 @@ class Copies:
                 self._end(copying, finished=state is ReplicaState.IN_SYNC)
         for principal in set(self._intermediaries) - set(moves):
             del self._intermediaries[principal]
-        if not self._tidies:
-            return
-        kept = {principal for principal, move in moves.items() if move.state is not MoveState.RETIRING}
-        kept |= set(self._copies)
-        self._begin(self._tidy(frozenset(kept)))
+        if self._tidies:
+            self._begin(self._tidy())
 
-    async def _tidy(self, principals: Iterable[str]) -> None:
+    def _not_over(self) -> set[str]:
+        moves = self._definitions.current().moves.values()
+        return {move.principal for move in moves if move.state is not MoveState.RETIRING} | set(self._copies)
+
+    async def _tidy(self) -> None:
         try:
-            await self._run(remove_other_moves, self._folder, principals)
+            await self._run(remove_other_moves, self._folder, self._not_over)
         except OSError as error:
             log.error("presence_not_removed", problem=str(error))
 

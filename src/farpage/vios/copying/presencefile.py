@@ -8,7 +8,7 @@ A block is written in its place: its checksum tells one that was torn, whose pag
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from farpage.device.label import sync_folder
@@ -87,9 +87,14 @@ def remove_presence(folder: Path, volume_id: str) -> None:
     _remove([path for path in _stored(folder) if path.name.partition(".")[0] == volume_id])
 
 
-def remove_other_moves(folder: Path, principals: Collection[str]) -> None:
-    """Remove what is stored about moves that are over; `principals` are those that are not."""
-    _remove([path for path in _stored(folder) if path.name.partition(".")[2] not in principals])
+def remove_other_moves(folder: Path, current: Callable[[], Collection[str]]) -> None:
+    """Remove what is stored about moves that are over; `current` tells the principals of those that are not.
+
+    It is asked when the folder has been read: a move may begin meanwhile.
+    """
+    stored = _stored(folder)
+    principals = current()
+    _remove([path for path in stored if path.name.partition(".")[2] not in principals])
 
 
 def _stored(folder: Path) -> list[Path]:

@@ -70,9 +70,21 @@ def test_files_go_with_their_volume_and_with_their_move(tmp_path: Path) -> None:
     other = PresenceKey("0b6f3d1e-0000-4000-8000-000000000002", "00000000000000bb", 10)
     for key in (KEY, other):
         load(tmp_path, key)
-    remove_other_moves(tmp_path, {KEY.principal, other.principal})
+    remove_other_moves(tmp_path, lambda: {KEY.principal, other.principal})
     assert len(list(tmp_path.iterdir())) == 2
-    remove_other_moves(tmp_path, {other.principal})
+    remove_other_moves(tmp_path, lambda: {other.principal})
     assert [path.name for path in tmp_path.iterdir()] == [f"{other.volume_id}.{other.principal}"]
     remove_presence(tmp_path, other.volume_id)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_stored_of_a_move_that_begins_while_others_are_removed_stays(tmp_path: Path) -> None:
+    load(tmp_path, KEY)
+    other = PresenceKey(KEY.volume_id, "00000000000000bb", PAGES)
+
+    def meanwhile() -> set[str]:
+        load(tmp_path, other)
+        return set()
+
+    remove_other_moves(tmp_path, meanwhile)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{other.volume_id}.{other.principal}"]
