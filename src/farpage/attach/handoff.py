@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from farpage.attach.memory import ClientKind, ClientMemory
+from farpage.attach.memory import ClientKind, ClientMemory, why_not_pageable
 from farpage.attach.messages import AttachRequest
 from farpage.attach.process import UFFD_TARGET
 from farpage.errors import ExitStatus, FarpageError, InvalidInput
@@ -83,14 +83,9 @@ def _memfd_problem(descriptor: int, size_bytes: int) -> str | None:
         return "the second descriptor is not a memfd"
     if os.fstat(descriptor).st_size < size_bytes:
         return f"its memfd is smaller than {size_bytes} bytes"
-    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
-        return "its memfd is not open for reading and writing"
-    seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-    if not seals & fcntl.F_SEAL_SHRINK:
+    if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
         return "its memfd is not sealed against shrinking"
-    if seals & fcntl.F_SEAL_WRITE:
-        return "its memfd is sealed against writing, so pages could not be freed"
-    return None
+    return why_not_pageable(descriptor)
 
 
 def _mapped_offset(request: AttachRequest, pid: int, memfd: int) -> int:

@@ -163,8 +163,7 @@ class AttachListener:
             descriptors.append(pidfd)
             own_pidfd = os.dup(pidfd)
             memory = check_handoff(request, pid, pidfd, descriptors[:-1])
-            name = await self._attach(request, memory)
-            descriptors.clear()
+            name = await self._attach_whole(request, memory, descriptors)
             taken_pidfd, own_pidfd = own_pidfd, -1
         except FarpageError as error:
             await _send(connection, AttachReply(ok=False, error=error_document(error)))
@@ -182,6 +181,18 @@ class AttachListener:
                 os.close(own_pidfd)
         await _send(connection, AttachReply(ok=True, name=name))
         return name, memory, taken_pidfd
+
+    async def _attach_whole(
+        self, request: AttachRequest, memory: ClientMemory, descriptors: list[int]
+    ) -> str:
+        """Attach a region, to the end also while this closes; its descriptors are not the caller's then."""
+        attaching = asyncio.ensure_future(self._attach(request, memory))
+        try:
+            await asyncio.shield(attaching)
+        finally:
+            name = await attaching
+            descriptors.clear()
+        return name
 
     async def _serve_named(self, connection: socket.socket, name: str) -> None:
         """Let a region go whose lifeline ended with an older hypervisor, if it is paged still."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import fcntl
 import os
 import time
 from contextlib import suppress
@@ -15,6 +16,9 @@ from farpage.kernel.userfaultfd import Mode, Userfaultfd
 
 PROBES = 100
 PROBE_PAUSE_SECONDS = 0.001
+
+_SEAL_FUTURE_WRITE = 0x10
+"""F_SEAL_FUTURE_WRITE, Linux 5.1."""
 
 REGISTER_MODE = Mode.MISSING | Mode.WP | Mode.MINOR
 
@@ -51,6 +55,17 @@ class NotPageable(FarpageError):
     cause_text: str
 
 
+def why_not_pageable(memfd: int) -> str | None:
+    """Say what keeps pages of a memfd from being given back and filled one by one; None if nothing does."""
+    if os.fstatvfs(memfd).f_bsize != PAGE_BYTES:
+        return "its memfd is of huge pages (hugetlb)"
+    if fcntl.fcntl(memfd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        return "its memfd is not open for reading and writing"
+    if fcntl.fcntl(memfd, fcntl.F_GET_SEALS) & (fcntl.F_SEAL_WRITE | _SEAL_FUTURE_WRITE):
+        return "its memfd is sealed against writing, so pages could not be freed"
+    return None
+
+
 @dataclass(frozen=True)
 class ClientMemory:
     """One contiguous range of a client's memory and the descriptors to page it; it owns the descriptors.
@@ -83,16 +98,6 @@ class ClientMemory:
                 raise AlreadyAttached(self.pid) from error
             cause = os.strerror(error.errno or errno.EIO)
             raise NotPageable(self.pid, f"UFFDIO_REGISTER: {cause}") from error
-
-    def must_be_free(self) -> None:
-        """See that the memory could be registered, and leave it as it is.
-
-        :raise AlreadyAttached: as `register`.
-        :raise NotPageable: as `register`.
-        """
-        self.register()
-        with suppress(OSError):  # the client is gone, as whoever goes on finds out
-            self.unregister()
 
     def is_registered(self) -> bool:
         """Tell whether the memory is registered with a userfaultfd; only for when nobody pages it.

@@ -8,12 +8,14 @@ the last reference to a userfaultfd closes, missing pages read zeros.
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from farpage.attach.memory import ClientKind, ClientMemory
+from farpage.attach.memory import AlreadyAttached, ClientKind, ClientMemory, NotPageable, why_not_pageable
 from farpage.errors import ExitStatus, FarpageError, Unsupported
 from farpage.kernel.inject import ProcessNotFound, TraceRefused, call_in_process
 from farpage.kernel.libc import syscall_numbers
@@ -28,6 +30,9 @@ from farpage.kernel.process import (
     take_descriptor,
 )
 from farpage.kernel.userfaultfd import CREATE_FLAGS, Userfaultfd
+
+_FIRST_LINE = re.compile(r"([0-9a-f]+)-[0-9a-f]+ ")
+"""Of a mapping in /proc/PID/smaps."""
 
 UFFD_TARGET = "anon_inode:[userfaultfd]"
 """What a userfaultfd in /proc/PID/fd links to."""
@@ -104,6 +109,8 @@ def open_process(pid: int, memory: str | None = None) -> ClientMemory:
     :raise ProcessNotFound: when there is no such process.
     :raise NoSharedMemory: or SeveralMemories, when there is nothing or too much to choose from.
     :raise ProcessTraced: or TraceRefused, ForeignArchitecture, ProcessStalled: see `farpage.kernel.inject`.
+    :raise AlreadyAttached: when it is registered with a userfaultfd.
+    :raise NotPageable: when its pages cannot be given back and filled one by one.
     :raise Unsupported: when the kernel lacks features.
     """
     with ExitStack() as undo:
@@ -112,6 +119,10 @@ def open_process(pid: int, memory: str | None = None) -> ClientMemory:
         mapping = choose_memory(pid, _read_maps(pid), memory)
         memfd = take_memfd(pid, pidfd, mapping)
         undo.callback(os.close, memfd)
+        if problem := why_not_pageable(memfd):
+            raise NotPageable(pid, problem)
+        if any(mapping.start <= start < mapping.end for start in _registered(pid)):
+            raise AlreadyAttached(pid)
         remote = _make_remote_uffd(pid)
         undo.callback(_close_remote_quietly, pid, remote)
         uffd = Userfaultfd(take(pid, pidfd, remote))
@@ -170,7 +181,7 @@ def close_orphan(process: ProcessIdentity, before: Collection[int]) -> bool:
         return False
     try:
         found = [number for number in userfaultfds(process.pid) if number not in before]
-        if len(found) != 1 or _has_registrations(process.pid):
+        if len(found) != 1 or any(True for _ in _registered(process.pid)):
             return False
         _close_remote(process.pid, found[0])
         return True
@@ -178,17 +189,22 @@ def close_orphan(process: ProcessIdentity, before: Collection[int]) -> bool:
         os.close(pidfd)
 
 
-def _has_registrations(pid: int) -> bool:
-    """Tell whether any memory of a process is registered: um, uw and ui in its flags (proc_pid_smaps(5))."""
+def _registered(pid: int) -> Iterator[int]:
+    """Yield where registered mappings of a process begin: um, uw or ui in their flags (proc_pid_smaps(5)).
+
+    One whose mappings may not be read, or that is gone, has all of its memory registered.
+    """
+    start = 0
     try:
         with open(f"/proc/{pid}/smaps", errors="replace") as lines:
-            return any(
-                not {"um", "uw", "ui"}.isdisjoint(line.split())
-                for line in lines
-                if line.startswith("VmFlags:")
-            )
+            for line in lines:
+                if line.startswith("VmFlags:"):
+                    if not {"um", "uw", "ui"}.isdisjoint(line.split()):
+                        yield start
+                elif first := _FIRST_LINE.match(line):
+                    start = int(first[1], 16)
     except OSError:
-        return True
+        yield 0
 
 
 def _open_pidfd(pid: int) -> int:
@@ -216,7 +232,10 @@ def take_memfd(pid: int, pidfd: int, mapping: Mapping) -> int:
     try:
         for file in read_descriptors(pid):
             if file.inode == mapping.inode and file.target == mapping.path:
-                return take(pid, pidfd, file.number)
+                memfd = take(pid, pidfd, file.number)
+                if fcntl.fcntl(memfd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
+                    return memfd
+                os.close(memfd)
         path = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:

@@ -149,8 +149,6 @@ class Attaching:
         redundancy: Redundancy,
         record: AttachmentRecord | None,
     ) -> None:
-        # Before the client is claimed, which takes it from whoever has it.
-        memory.must_be_free()
         created = client not in self._clients.records
         if record is None:
             record = _record(client, memory)

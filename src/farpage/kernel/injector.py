@@ -119,7 +119,6 @@ def _inject(pid: int, number: int, arguments: Sequence[int]) -> Outcome:
     _check_architecture(pid)
     memory = ProcessMemory(pid)
     instruction = find_instruction(pid, memory)
-    filtered = read_status(pid).seccomp_filtered
     timer = _StopTimer()
     threads = sorted(read_threads(pid), key=lambda thread: _preference(pid, thread))
     for thread in threads[:THREADS_TRIED]:
@@ -130,11 +129,11 @@ def _inject(pid: int, number: int, arguments: Sequence[int]) -> Outcome:
                 arguments,
                 read_memory=memory.read,
                 spare_instruction=instruction,
-                suspend_seccomp=filtered,
+                suspend_seccomp=read_status(pid, thread).seccomp_filtered,  # each has filters of its own
                 stop_within=timer.start,
                 stopped=timer.stop,
             )
-        except (_StopTimeout, TraceeGone):
+        except (_StopTimeout, TraceeGone, FileNotFoundError, ProcessLookupError):
             continue
         finally:
             timer.stop()

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 from collections.abc import AsyncIterator
 
 import pytest
 
-from farpage.attach.memory import AlreadyAttached, ClientKind
-from farpage.attach.process import NoSharedMemory, SeveralMemories, close_process, open_process
-from farpage.kernel.inject import ProcessNotFound
+from farpage.attach.memory import AlreadyAttached, ClientKind, NotPageable, why_not_pageable
+from farpage.attach.process import NoSharedMemory, SeveralMemories, close_process, open_process, take
+from farpage.kernel.inject import ProcessNotFound, TraceRefused
 from farpage.kernel.memory import PAGE_SIZE
 from farpage.kernel.process import read_descriptors
 from tests.integration.attach.scripted import Scripted
@@ -88,14 +89,93 @@ async def test_a_process_can_be_attached_again_and_again(client: Scripted) -> No
 
 async def test_attaching_twice_is_refused(client: Scripted) -> None:
     first = await asyncio.to_thread(open_process, client.pid)
-    first.register()
     second = await asyncio.to_thread(open_process, client.pid)
+    first.register()
     with pytest.raises(AlreadyAttached) as caught:
         second.register()
     assert str(client.pid) in caught.value.cause
     await asyncio.to_thread(close_process, second)
+    with pytest.raises(AlreadyAttached):
+        await asyncio.to_thread(open_process, client.pid)
+    small = await asyncio.to_thread(open_process, client.pid, "small")  # of which nothing is registered
+    await asyncio.to_thread(close_process, small)
     first.unregister()
     await asyncio.to_thread(close_process, first)
+
+
+SANDBOX_A_THREAD = """
+import ctypes, threading
+libc = ctypes.CDLL(None, use_errno=True)
+class Statement(ctypes.Structure):
+    _fields_ = [(name, getattr(ctypes, f"c_{kind}")) for name, kind in
+                (("code", "ushort"), ("jt", "ubyte"), ("jf", "ubyte"), ("k", "uint"))]
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("statements", ctypes.POINTER(Statement))]
+def sandboxed():
+    # userfaultfd(2), number 323, kills the process (SECCOMP_RET_KILL_PROCESS); all else is allowed.
+    kill, allow = (6, 0, 0, 0x80000000), (6, 0, 0, 0x7fff0000)
+    statements = (Statement * 4)((0x20, 0, 0, 0), (0x15, 0, 1, 323), kill, allow)
+    program = Program(4, statements)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    assert libc.syscall(317, 1, 0, ctypes.byref(program)) == 0  # seccomp(2), SECCOMP_SET_MODE_FILTER
+    reader, _ = os.pipe()
+    inside.set()
+    os.read(reader, 1)
+inside = threading.Event()
+threading.Thread(target=sandboxed, daemon=True).start()
+inside.wait()
+"""
+
+
+async def test_a_process_with_a_sandboxed_thread_outlives_an_attachment(client: Scripted) -> None:
+    await client.run(SANDBOX_A_THREAD)
+    # The thread that has no filter computes, so the other one, which waits, is the better one to be used.
+    await client.send("while True: pass")
+    try:
+        memory = await asyncio.to_thread(open_process, client.pid)
+    except TraceRefused as refusal:
+        pytest.skip(str(refusal))  # PTRACE_O_SUSPEND_SECCOMP needs CAP_SYS_ADMIN
+    await asyncio.to_thread(close_process, memory)
+    assert client.process.returncode is None
+
+
+async def test_memory_whose_pages_cannot_be_freed_is_refused(process: Scripted) -> None:
+    await process.run("import fcntl; memfd = os.memfd_create('ram', os.MFD_ALLOW_SEALING)")
+    await process.run(
+        f"os.ftruncate(memfd, {PAGES * PAGE_SIZE}); memory = mmap.mmap(memfd, {PAGES * PAGE_SIZE})"
+    )
+    await process.run("fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, 0x10)")  # F_SEAL_FUTURE_WRITE
+    with pytest.raises(NotPageable, match="sealed against writing"):
+        await asyncio.to_thread(open_process, process.pid)
+
+
+def take_own(pid: int, number: int) -> int:
+    pidfd = os.pidfd_open(pid)
+    try:
+        return take(pid, pidfd, number)
+    finally:
+        os.close(pidfd)
+
+
+async def test_a_descriptor_that_may_only_be_read_is_not_taken_where_there_is_another(
+    process: Scripted,
+) -> None:
+    await process.run(f"written, memory = make('ram', {PAGES})")
+    await process.run("reading = os.open(f'/proc/self/fd/{written}', os.O_RDONLY)")
+    await process.run("last = os.dup(written); os.dup2(reading, written); os.close(reading)")
+    memory = await asyncio.to_thread(open_process, process.pid)
+    assert fcntl.fcntl(memory.memfd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    await asyncio.to_thread(close_process, memory)
+
+
+async def test_memory_of_huge_pages_is_refused(process: Scripted) -> None:
+    try:
+        await process.run("memfd = os.memfd_create('huge', os.MFD_HUGETLB)")
+    except AssertionError as error:
+        pytest.skip(str(error))
+    memfd = take_own(process.pid, await process.run("memfd"))
+    assert "huge pages" in (why_not_pageable(memfd) or "")
+    os.close(memfd)
 
 
 async def test_memory_can_be_chosen_by_name_and_by_address(client: Scripted) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from farpage.hypervisor.model import Attachment, ClientAttach, ClientCreate, Cli
 from farpage.kernel.process import read_descriptors
 from tests.integration.attach.scripted import Scripted
 from tests.support.hammer import hammering
-from tests.support.paged_set import RegionProcess, running_set, until_client
+from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set, until_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -200,3 +202,24 @@ async def test_a_name_is_free_again_when_its_region_was_closed_or_its_process_ki
         assert await second.run("region[:] == content")
         await second.run("region.close()")
     await until_gone(embedded, "again")
+
+
+async def test_a_hypervisor_ends_that_is_stopped_while_a_region_is_attached() -> None:
+    async with running_set(workers=1) as embedded:
+        await embedded.hypervisor.create_client(ClientCreate(name="late", memory_bytes=PAGES * PAGE_BYTES))
+        worker = (await embedded.hypervisor.info()).workers[0].pid
+        os.kill(worker, signal.SIGSTOP)
+        starting = asyncio.create_task(RegionProcess.start(embedded.layout.root, PAGES, MIB, "late"))
+        record = embedded.layout.hypervisor_dir / "run" / "clients" / "late.json"
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while not (record.exists() and b'"order":{' in record.read_bytes()):
+                await asyncio.sleep(0.002)
+            embedded.supervise_hypervisor(supervised=False)
+            embedded.kill_hypervisor(signal.SIGTERM)
+            while b"hypervisor_stopping" not in (embedded.layout.hypervisor_dir / "log").read_bytes():
+                await asyncio.sleep(0.002)
+            os.kill(worker, signal.SIGCONT)
+            await embedded.hypervisor_exited()
+        (process,) = await asyncio.gather(starting, return_exceptions=True)
+        if isinstance(process, RegionProcess):
+            await process.stop()
