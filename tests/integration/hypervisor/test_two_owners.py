@@ -62,7 +62,7 @@ async def test_of_two_hypervisors_that_own_a_client_exactly_one_writes(embedded:
                 assert (record.hypervisor, record.epoch) == ("other", info.epoch)
                 with pytest.raises(RemoteError) as caught:
                     await old.delete_client("client")
-                assert caught.value.code == "client_attached"
+                assert caught.value.code == "detach_by_owner"
                 with pytest.raises(RemoteError) as caught:
                     await old.release("client", ClientRelease(force=True))
                 assert caught.value.code == "client_elsewhere"
