@@ -88,10 +88,13 @@ class Detaching:
             if attached.ephemeral:
                 await self._clients.records.discard(client)
 
-    async def process_gone(self, client: str, *, held: bool = False) -> None:
-        """Clean up after a process that has exited; `held` if the caller holds off requests about it."""
+    async def process_gone(self, client: str, *, held: bool = False, lives: bool = False) -> None:
+        """Clean up after a process that has exited; `held` if the caller holds off requests about it.
+
+        One that `lives` has lost its memory alone.
+        """
         attached = self._clients.attached.get(client)
-        if attached is None or not is_gone(attached.memory.pidfd):
+        if attached is None or not (lives or is_gone(attached.memory.pidfd)):
             return
         if attached.record.releasing:
             return  # what it was may be all on its devices by now: whoever releases it sees to the rest

@@ -353,7 +353,14 @@ class Hypervisor:
             case "scrub_ended":
                 self.scrubs.ended(ScrubEnded.model_validate(parameters).client)
             case "client_gone":
-                self._start(self.detaching.process_gone(ClientLost.model_validate(parameters).client))
+                lost = ClientLost.model_validate(parameters)
+                if lost.lives:
+                    self._guest_alarm(
+                        lost.client, "memory_gone",
+                        "its process runs on without the memory that was paged (execve(2), munmap(2)): what "
+                        "was out of memory is lost to it, and reads zeros where it maps that again",
+                    )  # fmt: skip
+                self._start(self.detaching.process_gone(lost.client, lives=lost.lives))
 
     def _guest_alarm(self, client: str, kind: str, message: str) -> None:
         log.warning("alarm", client=client, kind=kind, message=message)

@@ -381,9 +381,11 @@ class ScrubEnded(Message, frozen=True, kw_only=True):
 
 
 class ClientLost(Message, frozen=True, kw_only=True):
-    """`client_gone`: the client's process has exited; its paging has ended."""
+    """`client_gone`: the client's process has exited, or its memory alone; its paging has ended."""
 
     client: str
+    lives: bool = False
+    """Its process runs on, with other memory (execve(2)) or without that."""
 
 
 class AlarmRaised(Message, frozen=True, kw_only=True):

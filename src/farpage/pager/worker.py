@@ -70,6 +70,8 @@ from farpage.volume.lease import Leases
 log = get_logger()
 
 REPAIR_POLL_SECONDS = 0.01
+MEMORY_SECONDS = 30.0
+"""So long may the end of a process take from that of its memory, which is the longer the more it has."""
 """Repairs of single pages are over at once, and there are hardly any."""
 
 
@@ -424,9 +426,14 @@ class Worker:
 
     async def _bury(self, client: str, attached: _Attached) -> None:
         # Its memory may be all that has ended yet, and who is told looks whether its process has.
-        await until_gone(attached.client.pidfd)
+        lives = False
+        try:
+            async with asyncio.timeout(MEMORY_SECONDS):
+                await until_gone(attached.client.pidfd)
+        except TimeoutError:
+            lives = True
         await self._let_go(attached)
-        self._control.tell("client_gone", ClientLost(client=client))
+        self._control.tell("client_gone", ClientLost(client=client, lives=lives))
 
     async def _let_go(self, attached: _Attached) -> None:
         """Close what is left of a client that was forgotten."""

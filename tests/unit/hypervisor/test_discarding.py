@@ -99,6 +99,19 @@ async def test_who_attaches_after_a_process_has_ended_waits_until_its_client_is_
     await following
 
 
+async def test_a_client_whose_process_lives_without_its_memory_is_let_go(
+    clients: Clients, records: Records
+) -> None:
+    records.answers.set()
+    pidfd = os.pidfd_open(os.getpid())
+    attach(clients, pidfd)
+    await Detaching(clients).process_gone("vm")
+    assert "vm" in clients.attached
+    await Detaching(clients).process_gone("vm", lives=True)
+    assert "vm" not in clients.attached
+    os.close(pidfd)
+
+
 async def test_a_client_that_is_attached_again_is_not_deleted_for_the_one_before(
     clients: Clients, records: Records, ended_process: int
 ) -> None:

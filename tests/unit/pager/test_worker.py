@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 
 from farpage.kernel.process import is_gone
+from farpage.pager import worker as paging
 from farpage.pager.channel import Channel
 from farpage.pager.worker import Worker
 
@@ -50,12 +51,21 @@ def client_of(pidfd: int) -> Any:
     )
 
 
-async def test_a_client_whose_memory_has_ended_is_gone_for_others_when_its_process_is(
-    process: subprocess.Popen[bytes], pidfd: int, tmp_path: Path
+@pytest.mark.parametrize("lives", [False, True], ids=["with_its_process", "alone"])
+async def test_a_client_whose_memory_has_ended_is_gone_when_its_process_is_or_after_a_while(
+    process: subprocess.Popen[bytes],
+    pidfd: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lives: bool,
 ) -> None:
+    if lives:
+        monkeypatch.setattr(paging, "MEMORY_SECONDS", 0.01)
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    told: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
-    control = Channel(here, on_event=lambda event, _: told.put_nowait((event, is_gone(pidfd))))
+    told: asyncio.Queue[tuple[str, bool, bool]] = asyncio.Queue()
+    control = Channel(
+        here, on_event=lambda event, lost: told.put_nowait((event, lost["lives"], is_gone(pidfd)))
+    )
     (tmp_path / "workers").mkdir()
     worker = Worker(there, tmp_path / "workers")
     worker._clients["vm"] = cast(Any, client_of(pidfd))
@@ -63,7 +73,8 @@ async def test_a_client_whose_memory_has_ended_is_gone_for_others_when_its_proce
     worker._client_gone("vm")
     for _ in range(10):
         await asyncio.sleep(0)
-    process.kill()
-    assert await told.get() == ("client_gone", True)
+    if not lives:
+        process.kill()
+    assert await told.get() == ("client_gone", lives, not lives)
     control.close()
     worker.close()
