@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from farpage.attach.memory import AlreadyAttached, ClientKind, ClientMemory, NotPageable, why_not_pageable
 from farpage.errors import ExitStatus, FarpageError, Unsupported
@@ -275,6 +276,12 @@ def _make_remote_uffd(pid: int) -> int:
 
 
 def _close_remote(pid: int, number: int) -> None:
+    """Close a userfaultfd in a process, but no other file that has its number now."""
+    try:
+        if str(Path(f"/proc/{pid}/fd/{number}").readlink()) != UFFD_TARGET:
+            return
+    except OSError:
+        return
     try:
         call_in_process(pid, syscall_numbers().close, number)
     except ProcessNotFound:

@@ -95,8 +95,8 @@ class FullDevices:
         full = frozenset(name for name, report in reports.items() if report.page_outs_wait)
         wanted = lifted_limits(self._pool.size_bytes, limits, resident, full)
         for client in lifted - wanted.keys():
-            if client in limits:
-                await self._set(client, limits[client])
+            if attached := self._clients.attached.get(client):
+                await self._set(client, attached.limit_bytes)  # which may be another one by now
         for client, limit_bytes in wanted.items():
             await self._set(client, limit_bytes)
         return set(wanted)

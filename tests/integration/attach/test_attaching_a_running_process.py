@@ -178,6 +178,16 @@ async def test_memory_of_huge_pages_is_refused(process: Scripted) -> None:
     os.close(memfd)
 
 
+async def test_what_has_the_number_of_a_userfaultfd_that_the_process_has_closed_stays_open(
+    client: Scripted,
+) -> None:
+    memory = await asyncio.to_thread(open_process, client.pid)
+    number = memory.remote_uffd
+    await client.run(f"os.close({number}); other = os.dup2(memfd, {number})")
+    await asyncio.to_thread(close_process, memory)
+    assert await client.run(f"os.fstat({number}).st_ino == os.fstat(memfd).st_ino")
+
+
 async def test_memory_can_be_chosen_by_name_and_by_address(client: Scripted) -> None:
     small = await asyncio.to_thread(open_process, client.pid, "small")
     assert small.length_bytes == PAGE_SIZE
