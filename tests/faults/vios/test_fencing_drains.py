@@ -28,12 +28,11 @@ from tests.support.volumes import write
 SIZE = 4 << 20
 
 
-async def write_until_refused(connection: Connection, seed: int) -> int:
-    """Write pages at random, one after the other; return how many it were."""
-    chance, written = random.Random(seed), 0
+async def write_until_refused(connection: Connection, seed: int, written: asyncio.Event) -> None:
+    """Write pages at random, one after the other."""
+    chance = random.Random(seed)
     while await write(connection, chance.randrange(0, SIZE, 4096), chance.randbytes(4096)) == 0:
-        written += 1
-    return written
+        written.set()
 
 
 async def test_no_byte_of_the_older_owner_changes_after_the_answer(vios: ViosProcess) -> None:
@@ -41,14 +40,16 @@ async def test_no_byte_of_the_older_owner_changes_after_the_answer(vios: ViosPro
     content = vios.folder / "disk" / "volumes" / "drained"
     for epoch in range(1, 6):
         connections = [await vios.connect(f"drained@{epoch}") for _ in range(2)]
+        written = asyncio.Event()
         writers = [
-            asyncio.create_task(write_until_refused(connection, epoch * 100 + number))
+            asyncio.create_task(write_until_refused(connection, epoch * 100 + number, written))
             for number in range(32)
             for connection in connections
         ]
+        await written.wait()
         await vios.claim("drained", epoch + 1)
         at_the_answer = await asyncio.to_thread(content.read_bytes)
-        assert sum(await asyncio.gather(*writers)) > 0
+        await asyncio.gather(*writers)
         assert await asyncio.to_thread(content.read_bytes) == at_the_answer
         for connection in connections:
             await connection.close()
