@@ -7,12 +7,13 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from farpage.api.remote import RemoteError
 from farpage.definition.model import Definition
 from farpage.embedded.control import HypervisorControl
 from farpage.embedded.set import EmbeddedSet, SetSettings
@@ -20,6 +21,20 @@ from farpage.hypervisor.model import ClientInfo, PathInfo, PoolSet
 
 CLIENT = Path(__file__).with_name("region_client.py")
 DEADLINE_SECONDS = 60.0
+
+
+async def once_free(request: Callable[[], Awaitable[object]]) -> None:
+    """Ask for something, again while something else is done with the client."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while True:
+            try:
+                await request()
+            except RemoteError as error:
+                if error.code != "client_busy":
+                    raise
+                await asyncio.sleep(0.001)
+            else:
+                return
 
 
 @dataclass

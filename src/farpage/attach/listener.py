@@ -188,11 +188,10 @@ class AttachListener:
         """Attach a region, to the end also while this closes; its descriptors are not the caller's then."""
         attaching = asyncio.ensure_future(self._attach(request, memory))
         try:
-            await asyncio.shield(attaching)
+            return await asyncio.shield(attaching)
         finally:
-            name = await attaching
+            await attaching
             descriptors.clear()
-        return name
 
     async def _serve_named(self, connection: socket.socket, name: str) -> None:
         """Let a region go whose lifeline ended with an older hypervisor, if it is paged still."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +182,7 @@ def close_orphan(process: ProcessIdentity, before: Collection[int]) -> bool:
         return False
     try:
         found = [number for number in userfaultfds(process.pid) if number not in before]
-        if len(found) != 1 or any(True for _ in _registered(process.pid)):
+        if len(found) != 1 or _registered(process.pid):
             return False
         _close_remote(process.pid, found[0])
         return True
@@ -190,22 +190,23 @@ def close_orphan(process: ProcessIdentity, before: Collection[int]) -> bool:
         os.close(pidfd)
 
 
-def _registered(pid: int) -> Iterator[int]:
-    """Yield where registered mappings of a process begin: um, uw or ui in their flags (proc_pid_smaps(5)).
+def _registered(pid: int) -> list[int]:
+    """Return where registered mappings of a process begin: um, uw or ui in their flags (proc_pid_smaps(5)).
 
-    One whose mappings may not be read, or that is gone, has all of its memory registered.
+    Of one whose mappings may not be read, or that is gone, all might be: that is [0].
     """
-    start = 0
+    start, found = 0, []
     try:
         with open(f"/proc/{pid}/smaps", errors="replace") as lines:
             for line in lines:
                 if line.startswith("VmFlags:"):
                     if not {"um", "uw", "ui"}.isdisjoint(line.split()):
-                        yield start
+                        found.append(start)
                 elif first := _FIRST_LINE.match(line):
                     start = int(first[1], 16)
     except OSError:
-        yield 0
+        return [0]
+    return found
 
 
 def _open_pidfd(pid: int) -> int:

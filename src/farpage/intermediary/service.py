@@ -140,8 +140,8 @@ class Intermediary:
         second, client = self.route.second, self.client
         if self.freed or client is None or not self.courier.has_newest(second):
             return
-        if not self._handover.is_there(client):
-            return  # what it is adopted with would go with the volume
+        if not self._handover.is_there(client):  # it would go with the volume
+            return
         volume = f"/v1/volumes/{move.volume}"
         try:
             found = await _volume_on(second, move.volume, move.source)

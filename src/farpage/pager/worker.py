@@ -70,9 +70,9 @@ from farpage.volume.lease import Leases
 log = get_logger()
 
 REPAIR_POLL_SECONDS = 0.01
+"""Repairs of single pages are over at once, and there are hardly any."""
 MEMORY_SECONDS = 30.0
 """So long may the end of a process take from that of its memory, which is the longer the more it has."""
-"""Repairs of single pages are over at once, and there are hardly any."""
 
 
 @dataclass

@@ -156,17 +156,11 @@ class ViosService:
         return await self._on_data(self._add_device(wanted))
 
     async def _add_device(self, wanted: DeviceAdd) -> DeviceInfo:
-        device = await self.serve_device(
-            wanted.spec,
-            name=wanted.name,
-            size_bytes=wanted.size_bytes,
-            force=wanted.force,
-            admit=partial(self._refuse_taken_name, wanted.spec),
-        )
+        remembered = RememberedDevice(wanted.spec, wanted.name, wanted.size_bytes)
+        admit = partial(self._refuse_taken_name, wanted.spec)
+        device = await self.serve_device(remembered, force=wanted.force, admit=admit)
         refuse_relabelling(wanted.spec, device, name=wanted.name, size_bytes=wanted.size_bytes)
-        await asyncio.to_thread(
-            self.remembered.add, RememberedDevice(wanted.spec, wanted.name, wanted.size_bytes)
-        )
+        await asyncio.to_thread(self.remembered.add, remembered)
         return self._device_info(device, await device.run(device.usage))
 
     def _refuse_taken_name(self, spec: str, identifier: str, name: str) -> None:
@@ -175,20 +169,17 @@ class ViosService:
                 raise DeviceNameTaken(spec, self.name, name, other.spec)
 
     async def serve_device(
-        self,
-        spec: str,
-        *,
-        name: str | None = None,
-        size_bytes: int | None = None,
-        force: bool = False,
-        admit: Admit = admit_all,
+        self, wanted: RememberedDevice, *, force: bool = False, admit: Admit = admit_all
     ) -> PagingDevice:
         """Open a device, if it is not open yet; in the data plane's loop."""
+        spec = wanted.spec
         async with self._adding.setdefault(spec, asyncio.Lock()):
             for known in self.volumes.devices:
                 if known.spec == spec:
                     return known
-            device = await open_device(spec, name=name, size_bytes=size_bytes, force=force, admit=admit)
+            device = await open_device(
+                spec, name=wanted.name, size_bytes=wanted.size_bytes, force=force, admit=admit
+            )
             for known in self.volumes.devices:
                 if known.id == device.id:
                     await device.close()
@@ -222,7 +213,7 @@ class ViosService:
         pause, reported = FIRST_PAUSE_SECONDS, ""
         while True:
             try:
-                await self.serve_device(device.spec, name=device.name, size_bytes=device.size_bytes)
+                await self.serve_device(device)
             except DeviceUnusable as error:
                 if str(error) != reported:
                     reported = str(error)

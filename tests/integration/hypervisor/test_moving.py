@@ -12,11 +12,10 @@ import pytest
 import pytest_asyncio
 
 from farpage.api.remote import RemoteError
-from farpage.embedded.control import HypervisorControl
 from farpage.hypervisor.model import ClientAdopt, ClientCreate, ClientInfo, ClientRelease, ReadWay
 from farpage.hypervisor.movement import ClientMove, EvacuationStart, MoveAdjust, MoveKind, MoveStage
 from tests.support.moving_client import MovingClient, moving_client
-from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, running_set
+from tests.support.paged_set import DEADLINE_SECONDS, RegionProcess, once_free, running_set
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -228,19 +227,6 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.05)
 
 
-async def delete(hypervisor: HypervisorControl, name: str) -> str:
-    """Delete a client when nothing else is done about it; return the code of the refusal, if any."""
-    while True:
-        try:
-            await hypervisor.delete_client(name)
-        except RemoteError as error:
-            if error.code != "client_busy":
-                return error.code
-            await asyncio.sleep(0.05)
-        else:
-            return ""
-
-
 async def test_a_client_is_not_deleted_before_what_a_cancelled_move_has_left_can_be(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -253,11 +239,13 @@ async def test_a_client_is_not_deleted_before_what_a_cancelled_move_has_left_can
         embedded.kill_vios("vios2", signal.SIGKILL)
         await embedded.vios_exited("vios2")
         await hypervisor.cancel_move("vm")
-        assert await delete(hypervisor, "vm") == "no_vios"
+        with pytest.raises(RemoteError) as caught:
+            await once_free(lambda: hypervisor.delete_client("vm"))
+        assert caught.value.code == "no_vios"
         assert [volume.name for volume in await source.volumes()] == ["vm"]
         await embedded.start_vios("vios2")
         async with asyncio.timeout(DEADLINE_SECONDS):
             while len((await hypervisor.definition()).clients["vm"].volumes[0].replicas) > 1:
                 await asyncio.sleep(0.05)
-        assert await delete(hypervisor, "vm") == ""
+        await once_free(lambda: hypervisor.delete_client("vm"))
         assert [*await source.volumes(), *await target.volumes()] == []

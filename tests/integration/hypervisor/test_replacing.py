@@ -28,7 +28,14 @@ from farpage.hypervisor.model import (
 from farpage.hypervisor.movement import ClientMove, MoveStage
 from farpage.vios.model import DeviceAdd
 from tests.support.losses import heal, kill_all, kill_control
-from tests.support.paged_set import DEADLINE_SECONDS, PagedSet, RegionProcess, paged_region, running_set
+from tests.support.paged_set import (
+    DEADLINE_SECONDS,
+    PagedSet,
+    RegionProcess,
+    once_free,
+    paged_region,
+    running_set,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -202,20 +209,6 @@ async def test_a_client_that_is_released_keeps_every_page_whatever_moves(
             assert await second.do(f"verify 0 {PAGES}") == "wrong 0"
         finally:
             await second.stop()
-
-
-async def once_free(request: Callable[[], Awaitable[object]]) -> None:
-    """Ask for something, again while something else is done with the client."""
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while True:
-            try:
-                await request()
-            except RemoteError as error:
-                if error.code != "client_busy":
-                    raise
-                await asyncio.sleep(0.001)
-            else:
-                return
 
 
 async def test_nothing_is_replaced_while_the_definition_is_not_known(common: EmbeddedSet) -> None:

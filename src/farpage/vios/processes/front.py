@@ -199,20 +199,14 @@ class FrontService(ViosService):
     # Devices
 
     async def serve_device(
-        self,
-        spec: str,
-        *,
-        name: str | None = None,
-        size_bytes: int | None = None,
-        force: bool = False,
-        admit: Admit = admit_all,
+        self, wanted: RememberedDevice, *, force: bool = False, admit: Admit = admit_all
     ) -> PagingDevice:
         """Open a device here and then in the processes.
 
         :raise InvalidInput: it is of a kind that several processes cannot share.
         """
-        _refuse_unshared(spec)
-        device = await super().serve_device(spec, name=name, size_bytes=size_bytes, force=force, admit=admit)
+        _refuse_unshared(wanted.spec)
+        device = await super().serve_device(wanted, force=force, admit=admit)
         await self._processes.tell_device(device.spec)
         return device
 
